@@ -1,0 +1,53 @@
+"""Text in, batches out: records → pieces → rows → batch of a step."""
+
+from fw.data.batches import Batches, count_tokens, eval_batches, prefetch
+from fw.data.encode import IGNORE, Encoded, encode_labelled, encode_tagged
+from fw.data.pack import Packed, best_fit_decreasing, pack, unpack_texts, unpack_words
+from fw.data.readers import read_conll, read_json_lines, read_table
+from fw.data.records import Labelled, Record, Tagged, iob1_to_bio, label_names
+from fw.data.splits import (
+    SPLITS,
+    TASKS,
+    hold_out,
+    load_splits,
+    read_records,
+    split_by_hash,
+    split_records,
+)
+from fw.data.tokenizer import Tokenizer, load_tokenizer
+from fw.data.vader import read_vader, sentiment
+
+__all__ = [
+    "IGNORE",
+    "SPLITS",
+    "TASKS",
+    "Batches",
+    "Encoded",
+    "Labelled",
+    "Packed",
+    "Record",
+    "Tagged",
+    "Tokenizer",
+    "best_fit_decreasing",
+    "count_tokens",
+    "encode_labelled",
+    "encode_tagged",
+    "eval_batches",
+    "hold_out",
+    "iob1_to_bio",
+    "label_names",
+    "load_splits",
+    "load_tokenizer",
+    "pack",
+    "prefetch",
+    "read_conll",
+    "read_json_lines",
+    "read_records",
+    "read_table",
+    "read_vader",
+    "sentiment",
+    "split_by_hash",
+    "split_records",
+    "unpack_texts",
+    "unpack_words",
+]

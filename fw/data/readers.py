@@ -1,0 +1,281 @@
+"""Readers of the usual formats, which say exactly which line is wrong.
+
+Each gives a list of records. A bad row raises `FwError` with file, line, what was expected and
+what came, unless the caller passes `on_bad_row`, which then gets that message while the row is left
+out: `bad = []; read_conll(path, on_bad_row=bad.append)` skips and counts. `splits` picks the
+reader.
+"""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fw.data.files import OnBadRow, read_text, refuse
+from fw.data.records import Labelled, Tagged, iob1_to_bio, opens_with_i
+from fw.errors import FwError
+
+SCHEMES = ("auto", "iob1", "bio")
+_TAG = re.compile(r"O|[BI]-\S+")
+
+
+def read_conll(
+    path: str | Path, *, scheme: str = "auto", on_bad_row: OnBadRow = None
+) -> list[Tagged]:
+    """Read columns: a word a line, its tag in the last column, a blank line between sentences.
+
+    Columns are parted by tabs where a line has one, else by spaces. `-DOCSTART-` lines end a
+    sentence and are left out.
+
+    Args:
+        path: the file, UTF-8.
+        scheme: "iob1", "bio", or "auto": IOB1 if an entity opens with I-, BIO if one opens with
+            a B- that IOB1 would not need; a file that has both must be declared.
+        on_bad_row: gets the message of each sentence left out; None raises instead.
+
+    Returns:
+        the sentences in the order of the file, tags in BIO, `source` the line of the first word.
+
+    Raises:
+        FwError: the file cannot be read, or has a bad row.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder, "train.conll")
+    ...     _ = path.write_text("Ada I-PER\\nwrote O\\n")
+    ...     read_conll(path)[0].tags
+    ('B-PER', 'O')
+    """
+    sentences: list[_Sentence] = []
+    rows: list[tuple[str, str, int]] = []
+    problem, columns, columns_line = "", 0, 0
+    for number, line in enumerate([*read_text(path).split("\n"), ""], 1):
+        row = line.rstrip(" \t\r")
+        if row and not row.startswith("-DOCSTART-"):
+            # Not str.split(): a word may be, or hold, a no-break space.
+            cells = re.split(" *\t *" if "\t" in row else " +", row.lstrip(" "))
+            rows.append((cells[0], cells[-1], number))
+            if len(cells) < 2 or not cells[0]:
+                fault = f"expected a word and a tag, parted by a tab or spaces; got {row!r}"
+            elif columns and len(cells) != columns:
+                fault = f"expected {columns} columns as in line {columns_line}; got {row!r}"
+            elif not _TAG.fullmatch(cells[-1]):
+                fault = f"expected O, B-type or I-type in the last column; got {cells[-1]!r}"
+            else:
+                columns, columns_line = len(cells), columns_line or number
+                continue
+            problem = problem or f"{path}:{number}: {fault}"
+        elif rows:
+            if problem:
+                refuse(problem, on_bad_row)
+            else:
+                sentences.append(_Sentence(*zip(*rows, strict=True)))
+            rows, problem = [], ""
+    return _in_bio(path, sentences, scheme, on_bad_row)
+
+
+def read_table(
+    path: str | Path, *, columns: tuple[str, str] | None = None, on_bad_row: OnBadRow = None
+) -> list[Labelled]:
+    """Read labelled texts from CSV (RFC 4180) or, for `.tsv`, from tab-separated values.
+
+    A `.tsv` has no quoting: a quotation mark is a character like any other, as in GLUE's files
+    and in IANA's text/tab-separated-values.
+
+    Args:
+        path: the file, UTF-8, with a header.
+        columns: the names of the text's and the label's column. None takes "text" and "label",
+            or "text" and the other one of two.
+        on_bad_row: gets the message of each row left out; None raises instead.
+
+    Returns:
+        the texts in the order of the file.
+
+    Raises:
+        FwError: the file cannot be read, lacks a column, or has a bad row.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder, "train.csv")
+    ...     _ = path.write_text('text,intent\\n"Hello, you",greeting\\n')
+    ...     read_table(path)[0].text
+    'Hello, you'
+    """
+    stream = io.StringIO(read_text(path), newline="")
+    if Path(path).suffix.lower() == ".tsv":
+        reader = csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE, strict=True)
+    else:
+        reader = csv.reader(stream, strict=True)
+    rows = _rows(path, reader, on_bad_row)
+    _, header = next(rows, (1, []))
+    text_at, label_at = _find_columns(path, header, columns)
+
+    records = []
+    for line, row in rows:
+        if len(row) != len(header):
+            refuse(f"{path}:{line}: expected {len(header)} cells; got {len(row)}", on_bad_row)
+        elif not (row[text_at].strip() and row[label_at].strip()):
+            refuse(f"{path}:{line}: expected a text and a label; got {row}", on_bad_row)
+        else:
+            label = row[label_at].strip()
+            records.append(Labelled(row[text_at], label, source=f"{path}:{line}"))
+    return records
+
+
+def read_json_lines(
+    path: str | Path,
+    task: str,
+    *,
+    columns: tuple[str, str] | None = None,
+    scheme: str = "auto",
+    on_bad_row: OnBadRow = None,
+) -> list[Tagged] | list[Labelled]:
+    """Read one JSON object a line: `{"tokens": [...], "tags": [...]}` or `{"text":, "label":}`.
+
+    Args:
+        path: the file, UTF-8.
+        task: "token-classification" or "sequence-classification".
+        columns: other names for the two keys.
+        scheme: of the tags, as in `read_conll`.
+        on_bad_row: gets the message of each line left out; None raises instead.
+
+    Returns:
+        the records in the order of the file; a label that is a whole number becomes its digits.
+
+    Raises:
+        FwError: the file cannot be read, or has a bad line.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder, "train.jsonl")
+    ...     _ = path.write_text('{"text": "Hello", "label": 1}\\n')
+    ...     read_json_lines(path, "sequence-classification")[0].label
+    '1'
+    """
+    tagged = task == "token-classification"
+    one, two = columns or (("tokens", "tags") if tagged else ("text", "label"))
+    expected = (
+        f'{{"{one}": [words], "{two}": [tags]}}, one tag (O, B-type, I-type) for each word'
+        if tagged
+        else f'{{"{one}": a text, "{two}": a text or a whole number}}'
+    )
+    sentences: list[_Sentence] = []
+    labelled: list[Labelled] = []
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            refuse(f"{path}:{number}: expected a JSON object; {error}", on_bad_row)
+            continue
+        first, second = (row.get(one), row.get(two)) if isinstance(row, dict) else (None, None)
+        if tagged and (pair := _tagged_words(first, second)):
+            sentences.append(_Sentence(*pair, (number,) * len(pair[0])))
+        elif not tagged and _is_labelled_text(first, second):
+            labelled.append(Labelled(str(first), str(second).strip(), source=f"{path}:{number}"))
+        else:
+            refuse(f"{path}:{number}: expected {expected}; got {line[:200]}", on_bad_row)
+    return _in_bio(path, sentences, scheme, on_bad_row) if tagged else labelled
+
+
+@dataclass(frozen=True)
+class _Sentence:
+    """Words and tags as they stand in the file, and the line of each."""
+
+    words: tuple[str, ...]
+    tags: tuple[str, ...]
+    lines: tuple[int, ...]
+
+
+def _in_bio(
+    path: str | Path, sentences: list[_Sentence], scheme: str, on_bad_row: OnBadRow
+) -> list[Tagged]:
+    """Settle the file's scheme and convert; on declared BIO, an entity that opens with I- is bad.
+
+    Source: conlleval, which takes such an I- for the start of an entity, as "iob1" does here.
+    """
+    if scheme not in SCHEMES:
+        raise FwError(f"scheme: expected one of {', '.join(SCHEMES)}; got {scheme!r}")
+    opening_i = opening_b = 0
+    for sentence in sentences:
+        for line, before, tag in zip(
+            sentence.lines, ("O", *sentence.tags), sentence.tags, strict=False
+        ):
+            if opens_with_i(before, tag):
+                opening_i = opening_i or line
+            elif tag.startswith("B-") and before[2:] != tag[2:]:
+                opening_b = opening_b or line
+    if scheme == "auto" and opening_i and opening_b:
+        raise FwError(
+            f"{path}:{opening_i}: an entity opens with I- as in IOB1, but one opens with B- as in "
+            f"BIO at line {opening_b}; declare scheme='iob1' to take such an I- for a B-, or "
+            "scheme='bio' to refuse it"
+        )
+    records = []
+    for sentence in sentences:
+        tags = iob1_to_bio(sentence.tags)
+        if scheme == "bio" and tags != sentence.tags:
+            at = next(i for i, tag in enumerate(tags) if tag != sentence.tags[i])
+            refuse(
+                f"{path}:{sentence.lines[at]}: expected B-{tags[at][2:]} to open an entity in "
+                f"BIO; got {sentence.tags[at]}",
+                on_bad_row,
+            )
+            continue
+        records.append(Tagged(sentence.words, tags, source=f"{path}:{sentence.lines[0]}"))
+    return records
+
+
+def _rows(path: str | Path, reader: Any, on_bad_row: OnBadRow) -> Iterator[tuple[int, list[str]]]:
+    """Rows that are not blank, each with the line it begins on (a quoted cell may span lines)."""
+    while True:
+        line = reader.line_num + 1
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            refuse(f"{path}:{line}: expected a row of separated values; {error}", on_bad_row)
+            continue
+        if row:
+            yield line, row
+
+
+def _find_columns(
+    path: str | Path, header: list[str], columns: tuple[str, str] | None
+) -> tuple[int, int]:
+    text, label = columns or ("text", "label")
+    if columns is None and label not in header and len(header) == 2 and text in header:
+        label = header[1 - header.index(text)]
+    for name in (text, label):
+        if header.count(name) != 1:
+            raise FwError(
+                f"{path}:1: expected one column named {name!r}; got {', '.join(header) or 'none'}; "
+                "name the text's and the label's column with `columns`"
+            )
+    return header.index(text), header.index(label)
+
+
+def _tagged_words(words: object, tags: object) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
+    if (
+        isinstance(words, list)
+        and isinstance(tags, list)
+        and len(words) == len(tags) > 0
+        and all(isinstance(word, str) and word for word in words)
+        and all(isinstance(tag, str) and _TAG.fullmatch(tag) for tag in tags)
+    ):
+        return tuple(words), tuple(tags)
+    return None
+
+
+def _is_labelled_text(text: object, label: object) -> bool:
+    return (
+        isinstance(text, str)
+        and bool(text.strip())
+        and ((isinstance(label, str) and bool(label.strip())) or type(label) is int)
+    )

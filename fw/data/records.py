@@ -1,0 +1,114 @@
+"""Texts as frozen records: one kind for each task.
+
+`Tagged` has a label for every word, `Labelled` one for the whole text. `readers` make them from
+files, `splits` deals them out to training and testing, `encode` turns them into numbers. Tags are
+BIO from here on, whatever the file used.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fw.errors import FwError
+
+
+@dataclass(frozen=True)
+class Tagged:
+    """A sentence: its words and a BIO tag for each; no tags at all when they are to be predicted.
+
+    >>> Tagged(("Ada", "wrote"), ("B-person", "O")).tags
+    ('B-person', 'O')
+    """
+
+    words: tuple[str, ...]
+    tags: tuple[str, ...] = ()
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse a sentence whose words and tags do not pair up."""
+        if not self.words:
+            raise FwError(f"{self.source or 'Tagged'}: expected at least one word; got none")
+        if self.tags and len(self.tags) != len(self.words):
+            raise FwError(
+                f"{self.source or 'Tagged'}: expected a tag for each of {len(self.words)} words; "
+                f"got {len(self.tags)} tags"
+            )
+
+    @property
+    def text(self) -> str:
+        """The words with a space between them."""
+        return " ".join(self.words)
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A text and its class; an empty label when it is to be predicted.
+
+    >>> Labelled("Where is my card?", "card_arrival").label
+    'card_arrival'
+    """
+
+    text: str
+    label: str = ""
+    domain: str = ""
+    source: str = ""
+
+
+Record = Tagged | Labelled
+
+
+def label_names(records: Sequence[Record]) -> tuple[str, ...]:
+    """Every label the records use, in the order of the model's output classes.
+
+    Args:
+        records: all `Tagged` or all `Labelled`.
+
+    Returns:
+        the sorted labels; for tags "O" first, then B- and I- of every type, seen or not, so that
+        a type seen only in one-word entities can still be predicted over two words.
+
+    Raises:
+        FwError: a record has no label.
+
+    >>> label_names([Tagged(("Ada", "wrote"), ("B-person", "O"))])
+    ('O', 'B-person', 'I-person')
+    """
+    for record in records:
+        if not (record.tags if isinstance(record, Tagged) else record.label):
+            raise FwError(f"{record.source or record}: expected a label to learn from; got none")
+    if any(isinstance(record, Tagged) for record in records):
+        tags = {tag for record in records if isinstance(record, Tagged) for tag in record.tags}
+        types = sorted({tag[2:] for tag in tags} - {""})
+        return ("O", *(f"{mark}-{kind}" for kind in types for mark in "BI"))
+    return tuple(sorted({record.label for record in records if isinstance(record, Labelled)}))
+
+
+def iob1_to_bio(tags: Sequence[str]) -> tuple[str, ...]:
+    """Mark the first word of every entity with B-; tags that are BIO already stay as they are.
+
+    In IOB1, B- only parts two touching entities of one type, and every other word of an entity
+    has I-.
+
+    Args:
+        tags: the tags of one sentence.
+
+    Returns:
+        as many tags, in BIO.
+
+    >>> iob1_to_bio(["I-ORG", "I-ORG", "B-ORG", "I-PER", "O"])
+    ('B-ORG', 'I-ORG', 'B-ORG', 'B-PER', 'O')
+
+    Source: Ramshaw and Marcus, 1995; Tjong Kim Sang and Veenstra, 1999 (the names IOB1, IOB2).
+    """
+    return tuple(
+        f"B-{tag[2:]}" if opens_with_i(before, tag) else tag
+        for before, tag in zip(("O", *tags), tags, strict=False)
+    )
+
+
+def opens_with_i(before: str, tag: str) -> bool:
+    """Whether a tag opens an entity with I-, as IOB1 does, given the tag before it.
+
+    >>> opens_with_i("O", "I-PER"), opens_with_i("B-PER", "I-PER")
+    (True, False)
+    """
+    return tag.startswith("I-") and before[2:] != tag[2:]

@@ -1,0 +1,220 @@
+"""Which text is for training, which for choosing, which for the final figure.
+
+Published files keep their published split, found by the words train, dev (validation) and test in
+their names. Where there is only one file, the text itself decides, by a hash: so the split needs
+no seed, no order and no second file, and a text that occurs twice is never in two splits.
+"""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from fw.data.files import OnBadRow
+from fw.data.readers import read_conll, read_json_lines, read_table
+from fw.data.records import Labelled, Record, Tagged
+from fw.data.vader import is_vader, read_vader
+from fw.errors import FwError
+
+TASKS = ("token-classification", "sequence-classification")
+SPLITS = ("train", "dev", "test")
+
+_WORDS = {
+    "train": "train|training",
+    "dev": "dev|devel|development|val|valid|validation",
+    "test": "test|testing",
+}
+# Letters may not touch the word, so that "latest" and "device" are no split; digits may ("wnut17").
+_IN_NAME = {split: re.compile(f"(?<![a-z])(?:{words})(?![a-z])") for split, words in _WORDS.items()}
+_SUFFIXES = {
+    "token-classification": (
+        *(".conll", ".txt", ".annotated", ".iob", ".iob2", ".bio", ".tsv"),
+        *(".jsonl", ".ndjson"),
+    ),
+    "sequence-classification": (".csv", ".tsv", ".jsonl", ".ndjson"),
+}
+
+
+def split_by_hash(text: str) -> str:
+    """The split of a text: eight tenths train, one tenth dev, one tenth test.
+
+    Case and spacing do not count, so that near-identical copies share a split.
+
+    Args:
+        text: any text.
+
+    Returns:
+        "train", "dev" or "test".
+
+    >>> split_by_hash("Hello  World") == split_by_hash("hello world\\n")
+    True
+    """
+    normal = " ".join(text.casefold().split())
+    # JSON may hold half a surrogate pair, which UTF-8 proper cannot.
+    data = normal.encode("utf-8", "surrogatepass")
+    tenth = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big") % 10
+    return {0: "test", 1: "dev"}.get(tenth, "train")
+
+
+def split_records(records: Sequence[Record]) -> dict[str, list]:
+    """Give every record to the split of its text.
+
+    Args:
+        records: any records.
+
+    Returns:
+        {"train": [...], "dev": [...], "test": [...]}, each in the given order.
+
+    >>> {name: len(part) for name, part in split_records([Labelled("Hello", "a")]).items()}
+    {'train': 0, 'dev': 1, 'test': 0}
+    """
+    splits: dict[str, list] = {name: [] for name in SPLITS}
+    for record in records:
+        splits[split_by_hash(record.text)].append(record)
+    return splits
+
+
+def hold_out(records: Sequence[Record]) -> tuple[list, list]:
+    """Part a training set that was published without a dev set.
+
+    Args:
+        records: the training records.
+
+    Returns:
+        (train, dev): dev holds the tenth of the texts that `split_by_hash` calls "dev".
+
+    >>> train, dev = hold_out([Labelled(str(i), "a") for i in range(1000)])
+    >>> len(train) + len(dev), 70 < len(dev) < 130
+    (1000, True)
+    """
+    dev = [split_by_hash(record.text) == "dev" for record in records]
+    return (
+        [record for record, held in zip(records, dev, strict=True) if not held],
+        [record for record, held in zip(records, dev, strict=True) if held],
+    )
+
+
+def read_records(
+    path: str | Path,
+    task: str,
+    *,
+    columns: tuple[str, str] | None = None,
+    scheme: str = "auto",
+    on_bad_row: OnBadRow = None,
+) -> list[Tagged] | list[Labelled]:
+    """Read one file by the reader its suffix asks for.
+
+    Args:
+        path: `.jsonl`, `.ndjson`; `.csv`, `.tsv` for sequences; CoNLL columns for tokens.
+        task: one of `TASKS`.
+        columns: the names of input and target, for tables and JSON lines.
+        scheme: of the tags: "auto", "iob1" or "bio".
+        on_bad_row: gets the message of each row left out; None raises instead.
+
+    Returns:
+        the records in the order of the file.
+
+    Raises:
+        FwError: unknown task or suffix, no record at all, or what the reader refuses.
+
+    >>> read_records("notes.pdf", "sequence-classification")
+    Traceback (most recent call last):
+    ...
+    fw.errors.FwError: notes.pdf: expected .csv .tsv .jsonl .ndjson for sequence-classification
+    """
+    _check_task(task)
+    suffix = Path(path).suffix.lower()
+    if suffix in (".jsonl", ".ndjson"):
+        records = read_json_lines(path, task, columns=columns, scheme=scheme, on_bad_row=on_bad_row)
+    elif suffix not in _SUFFIXES[task]:
+        raise FwError(f"{path}: expected {' '.join(_SUFFIXES[task])} for {task}")
+    elif task == "token-classification":
+        records = read_conll(path, scheme=scheme, on_bad_row=on_bad_row)
+    else:
+        records = read_table(path, columns=columns, on_bad_row=on_bad_row)
+    if not records:
+        raise FwError(f"{path}: expected at least one record for {task}; found none")
+    return records
+
+
+def load_splits(
+    path: str | Path,
+    task: str,
+    *,
+    columns: tuple[str, str] | None = None,
+    scheme: str = "auto",
+    on_bad_row: OnBadRow = None,
+) -> dict[str, list]:
+    """Read a data set: a folder with files for train, dev and test, or one file.
+
+    The word of the split stands in a file's name, or in the name of a folder above it. A folder
+    without a dev file gives no "dev": see `hold_out`. One file, and the folder of `read_vader`,
+    are split by `split_by_hash`.
+
+    Args:
+        path: the folder or file.
+        task: one of `TASKS`.
+        columns: the names of input and target, for tables and JSON lines.
+        scheme: of the tags: "auto", "iob1" or "bio".
+        on_bad_row: gets the message of each row left out; None raises instead.
+
+    Returns:
+        the records of each split that is there.
+
+    Raises:
+        FwError: nothing there, no training file, two files for one split, or a bad row.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     for split in ("train", "test"):
+    ...         _ = Path(folder, f"{split}.csv").write_text("text,label\\nHello,greeting\\n")
+    ...     list(load_splits(folder, "sequence-classification"))
+    ['train', 'test']
+    """
+    _check_task(task)
+    path = Path(path)
+    if task == "sequence-classification" and is_vader(path):
+        return split_records(read_vader(path, on_bad_row=on_bad_row))
+    options = {"columns": columns, "scheme": scheme, "on_bad_row": on_bad_row}
+    if path.is_dir():
+        files = _find_files(path, task)
+        return {split: read_records(file, task, **options) for split, file in files.items()}
+    return split_records(read_records(path, task, **options))
+
+
+def _find_files(folder: Path, task: str) -> dict[str, Path]:
+    """The one file of each split; the file's own name is asked first, then the folders above."""
+    found: dict[str, Path] = {}
+    for file in sorted(folder.rglob("*")):
+        names = file.relative_to(folder).parts
+        if file.suffix.lower() not in _SUFFIXES[task] or not file.is_file():
+            continue
+        split = next(
+            (
+                split
+                for name in reversed(names)
+                for split in SPLITS
+                if _IN_NAME[split].search(name.lower())
+            ),
+            None,
+        )
+        if split is None:
+            continue
+        if split in found:
+            raise FwError(
+                f"{folder}: expected one {split} file; found {found[split].name} and {file.name}; "
+                "keep one, or give the path of a single file"
+            )
+        found[split] = file
+    if "train" not in found:
+        raise FwError(
+            f"{folder}: expected a file for {task} with 'train' in its name "
+            f"({' '.join(_SUFFIXES[task])}); found {', '.join(found) or 'none'}; "
+            "a single file can be given by its own path"
+        )
+    return {split: found[split] for split in SPLITS if split in found}
+
+
+def _check_task(task: str) -> None:
+    if task not in TASKS:
+        raise FwError(f"task: expected one of {', '.join(TASKS)}; got {task!r}")

@@ -1,0 +1,144 @@
+"""A tokenizer is read from a model's folder: data, never code.
+
+`tokenizer.json`, or BERT's `vocab.txt`, by the `tokenizers` library. `encode` uses it.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import tokenizers
+from tokenizers import models, normalizers, pre_tokenizers, processors
+
+from fw.data.files import read_text
+from fw.errors import FwError
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A tokenizer without padding or truncation, and the special tokens it puts around a text.
+
+    Args:
+        fast: the `tokenizers.Tokenizer`.
+        prefix: ids before a text, [CLS] for BERT.
+        suffix: ids after it, [SEP] for BERT.
+        pad: id for padding.
+        unknown: id for a word without a single piece; None where the vocabulary has none.
+    """
+
+    fast: tokenizers.Tokenizer
+    prefix: tuple[int, ...]
+    suffix: tuple[int, ...]
+    pad: int
+    unknown: int | None
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """Read a tokenizer from a model folder.
+
+    `tokenizer.json` is taken if it is there, else `vocab.txt` as BERT's WordPiece, lower-casing
+    as `tokenizer_config.json` says (without one: yes, as transformers' BertTokenizer). Padding
+    and truncation that the file carries are switched off, and text that spells a special token
+    ("[SEP]") is read as text, so that no input can forge one.
+
+    Args:
+        folder: the folder of the model or artifact.
+
+    Returns:
+        the tokenizer.
+
+    Raises:
+        FwError: neither file is there, or one cannot be read.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = Path(folder, "vocab.txt").write_text("[PAD]\\n[UNK]\\n[CLS]\\n[SEP]\\nhello\\n")
+    ...     tokenizer = load_tokenizer(folder)
+    >>> tokenizer.prefix, tokenizer.suffix, tokenizer.fast.encode("Hello").ids
+    ((2,), (3,), [2, 4, 3])
+    """
+    folder = Path(folder)
+    config = _read_config(folder / "tokenizer_config.json")
+    if (folder / "tokenizer.json").is_file():
+        path = folder / "tokenizer.json"
+        try:
+            fast = tokenizers.Tokenizer.from_str(read_text(path))
+        except FwError:
+            raise
+        except Exception as error:  # the library raises nothing narrower
+            raise FwError(f"{path}: not a tokenizer that can be read: {error}") from error
+    elif (folder / "vocab.txt").is_file():
+        fast = _word_piece(folder / "vocab.txt", config)
+    else:
+        raise FwError(f"{folder}: expected tokenizer.json or vocab.txt; found neither")
+
+    fast.no_padding()
+    fast.no_truncation()
+    fast.encode_special_tokens = True
+    probe = fast.encode("a")
+    inside = [i for i, special in enumerate(probe.special_tokens_mask) if not special]
+    if not inside:
+        raise FwError(f"{folder}: the tokenizer makes nothing of the letter 'a'")
+    pad = _token_id(fast, config, "pad_token", "[PAD]", "<pad>")
+    return Tokenizer(
+        fast,
+        prefix=tuple(probe.ids[: inside[0]]),
+        suffix=tuple(probe.ids[inside[-1] + 1 :]),
+        # Any id will do where the vocabulary has none: segment 0 hides it.
+        pad=0 if pad is None else pad,
+        unknown=_token_id(fast, config, "unk_token", "[UNK]", "<unk>"),
+    )
+
+
+def _read_config(path: Path) -> dict:
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise FwError(f"{path}: expected a JSON object; {error}") from error
+    if not isinstance(config, dict):
+        raise FwError(f"{path}: expected a JSON object; got {type(config).__name__}")
+    return config
+
+
+def _word_piece(path: Path, config: dict) -> tokenizers.Tokenizer:
+    """BERT's tokenizer from its vocabulary, one piece a line."""
+    vocabulary = {piece.rstrip("\r"): i for i, piece in enumerate(read_text(path).split("\n"))}
+    unknown = _spelling(config, "unk_token") or "[UNK]"
+    first = _spelling(config, "cls_token") or "[CLS]"
+    last = _spelling(config, "sep_token") or "[SEP]"
+    for token in (unknown, first, last):
+        if token not in vocabulary:
+            raise FwError(f"{path}: expected a line {token}; found none")
+    lower_case = bool(config.get("do_lower_case", True))
+    strip_accents = config.get("strip_accents")
+    fast = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token=unknown))
+    fast.normalizer = normalizers.BertNormalizer(
+        handle_chinese_chars=bool(config.get("tokenize_chinese_chars", True)),
+        strip_accents=None if strip_accents is None else bool(strip_accents),
+        lowercase=lower_case,
+    )
+    fast.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    fast.post_processor = processors.TemplateProcessing(
+        single=f"{first} $A {last}",
+        pair=f"{first} $A {last} $B:1 {last}:1",
+        special_tokens=[(first, vocabulary[first]), (last, vocabulary[last])],
+    )
+    return fast
+
+
+def _spelling(config: dict, name: str) -> str | None:
+    """A special token's text; newer files wrap it in an object."""
+    token = config.get(name)
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
+
+
+def _token_id(fast: tokenizers.Tokenizer, config: dict, name: str, *usual: str) -> int | None:
+    """The id of a special token, by the config's spelling or a usual one."""
+    for token in (_spelling(config, name), *usual):
+        found = None if token is None else fast.token_to_id(token)
+        if found is not None:
+            return found
+    return None

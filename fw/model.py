@@ -1,0 +1,98 @@
+"""A model is a value of pure functions: the one record that everything else takes.
+
+`Model` holds a config, `init`, `apply` and the logical axes of every parameter. A Flax NNX module
+enters through `from_nnx`; a linen or equinox module or a bare function by filling in the record.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from flax import nnx
+
+Variables = dict[str, Any]
+Batch = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model as pure functions over plain trees.
+
+    Attributes:
+      config: what the model was made from; a frozen dataclass.
+      init: `init(key) -> variables`, {"params": nested dict of arrays, "state": nested dict}.
+      apply: `apply(variables, batch, *, key=None, train=False) -> (outputs, variables)`; `key`
+        drives dropout, the returned variables carry updated state (batch-norm averages).
+      axes: a tree like `variables`; for each leaf, a tuple with the logical name of each axis.
+    """
+
+    config: Any
+    init: Callable[[jax.Array], Variables]
+    apply: Callable[..., tuple[Any, Variables]]
+    axes: Variables
+
+
+def from_nnx(config: Any, build: Callable[[nnx.Rngs], nnx.Module], forward: Callable) -> Model:
+    """Makes a `Model` of a Flax NNX module.
+
+    Args:
+      config: kept in the record.
+      build: makes the module; every `nnx.Variable` in it is given `axes=` names.
+      forward: `forward(module, batch, key, train) -> outputs`.
+
+    Returns:
+      The record. The module itself lives only while one of its functions is traced.
+
+    >>> class Scale(nnx.Module):
+    ...     def __init__(self, rngs):
+    ...         self.gain = nnx.Param(jax.numpy.ones(3), axes=("embed",))
+    >>> model = from_nnx(None, Scale, lambda module, batch, key, train: batch["x"] * module.gain)
+    >>> variables = model.init(jax.random.key(0))
+    >>> model.axes["params"], model.apply(variables, {"x": 2.0})[0]
+    ({'gain': ('embed',)}, Array([2., 2., 2.], dtype=float32))
+    """
+    graph, *abstract = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))), nnx.Param, ...)
+    is_variable = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731 a one-word predicate
+    axes = [
+        jax.tree.map(lambda v: _axes_of(v), state, is_leaf=is_variable) for state in abstract
+    ]
+
+    def init(key: jax.Array) -> Variables:
+        _, *states = nnx.split(build(nnx.Rngs(params=key)), nnx.Param, ...)
+        return _pack(states)
+
+    def apply(
+        variables: Variables, batch: Batch, *, key: jax.Array | None = None, train: bool = False
+    ) -> tuple[Any, Variables]:
+        states = (nnx.State(_int_keys(variables[kind])) for kind in ("params", "state"))
+        module = nnx.merge(graph, *states)
+        outputs = forward(module, batch, key if train else None, train)
+        state = nnx.state(module, nnx.Not(nnx.Param))
+        return outputs, {**variables, "state": _str_keys(nnx.to_pure_dict(state))}
+
+    return Model(config, init, apply, _pack(axes))
+
+
+def _axes_of(variable: nnx.Variable) -> tuple[str, ...]:
+    axes = variable.get_metadata().get("axes")
+    rank = len(variable.get_value().shape)
+    if axes is None or len(axes) != rank:
+        raise TypeError(f"a variable of rank {rank} names {axes} as its axes; give each one a name")
+    return tuple(axes)
+
+
+def _pack(states) -> Variables:
+    params, state = (_str_keys(nnx.to_pure_dict(s)) for s in states)
+    return {"params": params, "state": state}
+
+
+def _str_keys(tree):
+    """Lists become dicts with "0", "1" … as keys: every path is then a plain string."""
+    return {str(k): _str_keys(v) for k, v in tree.items()} if isinstance(tree, dict) else tree
+
+
+def _int_keys(tree):
+    if not isinstance(tree, dict):
+        return tree
+    return {int(k) if k.isdigit() else k: _int_keys(v) for k, v in tree.items()}

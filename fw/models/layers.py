@@ -1,0 +1,126 @@
+"""The layers that models are declared with: Flax NNX modules and the functions under them.
+
+They are ordinary mathematics, written for few passes over memory: outside the dots, a transformer
+step on a CPU is bound by reading and writing activations. No layer knows a mesh, a dtype policy or
+a quantiser. Each parameter names its axes (`axes=`), which is all that `sharding` needs.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+Axes = tuple[str, ...]
+
+
+class Dense(nnx.Module):
+    """y = x · kernel + bias, kernel [in, out]."""
+
+    def __init__(self, size_in: int, size_out: int, axes: Axes, *, std: float, rngs: nnx.Rngs):
+        normal = jax.random.normal(rngs.params(), (size_in, size_out)) * std
+        self.kernel = nnx.Param(normal, axes=axes)
+        self.bias = nnx.Param(jnp.zeros(size_out), axes=axes[1:])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return jnp.matmul(x, self.kernel[...]) + self.bias[...]
+
+
+class Embedding(nnx.Module):
+    """Rows of a table [count, size] by integer id."""
+
+    def __init__(self, count: int, size: int, axes: Axes, *, std: float, rngs: nnx.Rngs):
+        normal = jax.random.normal(rngs.params(), (count, size)) * std
+        self.embedding = nnx.Param(normal, axes=axes)
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        return jnp.take(self.embedding[...], ids, axis=0, mode="clip")
+
+
+class LayerNorm(nnx.Module):
+    """Layer normalisation over the last axis (Ba et al. 2016, arXiv:1607.06450)."""
+
+    def __init__(self, size: int, *, epsilon: float):
+        self.scale = nnx.Param(jnp.ones(size), axes=("embed",))
+        self.bias = nnx.Param(jnp.zeros(size), axes=("embed",))
+        self.epsilon = epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return layer_norm(x, self.scale[...], self.bias[...], self.epsilon)
+
+
+def layer_norm(x, scale, bias, epsilon):
+    """(x - mean) / sqrt(var + epsilon) · scale + bias over the last axis.
+
+    >>> layer_norm(jnp.array([1.0, 3.0]), jnp.ones(2), jnp.zeros(2), 0.0)
+    Array([-1.,  1.], dtype=float32)
+    """
+    centred = x - jnp.mean(x, -1, keepdims=True)
+    inverse = lax.rsqrt(jnp.mean(jnp.square(centred), -1, keepdims=True) + epsilon)
+    return centred * inverse * scale + bias
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """x · Φ(x), exact (Hendrycks & Gimpel 2016, arXiv:1606.08415).
+
+    `jax.nn.gelu` computes Φ by `erfc`, with two branches and twice the time on a CPU.
+
+    >>> gelu(jnp.array([-1.0, 0.0, 1.0]))
+    Array([-0.15865526,  0.        ,  0.8413447 ], dtype=float32)
+    """
+    return 0.5 * x * (1 + lax.erf(x * np.asarray(np.sqrt(0.5), x.dtype)))
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Zeroes each element with probability `rate` and scales the rest by 1 / (1 - rate).
+
+    The mask is a pure function of the key and of each element's global position, so it is
+    bit-identical on every mesh. It comes from a 32-bit integer hash of the position (the
+    `lowbias32` finaliser of C. Wellons, two keyed rounds), not from threefry: a training step of
+    MiniLM spends more time in threefry than in its dots (scripts/bench/LOG.md).
+
+    Args:
+      x: any shape, floating.
+      rate: in [0, 1).
+      key: a typed PRNG key; None returns x (evaluation).
+    """
+    if key is None or rate == 0:
+        return x
+    seed = jax.random.key_data(key).reshape(-1)
+    position = jnp.zeros(x.shape, jnp.uint32)
+    stride = 1
+    for axis in reversed(range(x.ndim)):
+        step = jnp.uint32(stride % 2**32)
+        position += lax.broadcasted_iota(jnp.uint32, x.shape, axis) * step
+        stride *= x.shape[axis]
+    bits = _hash(_hash(position ^ seed[0]) + seed[-1])
+    keep = bits >= jnp.uint32(round(rate * 2**32))
+    return jnp.where(keep, x * np.asarray(1 / (1 - rate), x.dtype), jnp.zeros((), x.dtype))
+
+
+def _hash(x):
+    x = (x ^ (x >> jnp.uint32(16))) * jnp.uint32(0x7FEB352D)
+    x = (x ^ (x >> jnp.uint32(15))) * jnp.uint32(0x846CA68B)
+    return x ^ (x >> jnp.uint32(16))
+
+
+def attention(q, k, v, segments, *, rate: float = 0.0, key: jax.Array | None = None):
+    """Softmax attention among the tokens of one text (Vaswani et al. 2017, arXiv:1706.03762).
+
+    Args:
+      q, k, v: [batch, length, heads, head_dim].
+      segments: int [batch, length], the number of each token's text in its row; a token sees
+        those of its own number only, padding (0) sees padding.
+      rate, key: dropout of the attention weights.
+
+    Returns:
+      [batch, length, heads, head_dim].
+    """
+    scale = np.asarray(1 / np.sqrt(q.shape[-1]), q.dtype)
+    # [batch, heads, length, head_dim] in memory: dots over the last axes need no further copies.
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * scale, k, v))
+    scores = jnp.einsum("bhld,bhmd->bhlm", q, k)
+    same = segments[:, None, :, None] == segments[:, None, None, :]
+    scores = jnp.where(same, scores, jnp.finfo(scores.dtype).min)
+    weights = dropout(jax.nn.softmax(scores, axis=-1), rate, key)
+    return jnp.swapaxes(jnp.einsum("bhlm,bhmd->bhld", weights, v), 1, 2)

@@ -1,0 +1,254 @@
+"""Numerical precision as a transform of a function, applied from outside the model.
+
+A model is written in plain `jnp` and runs in the dtype of its parameters. `apply(fn, "bf16")`
+traces it and replaces each dot product by a mixed-precision one: operands rounded to bfloat16,
+products accumulated in float32, result in float32; gradients likewise. Parameters stay float32
+(master weights), as do norms, softmax and everything else that is not a dot.
+
+The file also knows, and is the only one that does, which dots are fast on a CPU: XLA sends them to
+YNNPACK, which wants row-major operands. A weight gradient contracts the leading axis of both, falls
+off that path and runs 5x slower, so the smaller operand is transposed first.
+
+Functions that bring their own derivative (`custom_vjp`, `custom_jvp`) are kept as they are: whoever
+writes a derivative by hand has decided on its numerics.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
+from jax.extend import core
+
+from fw.errors import FwError
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What the dots of a function compute in.
+
+    Attributes:
+      name: the name users give (`--precision`).
+      weights: dtype of the operands of dots without batch axes (dense layers); None leaves them.
+      batched: the same for dots with batch axes (attention). Left alone by default: on a CPU some
+        batched bfloat16 dots do not run at all, and TPUs and GPUs already multiply float32
+        operands of these in one reduced-precision pass.
+      precision: `jax.lax.Precision` of dots that keep their dtype.
+    """
+
+    name: str
+    weights: str | None = None
+    batched: str | None = None
+    precision: lax.Precision | None = None
+
+
+POLICIES = {
+    # HIGHEST: an f32 dot is f32 on every backend. TPUs and GPUs default to less (jax#7010).
+    "f32": Policy("f32", precision=lax.Precision.HIGHEST),
+    "bf16": Policy("bf16", weights="bfloat16"),
+}
+
+
+def policy(name: str | Policy) -> Policy:
+    """Returns the policy of that name, or the policy itself.
+
+    >>> policy("bf16").weights
+    'bfloat16'
+    """
+    if isinstance(name, Policy):
+        return name
+    if name not in POLICIES:
+        raise FwError(f"precision {name!r} is unknown; choose one of {', '.join(POLICIES)}")
+    return POLICIES[name]
+
+
+def apply[**P, R](fn: Callable[P, R], precision: str | Policy) -> Callable[P, R]:
+    """Returns `fn` with every dot product computed under a precision policy.
+
+    Args:
+      fn: any function of pytrees of arrays that JAX can trace. May hold `jit`, `scan`, `cond`,
+        `while_loop` and `checkpoint`; may be differentiated and jitted afterwards.
+      precision: "f32", "bf16", or a `Policy`.
+
+    Returns:
+      A function with the signature, shapes and dtypes of `fn`.
+
+    >>> dense = lambda x, w: x @ w
+    >>> x, w = jnp.full((2, 3), 1 / 3), jnp.ones((3, 4))
+    >>> float(apply(dense, "bf16")(x, w)[0, 0])  # 1/3 has 8 significant bits now
+    1.001953125
+    >>> apply(dense, "bf16")(x, w).dtype
+    dtype('float32')
+    """
+    chosen = policy(precision)
+
+    @functools.wraps(fn)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        leaves, tree = jax.tree.flatten((args, kwargs))
+        is_array = [isinstance(x, jax.Array | jax.ShapeDtypeStruct) for x in leaves]
+        arrays = [x for x, a in zip(leaves, is_array, strict=True) if a]
+
+        def of_arrays(*arrays):
+            it = iter(arrays)
+            a, k = jax.tree.unflatten(
+                tree, [next(it) if a else x for x, a in zip(leaves, is_array, strict=True)]
+            )
+            return fn(*a, **k)
+
+        closed, out = jax.make_jaxpr(of_arrays, return_shape=True)(*arrays)
+        return jax.tree.unflatten(jax.tree.structure(out), _evaluate(closed, chosen, arrays))
+
+    return wrapped
+
+
+def _evaluate(closed: core.ClosedJaxpr, chosen: Policy, args) -> list:
+    """Runs a jaxpr equation by equation, with the dots replaced."""
+    env = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
+    env.update(zip(closed.jaxpr.invars, args, strict=True))
+
+    def read(atom):
+        return atom.val if isinstance(atom, core.Literal) else env[atom]
+
+    for eqn in closed.jaxpr.eqns:
+        name = eqn.primitive.name
+        if name == "dot_general":
+            out = [_dot(*map(read, eqn.invars), eqn.params, chosen)]
+        elif name in ("jit", "pjit"):
+            out = _evaluate(eqn.params["jaxpr"], chosen, [*map(read, eqn.invars)])
+        else:
+            if name in _CONTROL:
+                eqn = eqn.replace(params={k: _rebuild(v, chosen) for k, v in eqn.params.items()})
+            # As a program of one equation, JAX itself binds it, with its source line.
+            used = list(dict.fromkeys(v for v in eqn.invars if not isinstance(v, core.Literal)))
+            one = core.Jaxpr((), used, eqn.outvars, [eqn], eqn.effects)
+            out = core.jaxpr_as_fun(core.ClosedJaxpr(one, ()))(*map(read, used))
+        env.update(zip(eqn.outvars, out, strict=True))
+    return [read(v) for v in closed.jaxpr.outvars]
+
+
+# The equations that hold programs of their own, and are rebuilt around the transformed program.
+_CONTROL = ("scan", "while", "cond", "checkpoint", "remat2", "shard_map")
+
+
+def _rebuild(value, chosen: Policy):
+    """The same parameter of an equation, with the jaxprs in it transformed."""
+    if isinstance(value, tuple | list) and any(
+        isinstance(v, core.ClosedJaxpr | core.Jaxpr) for v in value
+    ):
+        return type(value)(_rebuild(v, chosen) for v in value)
+    if isinstance(value, core.ClosedJaxpr):
+        return jax.make_jaxpr(lambda *a: _evaluate(value, chosen, a))(*value.in_avals)
+    if isinstance(value, core.Jaxpr):
+        closed = core.ClosedJaxpr(value, ())
+        return _rebuild(closed, chosen).jaxpr
+    return value
+
+
+def _dot(lhs, rhs, params, chosen: Policy):
+    (lc, rc), (lb, rb) = params["dimension_numbers"]
+    target = chosen.batched if lb else chosen.weights
+    floating = all(jnp.issubdtype(x.dtype, jnp.floating) for x in (lhs, rhs))
+    if floating and not lb and target and len(lc) == 1:
+        out = (*_rest(lhs.shape, lc), *_rest(rhs.shape, rc))
+        x = jnp.moveaxis(lhs, lc[0], -1).reshape(-1, lhs.shape[lc[0]])
+        w = jnp.moveaxis(rhs, rc[0], 0).reshape(rhs.shape[rc[0]], -1)
+        return _matmul(x, w, target).reshape(out).astype(_result(lhs, rhs, params))
+    regular = lb == rb == tuple(range(len(lb))) and lb and len(lc) == 1 == lhs.ndim - len(lb) - 1
+    if floating and regular and rhs.ndim == lhs.ndim and lc[0] == lhs.ndim - 1:
+        dtype = _result(lhs, rhs, params)
+        across = rc[0] == rhs.ndim - 1
+        return _batched(lhs, rhs, across, target or str(dtype), chosen.precision).astype(dtype)
+    if floating and target:
+        lhs, rhs = lhs.astype(target), rhs.astype(target)
+    params = {**params, "preferred_element_type": _result(lhs, rhs, params)}
+    if floating and chosen.precision is not None:
+        params["precision"] = (chosen.precision, chosen.precision)
+    return lax.dot_general_p.bind(lhs, rhs, **params)
+
+
+def _rest(shape, axes):
+    return tuple(n for i, n in enumerate(shape) if i not in axes)
+
+
+def _result(lhs, rhs, params):
+    return params["preferred_element_type"] or jnp.result_type(lhs.dtype, rhs.dtype)
+
+
+def _accumulate(a, b, contract, batch=((), ()), precision=None):
+    wide = jnp.promote_types(a.dtype, jnp.float32)
+    return lax.dot_general(
+        a, b, (contract, batch), precision=precision, preferred_element_type=wide
+    )
+
+
+def _row_major(x):
+    """On a CPU, pins x's last axis as the fastest in memory; a no-op elsewhere.
+
+    A transpose before it becomes a copy. `optimization_barrier` would not do: the compiler turns
+    the transpose into a layout.
+    """
+    order = Layout(major_to_minor=tuple(range(x.ndim)))
+    return lax.platform_dependent(
+        x, cpu=lambda a: with_layout_constraint(a, order), default=lambda a: a
+    )
+
+
+def _contract_leading(a, b, precision=None):
+    """aᵀ b for a [..., K, M], b [..., K, N] → [..., M, N], the smaller operand transposed."""
+    if math.prod(a.shape) > math.prod(b.shape):
+        # Pinned before and after: folded into the dot, this transpose would take it off the fast
+        # path again, where it fails at run time (DotThunk: BF16 x BF16 = F32 UNIMPLEMENTED).
+        return _row_major(jnp.swapaxes(_row_major(_contract_leading(b, a, precision)), -1, -2))
+    n = a.ndim - 2
+    batch = (tuple(range(n)),) * 2
+    return _accumulate(_row_major(jnp.swapaxes(a, -1, -2)), b, ((n + 1,), (n,)), batch, precision)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _matmul(x, w, dtype):
+    """x [M, K] · w [K, N] → float32 [M, N] from operands rounded to `dtype`."""
+    return _accumulate(x.astype(dtype), w.astype(dtype), ((1,), (0,)))
+
+
+def _matmul_fwd(x, w, dtype):
+    like = (jnp.zeros((), x.dtype), jnp.zeros((), w.dtype))
+    x, w = x.astype(dtype), w.astype(dtype)
+    return _accumulate(x, w, ((1,), (0,))), (x, w, like)
+
+
+def _matmul_bwd(dtype, saved, g):
+    x, w, like = saved
+    g = g.astype(dtype)
+    dx = _accumulate(g, w, ((1,), (1,)))
+    return dx.astype(like[0].dtype), _contract_leading(x, g).astype(like[1].dtype)
+
+
+_matmul.defvjp(_matmul_fwd, _matmul_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _batched(a, b, across, dtype, precision):
+    """Batched a [..., M, K] · b, which is [..., N, K] if `across`, else [..., K, N]."""
+    n = a.ndim - 2
+    contract = ((n + 1,), (n + 1,)) if across else ((n + 1,), (n,))
+    batch = (tuple(range(n)),) * 2
+    return _accumulate(a.astype(dtype), b.astype(dtype), contract, batch, precision)
+
+
+def _batched_fwd(a, b, across, dtype, precision):
+    return _batched(a, b, across, dtype, precision), (a, b)
+
+
+def _batched_bwd(across, dtype, precision, saved, g):
+    a, b = saved
+    g, x, y = (v.astype(dtype) for v in (g, a, b))
+    da = _batched(g, y, not across, dtype, precision)
+    db = _contract_leading(g, x, precision) if across else _contract_leading(x, g, precision)
+    return da.astype(a.dtype), db.astype(b.dtype)
+
+
+_batched.defvjp(_batched_fwd, _batched_bwd)

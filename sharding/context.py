@@ -1,0 +1,67 @@
+"""How a model says where its activations go without mentioning a mesh.
+
+A model calls `constrain(x, "batch", "length", "embed")`. Inside a `scope`, that becomes a sharding
+constraint by the scope's mesh and rules (see `layout`); outside, it does nothing, so the same
+function runs on one device, is exported, or is used by people who never heard of a mesh.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import jax
+from jax.sharding import Mesh
+
+from sharding.layout import check_rank, fit
+from sharding.rules import Rules
+
+# A ContextVar would not do: jax.jit would not see it, and would reuse a trace made in another
+# scope, or in none. This is JAX's own context variable, part of the key of its caches.
+_scope = jax.make_user_context(None)
+
+
+@contextmanager
+def scope(mesh: Mesh, rules: Rules) -> Iterator[None]:
+    """Within it, `constrain` shards by this mesh and these rules.
+
+    It must surround the call that traces: `with scope(mesh, rules): step(state, batch)`. A jitted
+    function is traced again when it is called in another scope. Threads have scopes of their own.
+
+    Args:
+        mesh: where activations go.
+        rules: where their axes' names go.
+
+    Yields:
+        Nothing.
+
+    >>> from sharding import make_mesh, rules
+    >>> with scope(make_mesh("data=1"), rules("data")):
+    ...     y = constrain(jax.numpy.ones((2, 3)), "batch", "embed")
+    >>> tuple(y.sharding.spec)
+    ('data', None)
+    """
+    with _scope((mesh, rules)):
+        yield
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """Shard `x` by the names of its axes inside a `scope`; give it back as it is outside.
+
+    Args:
+        x: any array; in a `jax.vmap`, the axes that the function sees.
+        *names: one name an axis, None for an axis that is never cut.
+
+    Returns:
+        `x`, with the same values.
+
+    Raises:
+        ShardingError: as `fit` does, inside a scope; a wrong number of names raises everywhere.
+
+    >>> constrain(jax.numpy.ones((2, 3)), "batch", "embed").shape
+    (2, 3)
+    """
+    check_rank(names, x.shape, "constrain")
+    if _scope.value is None:
+        return x
+    mesh, rules = _scope.value
+    where = fit(names, x.shape, mesh, rules, activation=True, path="constrain")
+    return jax.lax.with_sharding_constraint(x, where)

@@ -1,0 +1,538 @@
+"""compress: int8 trees against exact numpy references, under every JAX transformation, sharded."""
+
+import doctest
+import functools
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import compress
+
+README = Path(__file__).parents[1] / "compress" / "README.md"
+FAST = settings(max_examples=25, deadline=None, derandomize=True)
+LIMIT = np.float32(127)
+
+
+def quantize_np(x, axis):
+    """The definition, in numpy float32: values and scales (axis kept)."""
+    absmax = np.abs(x.astype(np.float32)).max(axis, keepdims=True)
+    q = np.rint(x * (LIMIT / np.where(absmax == 0, 1, absmax))).astype(np.int64)
+    return q, absmax * (np.float32(1) / LIMIT)
+
+
+def dense_np(x, w):
+    """x [M, K] @ w [K, N]: the int8 product with exact integers, and the bound on its error.
+
+    |Σ_k x w − y| ≤ sx sw Σ_k (|qx| + |qw| + 1/2) / 2, for each rounding is off by half at most.
+    """
+    (qx, sx), (qw, sw) = quantize_np(x, 1), quantize_np(w, 0)
+    y = (qx @ qw).astype(np.float32) * sx * sw
+    bound = sx * sw * (np.abs(qx).sum(1, keepdims=True) + np.abs(qw).sum(0) + len(w) / 2) / 2
+    return y, bound * 1.0001 + 1e-6
+
+
+def normal(seed, *shape, dtype=np.float32):
+    return np.random.default_rng(seed).normal(size=shape).astype(dtype)
+
+
+def kernel(w):
+    role = "kernel" if w.ndim == 2 else "stack"
+    return compress.quantize({"kernel": w}, select={"kernel": role})[0]["kernel"]
+
+
+def table(w):
+    return compress.quantize({"table": w}, select={"table": "table"})[0]["table"]
+
+
+def tree_equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        # By way of float64, in which alone bfloat16's NaNs count as equal.
+        np.testing.assert_array_equal(*(np.asarray(v).astype(np.float64) for v in (x, y)))
+
+
+# --- one array ---------------------------------------------------------------------------------
+
+
+@FAST
+@given(st.integers(1, 40), st.integers(1, 40), st.sampled_from(["kernel", "table"]), st.data())
+def test_values_and_scales_are_the_definition(rows, columns, role, data):
+    w = normal(data.draw(st.integers(0, 99)), rows, columns)
+    w[:, data.draw(st.integers(0, columns - 1))] = 0  # a dead channel stays exactly zero
+    small, (record,) = compress.quantize({"w": w}, select={"w": role})
+    axis = {"kernel": 0, "table": 1}[role]
+    q, scale = quantize_np(w, axis)
+    np.testing.assert_array_equal(small["w"].values, q)
+    want = np.where(scale.squeeze(axis) == 0, small["w"].scale, scale.squeeze(axis))
+    np.testing.assert_array_equal(small["w"].scale, want)
+    back = np.asarray(compress.dequantize(small)["w"])
+    assert np.all(np.abs(back - w) <= scale * 0.5001)
+    norm = np.linalg.norm(w)
+    assert record.error == pytest.approx(np.linalg.norm(back - w) / (norm or 1), rel=1e-4, abs=1e-7)
+
+
+@FAST
+@given(st.lists(st.integers(1, 5), max_size=2), st.integers(1, 150), st.integers(1, 20))
+def test_dense_equals_the_integer_reference(lead, n_in, n_out):
+    x, w = normal(n_in, *lead, n_in), normal(n_out, n_in, n_out)
+    y = jax.jit(compress.apply(jnp.matmul))(x, kernel(w))
+    want, bound = dense_np(x.reshape(-1, n_in), w)
+    np.testing.assert_array_equal(np.asarray(y).reshape(-1, n_out), want)
+    assert np.all(np.abs(want - x.reshape(-1, n_in) @ w) <= bound)
+
+
+@pytest.mark.parametrize("bad", [0.0, np.inf, np.nan])
+def test_a_row_of_zeros_is_zero_and_a_broken_row_stays_broken_alone(bad):
+    x, w = normal(0, 3, 8), normal(1, 8, 4)
+    x[1] = bad
+    y = np.asarray(jax.jit(compress.apply(jnp.matmul))(x, kernel(w)))
+    np.testing.assert_array_equal(y[[0, 2]], dense_np(x[[0, 2]], w)[0])
+    assert np.all(y[1] == 0) if bad == 0 else not np.any(np.isfinite(y[1]))
+
+
+# --- any function, any transformation ----------------------------------------------------------
+
+X, W, V = normal(0, 6, 32), normal(1, 32, 16), normal(2, 16, 32)
+LAYERS = normal(3, 5, 32, 32) / 6
+
+PRODUCTS = {  # function of (x, w), the shape of x, w
+    "leading axes": (lambda x, w: x @ w, (2, 3, 32), kernel(W)),
+    "one row": (lambda x, w: x @ w, (1, 32), kernel(W)),
+    "vector": (lambda x, w: x @ w, (32,), kernel(W)),
+    "transposed": (lambda x, w: x @ w.T, (6, 32), kernel(V)),
+    "tied table": (lambda x, w: x @ w.T, (6, 32), table(V)),
+    "table as kernel": (lambda x, w: x @ w, (6, 16), table(V)),
+    "weight first": (lambda x, w: jnp.einsum("io,bi->ob", w, x), (6, 32), kernel(W)),
+    "first axis": (lambda x, w: jnp.einsum("kbt,ko->bto", x, w), (32, 2, 3), kernel(W)),
+    "heads": (
+        lambda x, w: jnp.einsum("bld,dhk->blhk", x, w.reshape(32, 4, 4)),
+        (2, 3, 32),
+        kernel(W),
+    ),
+    "experts": (lambda x, w: jnp.einsum("ebi,eio->ebo", x, w), (5, 6, 32), kernel(LAYERS)),
+    "experts, folded": (lambda x, w: jnp.einsum("beo,eio->bei", x, w), (6, 5, 32), kernel(LAYERS)),
+    "vmap inside": (jax.vmap(lambda x, w: x @ w), (5, 6, 32), kernel(LAYERS)),
+    "vmap, one row": (jax.vmap(lambda x, w: x @ w), (5, 32), kernel(LAYERS)),
+    "static index": (lambda x, w: x @ w[2], (6, 32), kernel(LAYERS)),
+    "sliced": (lambda x, w: x @ w[:, 3:7], (6, 32), kernel(W)),
+    "bfloat16": (
+        lambda x, w: (x.astype(jnp.bfloat16) @ w.astype(jnp.bfloat16)).astype(jnp.float32),
+        (6, 32),
+        kernel(W),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products_approximate_the_float_product(name):
+    fn, shape, w = PRODUCTS[name]
+    x = normal(7, *shape)
+    y = jax.jit(compress.apply(fn))(x, w)
+    want = fn(jnp.asarray(x), compress.dequantize(w))
+    assert y.shape == want.shape
+    assert y.dtype == want.dtype
+    # One rounding per activation: uniform noise of s/√12 per term, s ≈ 3σ/127, six sigmas of it.
+    depth = 6 * 3 / 127 / 12**0.5 * np.linalg.norm(compress.dequantize(w)) / w.shape[-1] ** 0.5
+    rounding = 2**-7 * jnp.abs(want).max() if name == "bfloat16" else 0
+    assert jnp.abs(y - want).max() <= depth + rounding
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_gradients_flow_through_the_dequantised_weight(name):
+    fn, shape, w = PRODUCTS[name]
+    x, out = (
+        jnp.asarray(normal(7, *shape)),
+        jax.eval_shape(compress.apply(fn), normal(7, *shape), w),
+    )
+    cotangent = jnp.asarray(normal(8, *out.shape))
+    got = jax.jit(jax.grad(lambda x: jnp.vdot(compress.apply(fn)(x, w), cotangent)))(x)
+    want = jax.grad(lambda x: jnp.vdot(fn(x, compress.dequantize(w)), cotangent))(x)
+    np.testing.assert_allclose(
+        got,
+        want,
+        rtol=2e-2 if name == "bfloat16" else 1e-4,
+        atol=1e-1 if name == "bfloat16" else 1e-4,
+    )
+
+
+@jax.custom_vjp
+def double(x):
+    return x * 2
+
+
+double.defvjp(lambda x: (x * 2, None), lambda _, g: (g * 3,))  # 3 shows whose derivative ran
+
+
+@jax.custom_vjp
+def custom_dense(x, w):
+    return x @ w
+
+
+custom_dense.defvjp(lambda x, w: (x @ w, (x, w)), lambda r, g: (g @ r[1].T, r[0].T @ g))
+
+
+def step(x, w):
+    return jax.nn.softmax(jax.nn.gelu(x @ w)) + jax.nn.relu(x)
+
+
+def layers_scan(x, ws):
+    return jax.lax.scan(lambda x, w: (step(x, w), x.sum()), x, ws)[0]
+
+
+BODIES = {  # all the same function of x and stacked kernels
+    "loop": lambda x, ws: functools.reduce(step, [ws[i] for i in range(5)], x),
+    "scan": layers_scan,
+    "checkpointed scan": lambda x, ws: jax.lax.scan(
+        lambda x, w: (jax.checkpoint(step)(x, w), None), x, ws
+    )[0],
+    "checkpoint": jax.checkpoint(layers_scan),
+    "nested jit": jax.jit(layers_scan),
+    "vmap": jax.vmap(layers_scan, in_axes=(0, None)),
+    "fori_loop": lambda x, ws: jax.lax.fori_loop(
+        0, 5, lambda i, x: step(x, jax.lax.dynamic_index_in_dim(ws, i, keepdims=False)), x
+    ),
+    "cond": lambda x, ws: jax.lax.cond(
+        ws.shape[0] == 5, layers_scan, lambda x, ws: x + ws.shape[0], x, ws
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "outer", [lambda f: f, jax.jit, jax.checkpoint], ids=["eager", "jit", "ck"]
+)
+@pytest.mark.parametrize("name", BODIES)
+def test_structures_agree(name, outer):
+    x, ws = jnp.asarray(X), kernel(LAYERS)
+    want = jax.jit(compress.apply(BODIES["loop"]))(x, ws)
+    got = outer(compress.apply(BODIES[name]))(x, ws)
+    # A last bit of float32 can turn one activation's rounding: a step of s/127 of one term.
+    np.testing.assert_allclose(got, want, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", [n for n in BODIES if n != "fori_loop"])  # JAX: no reverse mode
+def test_gradients_agree_across_structures_inside_and_outside(name):
+    x, ws, fn = jnp.asarray(X), kernel(LAYERS), BODIES[name]
+    want = jax.jit(jax.grad(lambda x: compress.apply(BODIES["loop"])(x, ws).var()))(x)
+    outside = jax.jit(jax.grad(lambda x: compress.apply(fn)(x, ws).var()))(x)
+    inside = jax.jit(compress.apply(jax.grad(lambda x, ws: fn(x, ws).var())))(x, ws)
+    assert jnp.abs(want).max() > 1e-3
+    np.testing.assert_allclose(outside, want, atol=1e-4)
+    np.testing.assert_allclose(inside, want, atol=0.02 * jnp.abs(want).max())
+
+
+def test_custom_vjp_keeps_its_derivative_on_plain_operands():
+    x, w = jnp.asarray(X), kernel(W)
+    loss = lambda x, w: (double(x) @ w).sum()  # noqa: E731
+    want = 3 * compress.dequantize(w).sum(1) * jnp.ones_like(x)
+    outside, inside = jax.grad(compress.apply(loss)), compress.apply(jax.grad(loss))
+    np.testing.assert_allclose(jax.jit(outside)(x, w), want, rtol=1e-4, atol=1e-4)
+    # Inside, the backward pass is a product with a compressed weight like any other.
+    np.testing.assert_allclose(jax.jit(inside)(x, w), want, atol=0.02 * jnp.abs(want).max())
+
+
+def test_custom_vjp_is_interpreted_on_compressed_operands():
+    x, w = jnp.asarray(X), kernel(W)
+    tree_equal(compress.apply(custom_dense)(x, w), compress.apply(jnp.matmul)(x, w))
+    grad = jax.grad(lambda x: compress.apply(custom_dense)(x, w).sum())(x)
+    want = compress.dequantize(w).sum(1) * jnp.ones_like(x)
+    np.testing.assert_allclose(grad, want, rtol=1e-4, atol=1e-4)
+
+
+def test_vmap_around_and_forward_mode():
+    x, ws = jnp.asarray(normal(4, 5, 6, 32)), kernel(LAYERS)
+    got = jax.jit(jax.vmap(compress.apply(jnp.matmul)))(x, ws)
+    want = jnp.stack([compress.apply(jnp.matmul)(x[i], kernel(LAYERS[i])) for i in range(5)])
+    np.testing.assert_array_equal(got, want)
+    w = kernel(W)
+    _, tangent = jax.jvp(lambda x: compress.apply(jnp.matmul)(x, w), (x[0],), (x[1],))
+    np.testing.assert_allclose(tangent, x[1] @ compress.dequantize(w), rtol=1e-4, atol=1e-4)
+
+
+LOOKUPS = {
+    "take": lambda w, i: jnp.take(w, i, axis=0),
+    "take, filled": lambda w, i: jnp.take(w, i + 15, axis=0, mode="fill", fill_value=7.0),
+    "take, out of bounds": lambda w, i: jnp.take(w, i + 15, axis=0),
+    "index": lambda w, i: w[i],
+    "vmap": lambda w, i: jax.vmap(jax.vmap(lambda j: w[j]))(i),
+}
+
+
+@pytest.mark.parametrize("name", LOOKUPS)
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_lookups_equal_the_dequantised_rows(name, dtype):
+    ids = jnp.array([[0, 3, 3], [15, 1, 2]])
+    w = table(V.astype(dtype))
+    got = jax.jit(compress.apply(LOOKUPS[name]))(w, ids)
+    want = LOOKUPS[name](compress.dequantize(w), ids)
+    tree_equal(got, want)
+
+
+REFUSED = {
+    "add": (lambda w: w + 1.0, "'add'"),
+    "sum": (jnp.sum, "'reduce_sum'"),
+    "elementwise": (jnp.sin, "'sin'"),
+    "in scan": (lambda w: jax.lax.scan(lambda c, r: (c + r, None), jnp.zeros(16), w), "'add'"),
+    "to integers": (lambda w: w.astype(jnp.int32), "floating dtype"),
+    "merging the shared axis": (lambda w: w.reshape(-1), "merges or splits"),
+    "rows of a kernel": (lambda w: jnp.take(w, jnp.arange(2), axis=0), "'table'"),
+    "contracting everything": (lambda w: jnp.tensordot(jnp.ones((32, 16)), w, 2), "exactly one"),
+    "integer activations": (lambda w: jax.lax.dot(jnp.ones((2, 32), jnp.int8), w), "floating"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_has_no_rule_is_refused_by_name(name):
+    fn, message = REFUSED[name]
+    with pytest.raises(NotImplementedError, match=message) as error:
+        jax.jit(compress.apply(fn))(kernel(W))
+    assert "Int8(" in str(error.value)
+
+
+def test_a_compressed_leaf_passes_through_untouched():
+    w = kernel(W)
+    y, same = jax.jit(compress.apply(lambda x, w: (x @ w, {"w": w})))(X, w)
+    assert y.shape == (6, 16)
+    tree_equal(same, {"w": w})
+
+
+# --- what the compiler makes of it -------------------------------------------------------------
+
+
+def hlo(fn, *args):
+    return jax.jit(fn).lower(*args).compile().as_text()
+
+
+@pytest.mark.parametrize("shape", [(6, 32), (4, 5, 32), (1, 32)])
+def test_the_product_compiles_to_an_int8_dot(shape):
+    text = hlo(
+        compress.apply(lambda x, w, b: jax.nn.relu(x @ w + b)),
+        normal(0, *shape),
+        kernel(W),
+        normal(1, 16),
+    )
+    (line,) = re.findall(r"^.* dot\(.*$", text, re.M)
+    rows = max(2, int(np.prod(shape[:-1])))
+    assert f"s32[{rows},16]" in line
+    operands = re.search(r" dot\(%(\S+), %(\S+)\)", line).groups()
+    for name, size in zip(operands, (f"{rows},32", "32,16"), strict=True):
+        assert re.search(rf"%{re.escape(name)} = s8\[{size}\]", text), text
+    assert "f32[32,16]" not in text  # the weight never becomes floats
+
+
+def test_one_input_is_quantised_once_for_three_projections():
+    ws = [kernel(normal(i, 32, 16)) for i in range(3)]
+    text = hlo(compress.apply(lambda x, ws: [x @ w for w in ws]), X, ws)
+    assert text.count("round-nearest-even(") == 1
+
+
+# --- trees -------------------------------------------------------------------------------------
+
+
+def parameters(seed=0):
+    return {
+        "table": {"embedding": normal(seed, 40, 32)},
+        "layers": [
+            {"kernel": normal(seed + i, 32, 16, dtype=d), "bias": normal(seed + i, 16)}
+            for i, d in enumerate((np.float32, jnp.bfloat16))
+        ],
+        "conv": {"kernel": normal(seed, 3, 3, 8, 8)},
+        "step": np.int32(7),
+    }
+
+
+SELECT = {"layers/0/*": "kernel", "**/kernel": "kernel", "**/embedding": "table"}
+
+
+def test_the_report_covers_every_leaf_and_the_floats_are_gone():
+    params = parameters()
+    small, report = compress.quantize(params, select=SELECT)
+    applied = {r.path: r.applied for r in report}
+    assert applied == {
+        "conv/kernel": "kept: a 'kernel' has 2 axes, not 4",
+        "layers/0/bias": "kept: a 'kernel' has 2 axes, not 1",
+        "layers/0/kernel": "int8 kernel",
+        "layers/1/bias": "kept: no rule",
+        "layers/1/kernel": "int8 kernel",
+        "step": "kept: no rule",
+        "table/embedding": "int8 table",
+    }
+    nbytes = lambda tree: sum(np.asarray(x).nbytes for x in jax.tree.leaves(tree))  # noqa: E731
+    assert sum(r.bytes_before for r in report) == nbytes(params)
+    assert sum(r.bytes_after for r in report) == nbytes(small)
+    for r in report:
+        assert 1e-3 < r.error < 1e-2 if r.applied.startswith("int8") else r.error == 0
+    assert small["layers"][1]["kernel"].dtype == jnp.bfloat16
+    shapes = lambda t: jax.tree.map(lambda x: (x.shape, x.dtype), t)  # noqa: E731
+    assert shapes(compress.dequantize(small)) == shapes(params)
+
+
+def test_quantize_traces():
+    params = parameters()
+    want, report = compress.quantize(params, select=SELECT)
+    run = functools.partial(compress.quantize, select=SELECT)
+    got, records = jax.jit(run)(params)
+    tree_equal(got, jax.tree.map(jnp.asarray, want))
+    for a, b in zip(records, report, strict=True):
+        assert (a.path, a.applied, a.bytes_after) == (b.path, b.applied, b.bytes_after)
+        assert float(a.error) == pytest.approx(b.error, rel=1e-4)
+    abstract, _ = jax.eval_shape(run, params)
+    assert jax.tree.structure(abstract) == jax.tree.structure(want)
+    again = {"**/embedding": "table", "layers/0/kernel": "keep"}
+    twice, second = compress.quantize(
+        compress.quantize(params)[0], select=again
+    )  # transforms chain: the first one's leaves are left alone
+    assert twice["layers"][0]["kernel"].axis == -2
+    assert [r.applied for r in second if r.path == "table/embedding"] == ["int8 table"]
+
+
+@pytest.mark.parametrize(
+    ("select", "message"),
+    [
+        ({"**/kernal": "kernel"}, r"'\*\*/kernal' matches no path; nearest are .*kernel"),
+        ({"**/kernel": "kernel", "layers/0/kernel": "keep"}, "an earlier rule takes"),
+        ({"conv/*": "kernel"}, "matches 1 leaves, but none can be a 'kernel': .* not 4"),
+        ({"step": "table"}, "int32 is not floating"),
+        ({"**/kernel": "colum"}, "unknown role 'colum'; expected one of 'kernel', 'stack'"),
+    ],
+)
+def test_a_rule_that_selects_nothing_is_an_error(select, message):
+    with pytest.raises(ValueError, match=message):
+        compress.quantize(parameters(), select=select)
+
+
+def test_a_broken_leaf_is_named():
+    params = parameters()
+    params["layers"][0]["kernel"][3, 4] = np.nan
+    with pytest.raises(ValueError, match="layers/0/kernel: holds NaN"):
+        compress.quantize(params)
+
+
+KEYS = st.text("abk_0", min_size=1, max_size=3)
+
+
+@FAST
+@given(
+    st.lists(st.one_of(KEYS, st.just("*"), st.just("**"), st.just("a?")), max_size=5),
+    st.lists(KEYS, min_size=1, max_size=5),
+)
+def test_globs_match_as_their_regular_expression(pattern, keys):
+    one = {"*": "[^/]+", "a?": "a[^/]"}
+    parts = ["(?:/[^/]+)*" if p == "**" else "/" + one.get(p, p) for p in pattern]
+    want = re.fullmatch("".join(parts), "/" + "/".join(keys)) is not None
+    assert compress.match("/".join(pattern), "/".join(keys)) == (want and bool(pattern))
+
+
+# --- devices -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spec", [P("a", "b"), P("b"), P(None, "a"), P(("a", "b"), None), P()])
+@pytest.mark.parametrize("role", ["kernel", "table"])
+def test_sharding_and_quantising_commute(spec, role):
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    where = {"w": NamedSharding(mesh, spec), "b": NamedSharding(mesh, P("a"))}
+    params = {"w": normal(0, 64, 32), "b": normal(1, 32)}
+    run = functools.partial(compress.quantize, select={"w": role})
+    small, report = run(params)
+    placed = compress.specs(small, where)
+    first = jax.device_put(small, placed)
+    later, sharded_report = run(jax.device_put(params, where))
+    born = jax.jit(lambda p: run(p)[0], out_shardings=placed)(params)
+    for other in (later, born):
+        tree_equal(first, other)
+        for x, y in zip(jax.tree.leaves(first), jax.tree.leaves(other), strict=True):
+            assert x.sharding.is_equivalent_to(y.sharding, x.ndim), (x.sharding, y.sharding)
+    assert sharded_report[1].error == pytest.approx(report[1].error, rel=1e-4)
+
+    x = jax.device_put(normal(2, 16, 64 if role == "kernel" else 32), NamedSharding(mesh, P("a")))
+    fn = jax.jit(compress.apply(lambda x, p: x @ (p["w"] if role == "kernel" else p["w"].T)))
+    np.testing.assert_array_equal(fn(x, later), fn(np.asarray(x), small))
+
+
+def test_specs_of_an_abstract_tree_and_their_errors():
+    small = jax.eval_shape(lambda p: compress.quantize(p)[0], parameters())
+    where = jax.tree.map(lambda _: P("x", "y"), parameters())
+    out = compress.specs(small, where)
+    assert out["layers"][0]["kernel"].values == P("x", "y")
+    assert out["layers"][0]["kernel"].scale == P("y")
+    assert out["table"]["embedding"] == P("x", "y")
+    assert jax.tree.structure(out) == jax.tree.structure(small)
+    where["layers"][0]["kernel"] = "y"
+    with pytest.raises(TypeError, match="layers/0/kernel: expected a PartitionSpec"):
+        compress.specs(small, where)
+
+
+# --- files -------------------------------------------------------------------------------------
+
+
+def test_arrays_survive_a_safetensors_file_exactly(tmp_path):
+    small, _ = compress.quantize(parameters(), select=SELECT)
+    arrays = {k: np.asarray(v) for k, v in compress.to_arrays(small).items()}
+    safetensors.numpy.save_file(arrays, tmp_path / "model.safetensors")
+    read = safetensors.numpy.load_file(tmp_path / "model.safetensors")
+    for like in (small, parameters(), jax.eval_shape(parameters)):
+        tree_equal(compress.from_arrays(read, like=like), small)
+    nested = compress.from_arrays(read)
+    tree_equal(nested["layers"]["1"]["kernel"], small["layers"][1]["kernel"])
+
+
+NAME = "a/kernel:int8:-2:float32"
+INT8, SCALE = np.ones((4, 3), np.int8), np.ones(3, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({NAME: INT8}, "a/kernel:scale' are missing"),
+        ({"a/kernel:scale": SCALE}, "scales without values: a/kernel"),
+        ({NAME: INT8, "a/kernel:scale": np.ones(4, np.float32)}, r"shape \[4\], expected \[3\]"),
+        ({NAME: INT8.astype(np.int32), "a/kernel:scale": SCALE}, "expected int8 values"),
+        ({NAME: INT8, "a/kernel:scale": SCALE.astype(np.float16)}, "float32 scales"),
+        ({"a/kernel:int4:-2:float32": INT8, "a/kernel:scale": SCALE}, "expected '<path>'"),
+        ({"a/kernel:int8:0:float32": INT8, "a/kernel:scale": SCALE}, "<-1 or -2>"),
+        ({"a/kernel:int8:-2:object": INT8, "a/kernel:scale": SCALE}, "with a dtype of"),
+        ({NAME: INT8, "a/kernel:scale": SCALE, "a/kernel": INT8}, "given twice"),
+        ({"a": SCALE, "a/b": SCALE}, "at once"),
+        ({"a/b": SCALE, "a": SCALE}, "at once"),
+    ],
+)
+def test_malformed_arrays_are_refused(arrays, message):
+    with pytest.raises(ValueError, match=message):
+        compress.from_arrays(arrays)
+
+
+@pytest.mark.parametrize(
+    ("like", "message"),
+    [
+        ({"a": SCALE, "c": SCALE}, r"missing \['c'\], unknown \['b'\]"),
+        ({"a": SCALE, "b": INT8}, r"b: expected int8\[4, 3\], got float32\[3\]"),
+    ],
+)
+def test_arrays_that_do_not_fill_the_tree_are_refused(like, message):
+    with pytest.raises(ValueError, match=message):
+        compress.from_arrays({"a": SCALE, "b": SCALE}, like=like)
+
+
+@pytest.mark.parametrize("key", ["a:b", "a/b"])
+def test_names_that_could_not_be_read_back_are_refused(key):
+    with pytest.raises(ValueError, match="rename it"):
+        compress.to_arrays({key: SCALE})
+
+
+# --- the guide ---------------------------------------------------------------------------------
+
+
+def test_the_guide_runs():
+    flags = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+    result = doctest.testfile(str(README), module_relative=False, optionflags=flags)
+    assert result.attempted > 15
+    assert result.failed == 0
