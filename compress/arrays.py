@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 import quax
 from jax import lax
-from jax.core import ShapedArray
 from jax.extend.core import jaxpr_as_fun
 
 LIMIT = 127
@@ -52,8 +51,8 @@ class Int8(quax.ArrayValue):
     as_dtype: np.dtype = field(metadata={"static": True})
 
     def aval(self) -> Any:
-        """What JAX sees: the shape and dtype of the original array."""
-        return ShapedArray(self.values.shape, self.as_dtype)
+        """What JAX sees: the type of the values, sharding included, with the original dtype."""
+        return jax.typeof(self.values).update(dtype=self.as_dtype)
 
     def materialise(self) -> NoReturn:
         """Refuse: an `Int8` becomes floats only where `compress.dequantize` is written.

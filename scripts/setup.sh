@@ -35,7 +35,10 @@ if not any(importlib.util.find_spec(module) for module in ("ensurepip", "pip")):
 print(sys.executable)
 '
 
-try_python() { "$1" -I -c "$check_python" "$2" "$3" </dev/null; } # CANDIDATE OLDEST NEWER
+try_python() { # CANDIDATE OLDEST NEWER
+    path=$("$1" -I -c "$check_python" "$2" "$3" </dev/null) && [ -x "$path" ] &&
+        printf '%s\n' "$path"
+}
 
 # find_python CHOSEN OLDEST NEWER NAME... prints a Python, OLDEST <= version < NEWER: CHOSEN and no
 # other if it is not empty, else the first that does of the NAMEs on the PATH, pyenv's and uv's.

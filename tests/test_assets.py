@@ -250,6 +250,16 @@ def test_wheel_is_fetched_once_and_recorded(tmp_path: Path, shelf: Path) -> None
     assert fetch("tiny", cache=tmp_path / "cache", known={"tiny": TINY}) == folder
 
 
+@pytest.mark.parametrize("progress", [None, True, False])
+def test_progress_is_for_terminals(
+    tmp_path: Path, shelf: Path, capfd: pytest.CaptureFixture[str], progress: bool | None
+) -> None:
+    (shelf / WHEEL_NAME).write_bytes(WHEEL)
+    fetch("tiny", cache=tmp_path / "cache", known={"tiny": TINY}, progress=progress)
+    drawn = capfd.readouterr().err  # which is no terminal
+    assert ("tiny:   0%" in drawn) == (progress is True)
+
+
 @pytest.mark.parametrize("suffix", [".tar.gz", ".zip"])
 def test_source_archive_is_not_executed(tmp_path: Path, shelf: Path, suffix: str) -> None:
     marker = tmp_path / "executed"

@@ -4,6 +4,7 @@ import doctest
 import functools
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 import compress
 
 README = Path(__file__).parents[1] / "compress" / "README.md"
-FAST = settings(max_examples=25, deadline=None, derandomize=True)
+FAST = settings(max_examples=15, deadline=None, derandomize=True)
 LIMIT = np.float32(127)
 
 
@@ -40,7 +41,7 @@ def dense_np(x, w):
     return y, bound * 1.0001 + 1e-6
 
 
-def normal(seed, *shape, dtype=np.float32):
+def normal(seed, *shape, dtype: Any = np.float32) -> Any:
     return np.random.default_rng(seed).normal(size=shape).astype(dtype)
 
 
@@ -58,7 +59,8 @@ def tree_equal(a, b):
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         assert x.dtype == y.dtype
         # By way of float64, in which alone bfloat16's NaNs count as equal.
-        np.testing.assert_array_equal(*(np.asarray(v).astype(np.float64) for v in (x, y)))
+        got, want = (np.asarray(v).astype(np.float64) for v in (x, y))
+        np.testing.assert_array_equal(got, want)
 
 
 # --- one array ---------------------------------------------------------------------------------
@@ -103,7 +105,7 @@ def test_a_row_of_zeros_is_zero_and_a_broken_row_stays_broken_alone(bad):
 # --- any function, any transformation ----------------------------------------------------------
 
 X, W, V = normal(0, 6, 32), normal(1, 32, 16), normal(2, 16, 32)
-LAYERS = normal(3, 5, 32, 32) / 6
+LAYERS = normal(3, 3, 32, 32) / 6
 
 PRODUCTS = {  # function of (x, w), the shape of x, w
     "leading axes": (lambda x, w: x @ w, (2, 3, 32), kernel(W)),
@@ -119,10 +121,10 @@ PRODUCTS = {  # function of (x, w), the shape of x, w
         (2, 3, 32),
         kernel(W),
     ),
-    "experts": (lambda x, w: jnp.einsum("ebi,eio->ebo", x, w), (5, 6, 32), kernel(LAYERS)),
-    "experts, folded": (lambda x, w: jnp.einsum("beo,eio->bei", x, w), (6, 5, 32), kernel(LAYERS)),
-    "vmap inside": (jax.vmap(lambda x, w: x @ w), (5, 6, 32), kernel(LAYERS)),
-    "vmap, one row": (jax.vmap(lambda x, w: x @ w), (5, 32), kernel(LAYERS)),
+    "experts": (lambda x, w: jnp.einsum("ebi,eio->ebo", x, w), (3, 6, 32), kernel(LAYERS)),
+    "experts, folded": (lambda x, w: jnp.einsum("beo,eio->bei", x, w), (6, 3, 32), kernel(LAYERS)),
+    "vmap inside": (jax.vmap(lambda x, w: x @ w), (3, 6, 32), kernel(LAYERS)),
+    "vmap, one row": (jax.vmap(lambda x, w: x @ w), (3, 32), kernel(LAYERS)),
     "static index": (lambda x, w: x @ w[2], (6, 32), kernel(LAYERS)),
     "sliced": (lambda x, w: x @ w[:, 3:7], (6, 32), kernel(W)),
     "bfloat16": (
@@ -190,7 +192,7 @@ def layers_scan(x, ws):
 
 
 BODIES = {  # all the same function of x and stacked kernels
-    "loop": lambda x, ws: functools.reduce(step, [ws[i] for i in range(5)], x),
+    "loop": lambda x, ws: functools.reduce(step, [ws[i] for i in range(3)], x),
     "scan": layers_scan,
     "checkpointed scan": lambda x, ws: jax.lax.scan(
         lambda x, w: (jax.checkpoint(step)(x, w), None), x, ws
@@ -199,45 +201,51 @@ BODIES = {  # all the same function of x and stacked kernels
     "nested jit": jax.jit(layers_scan),
     "vmap": jax.vmap(layers_scan, in_axes=(0, None)),
     "fori_loop": lambda x, ws: jax.lax.fori_loop(
-        0, 5, lambda i, x: step(x, jax.lax.dynamic_index_in_dim(ws, i, keepdims=False)), x
+        0, 3, lambda i, x: step(x, jax.lax.dynamic_index_in_dim(ws, i, keepdims=False)), x
     ),
     "cond": lambda x, ws: jax.lax.cond(
-        ws.shape[0] == 5, layers_scan, lambda x, ws: x + ws.shape[0], x, ws
+        ws.shape[0] == 3, layers_scan, lambda x, ws: x + ws.shape[0], x, ws
     ),
 }
 
 
+@functools.cache
+def of_the_loop():
+    """Value and gradient (of the variance) of the plain loop, the standard for the others."""
+    ws, fn = kernel(LAYERS), compress.apply(BODIES["loop"])
+    x = jnp.asarray(X)
+    return jax.jit(fn)(x, ws), np.asarray(jax.jit(jax.grad(lambda x: fn(x, ws).var()))(x))
+
+
 @pytest.mark.parametrize(
-    "outer", [lambda f: f, jax.jit, jax.checkpoint], ids=["eager", "jit", "ck"]
+    ("name", "outer"),
+    [*((name, jax.jit) for name in BODIES), ("scan", lambda f: f), ("scan", jax.checkpoint)],
 )
-@pytest.mark.parametrize("name", BODIES)
 def test_structures_agree(name, outer):
-    x, ws = jnp.asarray(X), kernel(LAYERS)
-    want = jax.jit(compress.apply(BODIES["loop"]))(x, ws)
-    got = outer(compress.apply(BODIES[name]))(x, ws)
+    got = outer(compress.apply(BODIES[name]))(jnp.asarray(X), kernel(LAYERS))
     # A last bit of float32 can turn one activation's rounding: a step of s/127 of one term.
-    np.testing.assert_allclose(got, want, atol=2e-3)
+    np.testing.assert_allclose(got, of_the_loop()[0], atol=2e-3)
 
 
-@pytest.mark.parametrize("name", [n for n in BODIES if n != "fori_loop"])  # JAX: no reverse mode
+@pytest.mark.parametrize("name", ["scan", "checkpointed scan", "checkpoint", "vmap", "cond"])
 def test_gradients_agree_across_structures_inside_and_outside(name):
     x, ws, fn = jnp.asarray(X), kernel(LAYERS), BODIES[name]
-    want = jax.jit(jax.grad(lambda x: compress.apply(BODIES["loop"])(x, ws).var()))(x)
+    want = of_the_loop()[1]
     outside = jax.jit(jax.grad(lambda x: compress.apply(fn)(x, ws).var()))(x)
     inside = jax.jit(compress.apply(jax.grad(lambda x, ws: fn(x, ws).var())))(x, ws)
-    assert jnp.abs(want).max() > 1e-3
-    np.testing.assert_allclose(outside, want, atol=1e-4)
-    np.testing.assert_allclose(inside, want, atol=0.02 * jnp.abs(want).max())
+    assert np.abs(want).max() > 1e-3
+    np.testing.assert_allclose(outside, want, atol=0.005 * np.abs(want).max())
+    np.testing.assert_allclose(inside, want, atol=0.02 * np.abs(want).max())
 
 
 def test_custom_vjp_keeps_its_derivative_on_plain_operands():
     x, w = jnp.asarray(X), kernel(W)
     loss = lambda x, w: (double(x) @ w).sum()  # noqa: E731
-    want = 3 * compress.dequantize(w).sum(1) * jnp.ones_like(x)
+    want = np.asarray(3 * compress.dequantize(w).sum(1) * jnp.ones_like(x))
     outside, inside = jax.grad(compress.apply(loss)), compress.apply(jax.grad(loss))
     np.testing.assert_allclose(jax.jit(outside)(x, w), want, rtol=1e-4, atol=1e-4)
     # Inside, the backward pass is a product with a compressed weight like any other.
-    np.testing.assert_allclose(jax.jit(inside)(x, w), want, atol=0.02 * jnp.abs(want).max())
+    np.testing.assert_allclose(jax.jit(inside)(x, w), want, atol=0.02 * np.abs(want).max())
 
 
 def test_custom_vjp_is_interpreted_on_compressed_operands():
@@ -249,9 +257,9 @@ def test_custom_vjp_is_interpreted_on_compressed_operands():
 
 
 def test_vmap_around_and_forward_mode():
-    x, ws = jnp.asarray(normal(4, 5, 6, 32)), kernel(LAYERS)
+    x, ws = jnp.asarray(normal(4, 3, 6, 32)), kernel(LAYERS)
     got = jax.jit(jax.vmap(compress.apply(jnp.matmul)))(x, ws)
-    want = jnp.stack([compress.apply(jnp.matmul)(x[i], kernel(LAYERS[i])) for i in range(5)])
+    want = jnp.stack([compress.apply(jnp.matmul)(x[i], kernel(LAYERS[i])) for i in range(3)])
     np.testing.assert_array_equal(got, want)
     w = kernel(W)
     _, tangent = jax.jvp(lambda x: compress.apply(jnp.matmul)(x, w), (x[0],), (x[1],))
@@ -309,7 +317,7 @@ def test_a_compressed_leaf_passes_through_untouched():
 
 
 def hlo(fn, *args):
-    return jax.jit(fn).lower(*args).compile().as_text()
+    return jax.jit(fn).lower(*args).compile().as_text() or ""
 
 
 @pytest.mark.parametrize("shape", [(6, 32), (4, 5, 32), (1, 32)])
@@ -323,7 +331,7 @@ def test_the_product_compiles_to_an_int8_dot(shape):
     (line,) = re.findall(r"^.* dot\(.*$", text, re.M)
     rows = max(2, int(np.prod(shape[:-1])))
     assert f"s32[{rows},16]" in line
-    operands = re.search(r" dot\(%(\S+), %(\S+)\)", line).groups()
+    operands = re.findall(r"%([\w.]+)", line.partition(" dot(")[2])[:2]
     for name, size in zip(operands, (f"{rows},32", "32,16"), strict=True):
         assert re.search(rf"%{re.escape(name)} = s8\[{size}\]", text), text
     assert "f32[32,16]" not in text  # the weight never becomes floats
@@ -417,7 +425,7 @@ def test_a_broken_leaf_is_named():
         compress.quantize(params)
 
 
-KEYS = st.text("abk_0", min_size=1, max_size=3)
+KEYS: Any = st.text("abk_0", min_size=1, max_size=3)
 
 
 @FAST
@@ -427,7 +435,7 @@ KEYS = st.text("abk_0", min_size=1, max_size=3)
 )
 def test_globs_match_as_their_regular_expression(pattern, keys):
     one = {"*": "[^/]+", "a?": "a[^/]"}
-    parts = ["(?:/[^/]+)*" if p == "**" else "/" + one.get(p, p) for p in pattern]
+    parts = ["(?:/[^/]+)*" if p == "**" else "/" + one.get(p, str(p)) for p in pattern]
     want = re.fullmatch("".join(parts), "/" + "/".join(keys)) is not None
     assert compress.match("/".join(pattern), "/".join(keys)) == (want and bool(pattern))
 
@@ -456,6 +464,19 @@ def test_sharding_and_quantising_commute(spec, role):
     x = jax.device_put(normal(2, 16, 64 if role == "kernel" else 32), NamedSharding(mesh, P("a")))
     fn = jax.jit(compress.apply(lambda x, p: x @ (p["w"] if role == "kernel" else p["w"].T)))
     np.testing.assert_array_equal(fn(x, later), fn(np.asarray(x), small))
+
+
+def test_shard_map_takes_the_specs():
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    x, w = normal(0, 8, 32), kernel(W)
+    fn = jax.shard_map(
+        compress.apply(jnp.matmul),
+        mesh=mesh,
+        in_specs=(P("a"), compress.specs(w, P(None, "b"))),
+        out_specs=P("a", "b"),
+        check_vma=False,
+    )
+    np.testing.assert_array_equal(jax.jit(fn)(x, w), dense_np(x, W)[0])
 
 
 def test_specs_of_an_abstract_tree_and_their_errors():

@@ -44,7 +44,7 @@ from fw.data import (
 from fw.errors import FwError
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
-TOKENS, SEQUENCES = "token-classification", "sequence-classification"
+TOKENS, SEQUENCES = "token_classification", "sequence_classification"
 NAMES = ("O", "B-a", "I-a", "B-b", "I-b")
 
 seeded = settings(derandomize=True, deadline=None, max_examples=60)
@@ -224,7 +224,7 @@ def test_a_folder_is_split_by_its_names(tmp_path):
         "train": "x.csv:2",
         "dev": "my-validation.csv:2",
     }
-    with pytest.raises(FwError, match="expected a file for token-classification"):
+    with pytest.raises(FwError, match="expected a file for token_classification"):
         load_splits(tmp_path, TOKENS)
     write("train2.csv")
     with pytest.raises(FwError, match=r"one train file; found x\.csv and train2\.csv"):
@@ -418,7 +418,8 @@ def random_texts(seed, sizes, per_word):
             words[offsets[:-1]] = -1  # [CLS], which not every tokenizer has
     labels = random.integers(0, 5, total if per_word else len(sizes)).astype(np.int32)
     ids = np.arange(1, total + 1, dtype=np.int32)
-    return Encoded(ids, words, labels, offsets, record, records=int(record[-1]) + 1, pad=0)
+    records = int(record[-1]) + 1
+    return Encoded(ids, words, labels, offsets, record, records, pad=0, per_word=per_word)
 
 
 @seeded
@@ -500,6 +501,16 @@ def test_packing_scales_to_many_texts():
     assert np.bincount(rows, weights=sizes).max() <= 128 and np.bincount(rows).max() <= 16
     fewest = max(sizes.sum() / 128, len(sizes) / 16)
     assert rows.max() + 1 < 1.05 * fewest
+
+
+def test_no_texts_make_no_rows(tokenizer):
+    for encoded, width in (
+        (encode_tagged(tokenizer, [], max_length=8), 16),
+        (encode_labelled(tokenizer, [], max_length=8), 2),
+    ):
+        rows = pack(encoded, 16)
+        assert rows.rows == 0 and rows.arrays["labels"].shape == (0, width)
+        assert unpack_words(rows, np.zeros((0, 16))) == []
 
 
 def test_a_text_longer_than_a_row_is_refused():

@@ -5,8 +5,9 @@ used on data that comes in one. This program stops earlier: pip reads its own co
 find-links, proxies, certificates, netrc, keyring), lists the files of one project, and the one
 whose name is asked for is saved. Nothing is unpacked, built, installed or imported.
 
-It uses parts of pip that are not a public interface, those that pip-tools has relied on for years,
-and in a process of its own, so that pip's global state stays out of the caller's. It speaks to
+It uses parts of pip that are not a public interface, those that pip-tools has relied on for years
+(pip 23.2, 24.2, 25.3 and 26.3 were tried); a pip that differs there ends in an error that says so.
+It is a process of its own, so that pip's global state stays out of the caller's. It speaks to
 `fw.assets.sources` in JSON lines: {"bytes": n} as it goes, then {"done": n} or {"error": text}.
 A caller that dies closes the pipe, and the next line ends this process too.
 

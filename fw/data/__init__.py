@@ -1,7 +1,7 @@
 """Text in, batches out: records → pieces → rows → batch of a step."""
 
 from fw.data.batches import Batches, count_tokens, eval_batches, prefetch
-from fw.data.encode import IGNORE, Encoded, encode_labelled, encode_tagged
+from fw.data.encode import Encoded, encode_labelled, encode_tagged
 from fw.data.pack import Packed, best_fit_decreasing, pack, unpack_texts, unpack_words
 from fw.data.readers import read_conll, read_json_lines, read_table
 from fw.data.records import Labelled, Record, Tagged, iob1_to_bio, label_names
@@ -16,6 +16,7 @@ from fw.data.splits import (
 )
 from fw.data.tokenizer import Tokenizer, load_tokenizer
 from fw.data.vader import read_vader, sentiment
+from fw.labels import IGNORE
 
 __all__ = [
     "IGNORE",

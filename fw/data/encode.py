@@ -15,9 +15,7 @@ import numpy as np
 from fw.data.records import Labelled, Tagged
 from fw.data.tokenizer import Tokenizer
 from fw.errors import FwError
-
-# A label that the loss and the metrics do not count.
-IGNORE = -1
+from fw.labels import IGNORE
 
 # Texts given to the tokenizer's threads at once: bounds the memory of its per-piece objects.
 _CHUNK = 4096
@@ -38,6 +36,7 @@ class Encoded:
         record: [N] int32.
         records: how many records there were.
         pad: the tokenizer's id for padding.
+        per_word: whether words are labelled rather than texts.
         cut: how many pieces were cut off for length.
         cut_texts: from how many records.
     """
@@ -49,13 +48,9 @@ class Encoded:
     record: np.ndarray
     records: int
     pad: int
+    per_word: bool
     cut: int = 0
     cut_texts: int = 0
-
-    @property
-    def per_word(self) -> bool:
-        """Whether words are labelled rather than texts."""
-        return len(self.labels) == len(self.input_ids)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -131,6 +126,7 @@ def encode_tagged(
         record=_int32(record_of),
         records=len(records),
         pad=tokenizer.pad,
+        per_word=True,
         cut=cut,
         cut_texts=cut_texts,
     )
@@ -187,6 +183,7 @@ def encode_labelled(
         record=np.arange(len(records), dtype=np.int32),
         records=len(records),
         pad=tokenizer.pad,
+        per_word=False,
         cut=cut,
         cut_texts=cut_texts,
     )

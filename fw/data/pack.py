@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fw.data.encode import IGNORE, Encoded
+from fw.data.encode import Encoded
 from fw.errors import FwError
+from fw.labels import IGNORE
 
 # Without a cap of the caller's: texts of eight pieces would just fill a row.
 PIECES_PER_TEXT = 8
@@ -128,7 +129,8 @@ def pack(
 
     >>> ids = np.array([2, 7, 3, 2, 8, 3], np.int32)
     >>> texts = Encoded(ids, np.full(6, -1, np.int32), np.array([0, 1], np.int32),
-    ...                 np.array([0, 3, 6]), np.array([0, 1], np.int32), records=2, pad=0)
+    ...                 np.array([0, 3, 6]), np.array([0, 1], np.int32), records=2, pad=0,
+    ...                 per_word=False)
     >>> rows = pack(texts, length=8, max_texts=2)
     >>> rows.arrays["segment_ids"].tolist(), rows.arrays["first"].tolist()
     ([[1, 1, 1, 2, 2, 2, 0, 0]], [[0, 3]])

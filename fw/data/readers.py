@@ -138,7 +138,7 @@ def read_json_lines(
 
     Args:
         path: the file, UTF-8.
-        task: "token-classification" or "sequence-classification".
+        task: "token_classification" or "sequence_classification".
         columns: other names for the two keys.
         scheme: of the tags, as in `read_conll`.
         on_bad_row: gets the message of each line left out; None raises instead.
@@ -153,10 +153,10 @@ def read_json_lines(
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = Path(folder, "train.jsonl")
     ...     _ = path.write_text('{"text": "Hello", "label": 1}\\n')
-    ...     read_json_lines(path, "sequence-classification")[0].label
+    ...     read_json_lines(path, "sequence_classification")[0].label
     '1'
     """
-    tagged = task == "token-classification"
+    tagged = task == "token_classification"
     one, two = columns or (("tokens", "tags") if tagged else ("text", "label"))
     expected = (
         f'{{"{one}": [words], "{two}": [tags]}}, one tag (O, B-type, I-type) for each word'

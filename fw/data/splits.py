@@ -16,7 +16,7 @@ from fw.data.records import Labelled, Record, Tagged
 from fw.data.vader import is_vader, read_vader
 from fw.errors import FwError
 
-TASKS = ("token-classification", "sequence-classification")
+TASKS = ("token_classification", "sequence_classification")
 SPLITS = ("train", "dev", "test")
 
 _WORDS = {
@@ -27,11 +27,11 @@ _WORDS = {
 # Letters may not touch the word, so that "latest" and "device" are no split; digits may ("wnut17").
 _IN_NAME = {split: re.compile(f"(?<![a-z])(?:{words})(?![a-z])") for split, words in _WORDS.items()}
 _SUFFIXES = {
-    "token-classification": (
+    "token_classification": (
         *(".conll", ".txt", ".annotated", ".iob", ".iob2", ".bio", ".tsv"),
         *(".jsonl", ".ndjson"),
     ),
-    "sequence-classification": (".csv", ".tsv", ".jsonl", ".ndjson"),
+    "sequence_classification": (".csv", ".tsv", ".jsonl", ".ndjson"),
 }
 
 
@@ -117,10 +117,10 @@ def read_records(
     Raises:
         FwError: unknown task or suffix, no record at all, or what the reader refuses.
 
-    >>> read_records("notes.pdf", "sequence-classification")
+    >>> read_records("notes.pdf", "sequence_classification")
     Traceback (most recent call last):
     ...
-    fw.errors.FwError: notes.pdf: expected .csv .tsv .jsonl .ndjson for sequence-classification
+    fw.errors.FwError: notes.pdf: expected .csv .tsv .jsonl .ndjson for sequence_classification
     """
     _check_task(task)
     suffix = Path(path).suffix.lower()
@@ -128,7 +128,7 @@ def read_records(
         records = read_json_lines(path, task, columns=columns, scheme=scheme, on_bad_row=on_bad_row)
     elif suffix not in _SUFFIXES[task]:
         raise FwError(f"{path}: expected {' '.join(_SUFFIXES[task])} for {task}")
-    elif task == "token-classification":
+    elif task == "token_classification":
         records = read_conll(path, scheme=scheme, on_bad_row=on_bad_row)
     else:
         records = read_table(path, columns=columns, on_bad_row=on_bad_row)
@@ -168,12 +168,12 @@ def load_splits(
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     for split in ("train", "test"):
     ...         _ = Path(folder, f"{split}.csv").write_text("text,label\\nHello,greeting\\n")
-    ...     list(load_splits(folder, "sequence-classification"))
+    ...     list(load_splits(folder, "sequence_classification"))
     ['train', 'test']
     """
     _check_task(task)
     path = Path(path)
-    if task == "sequence-classification" and is_vader(path):
+    if task == "sequence_classification" and is_vader(path):
         return split_records(read_vader(path, on_bad_row=on_bad_row))
     options = {"columns": columns, "scheme": scheme, "on_bad_row": on_bad_row}
     if path.is_dir():

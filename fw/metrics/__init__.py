@@ -9,7 +9,8 @@
 """
 
 from fw.metrics.accumulate import Mean, mean, mean_value, merge
-from fw.metrics.classification import IGNORE, classification_report, confusion
+from fw.labels import IGNORE
+from fw.metrics.classification import classification_report, confusion
 from fw.metrics.entities import (
     Mode,
     Scheme,

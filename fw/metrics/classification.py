@@ -11,10 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fw.labels import IGNORE
 from fw.metrics.report import Report, summarise
 
-IGNORE = -1
-"""The label of a position that is not counted: special token, continuation piece, padding."""
 
 
 def confusion(

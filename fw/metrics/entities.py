@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fw.errors import FwError
-from fw.metrics.classification import IGNORE
+from fw.labels import IGNORE
 from fw.metrics.report import Report, summarise
 
 type Mode = Literal["default", "strict"]

@@ -32,6 +32,7 @@ GROUP = 50  # batches that are sorted by length together, as in transformers' Le
 def main() -> None:
     args = parse_args()
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
 

@@ -1,0 +1,97 @@
+"""Checkpoints of a run: orbax, asynchronous; the last ones to go on from, the best to deliver.
+
+A checkpoint holds the whole `TrainState`. With a batch a function of (seed, step), nothing else is
+needed to go on bit for bit. Orbax writes beside and renames, so a killed process leaves either the
+checkpoint or nothing; it reads onto any mesh.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
+
+from fw.errors import FwError
+from fw.step import TrainState
+
+
+class Checkpoints:
+    """The checkpoints of one run folder; a context that waits for writes when it ends."""
+
+    def __init__(self, folder: Path, *, metric: str, keep_last: int = 1, keep_best: int = 1):
+        """Opens the folder.
+
+        Args:
+          folder: `RUN/checkpoints`.
+          metric: the evaluation's figure that ranks them, the larger the better.
+          keep_last, keep_best: how many of each stay on disk.
+        """
+        best = keep.BestN(
+            get_metric_fn=lambda figures: figures[metric], reverse=False, n=keep_best
+        )
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=keep.AnyPreservationPolicy([keep.LatestN(keep_last), best]),
+            best_fn=lambda figures: figures[metric],
+            best_mode="max",
+            cleanup_tmp_directories=True,  # what a killed process left half-written
+        )
+        self._folder = folder
+        self._manager = ocp.CheckpointManager(folder.resolve(), options=options)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._manager.close()
+
+    def save(self, state: TrainState, metrics: Mapping[str, float]) -> None:
+        """Starts writing; returns once the arrays are copied from the devices."""
+        self._manager.save(
+            int(state.step),
+            args=ocp.args.StandardSave(state._asdict()),
+            metrics=dict(metrics),
+            force=True,
+        )
+
+    def wait(self) -> None:
+        """Returns when everything is written."""
+        self._manager.wait_until_finished()
+
+    def steps(self) -> list[int]:
+        """The steps that are on disk, in order."""
+        return sorted(self._manager.all_steps())
+
+    @property
+    def latest(self) -> int | None:
+        """The last step on disk."""
+        return self._manager.latest_step()
+
+    @property
+    def best(self) -> int | None:
+        """The step whose figure was the largest."""
+        return self._manager.best_step()
+
+    def restore(self, like: TrainState, step: int | None) -> TrainState:
+        """Reads the checkpoint of a step straight onto the devices.
+
+        Args:
+          like: a state with the shapes, dtypes and shardings wanted; arrays or their abstracts.
+          step: which; None raises.
+
+        Raises:
+          FwError: there is none, or it holds other arrays than the model has.
+        """
+        if step is None:
+            raise FwError(f"{self._folder}: no checkpoint yet; train first")
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like._asdict()
+        )
+        try:
+            tree = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        except (ValueError, KeyError, FileNotFoundError) as error:
+            raise FwError(
+                f"{self._folder}/{step}: not a checkpoint of this model and optimiser: {error}"
+            ) from error
+        return TrainState(**tree)

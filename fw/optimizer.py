@@ -1,0 +1,99 @@
+"""The optimiser of fine-tuning, as one optax chain of data the run's config holds."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from fw.errors import FwError
+
+SCHEDULES = ("linear", "cosine", "constant")
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101) with warm-up, decay and clipping.
+
+    Attributes:
+      learning_rate: the peak.
+      schedule: what follows the warm-up: "linear" or "cosine" down to 0, or "constant".
+      warmup: the fraction of all steps in which the rate rises from 0 to its peak.
+      weight_decay: applied to matrices only: biases and norms are left alone.
+      clip: the largest global norm of the gradient; 0 for no clipping.
+      b1, b2, epsilon: Adam's moments and the term in its denominator.
+    """
+
+    learning_rate: float = 5e-5
+    schedule: str = "linear"
+    warmup: float = 0.1
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    b1: float = 0.9
+    b2: float = 0.999
+    epsilon: float = 1e-8
+
+    def __post_init__(self):
+        """Checks the ranges."""
+        if self.schedule not in SCHEDULES:
+            raise FwError(f"schedule {self.schedule!r} is unknown; choose one of {SCHEDULES}")
+        if not 0 <= self.warmup < 1:
+            raise FwError(f"warmup is {self.warmup}; expected a fraction of all steps in [0, 1)")
+        for name in ("learning_rate", "weight_decay", "clip"):
+            if getattr(self, name) < 0:
+                raise FwError(f"{name} is {getattr(self, name)}; expected 0 or more")
+
+
+def learning_rate(config: AdamW, steps: int) -> optax.Schedule:
+    """The learning rate by step, for a run of `steps` steps.
+
+    >>> rate = learning_rate(AdamW(learning_rate=1.0, warmup=0.2), steps=10)
+    >>> [round(float(rate(step)), 3) for step in (0, 1, 2, 6, 10)]
+    [0.0, 0.5, 1.0, 0.5, 0.0]
+    """
+    peak, rising = config.learning_rate, round(config.warmup * steps)
+    falling = max(steps - rising, 1)
+    after = {
+        "linear": optax.linear_schedule(peak, 0.0, falling),
+        "cosine": optax.cosine_decay_schedule(peak, falling),
+        "constant": optax.constant_schedule(peak),
+    }[config.schedule]
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, rising), after], [rising])
+
+
+def optimizer(config: AdamW, steps: int) -> optax.GradientTransformation:
+    """Clip, then AdamW on the schedule of `learning_rate`."""
+    clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
+    return optax.chain(
+        clip,
+        optax.adamw(
+            learning_rate(config, steps),
+            config.b1,
+            config.b2,
+            config.epsilon,
+            weight_decay=config.weight_decay,
+            mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
+        ),
+    )
+
+
+def state_shardings(
+    tx: optax.GradientTransformation, params: Any, shardings: Any, mesh: Mesh
+) -> Any:
+    """Where the optimiser's state lies: moments with their parameter, counters everywhere.
+
+    Args:
+      tx: the transformation.
+      params: the parameters, or their shapes.
+      shardings: a `NamedSharding` for each.
+      mesh: of the counters.
+    """
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return optax.tree.map_params(
+        tx,
+        lambda _, sharding: sharding,
+        jax.eval_shape(tx.init, params),
+        shardings,
+        transform_non_params=lambda _: everywhere,
+    )

@@ -1,0 +1,58 @@
+"""Command-line options made from a frozen dataclass: one place for names, defaults and help."""
+
+import argparse
+import dataclasses
+import inspect
+import re
+from typing import Any
+
+
+def add_options(parser: argparse.ArgumentParser, record: type) -> None:
+    """Adds one option per field; its help is the field's line under `Attributes:`.
+
+    A field `learning_rate: float = 5e-5` becomes `--learning-rate`, a boolean `--x / --no-x`.
+
+    >>> @dataclasses.dataclass(frozen=True)
+    ... class Recipe:
+    ...     '''What to do.
+    ...
+    ...     Attributes:
+    ...       seed: of everything.
+    ...     '''
+    ...
+    ...     seed: int = 0
+    >>> parser = argparse.ArgumentParser()
+    >>> add_options(parser, Recipe)
+    >>> read_options(parser.parse_args(["--seed", "3"]), Recipe)
+    Recipe(seed=3)
+    """
+    text = descriptions(record)
+    for field in dataclasses.fields(record):
+        flag = "--" + field.name.replace("_", "-")
+        required = field.default is dataclasses.MISSING
+        shown = "" if required or field.default == "" else f" (default: {field.default})"
+        options: dict[str, Any] = {"help": (text[field.name] + shown).replace("%", "%%")}
+        if field.type is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options |= {"type": field.type, "metavar": field.type.__name__.upper()}
+        # SUPPRESS, so that what the user gave can be told from a default.
+        parser.add_argument(flag, default=argparse.SUPPRESS, required=required, **options)
+
+
+def read_options[T](arguments: argparse.Namespace, record: type[T], **defaults: Any) -> T:
+    """The record that parsed arguments spell; `defaults` stand where the user gave nothing."""
+    names = {field.name for field in dataclasses.fields(record)}  # type: ignore[arg-type]
+    given = {k: v for k, v in vars(arguments).items() if k in names}
+    return record(**{**defaults, **given})
+
+
+def descriptions(record: type) -> dict[str, str]:
+    """The `Attributes:` of a class and of those it extends, by name."""
+    found: dict[str, str] = {}
+    for base in reversed(record.__mro__[:-1]):
+        lines = inspect.cleandoc(base.__doc__ or "").partition("Attributes:")[2]
+        for names, text in re.findall(r"^  (\w[\w, ]*): (.*(?:\n    .*)*)", lines, re.MULTILINE):
+            for name in names.split(", "):
+                found[name] = " ".join(text.split())
+    return found

@@ -1,0 +1,145 @@
+"""One training step: a pure function of state and batch, compiled once, its state donated.
+
+The step knows the model's record, a task's loss and an optax transformation. It is the same
+function on every mesh; where things lie is said by the shardings of its arguments.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from fw import precision as precision_
+from fw.errors import FwError
+from fw.model import Batch, Model, Variables
+from fw.optimizer import state_shardings
+from sharding import Rules, constrain, scope
+
+Loss = Callable[[jax.Array, Batch], tuple[jax.Array, jax.Array]]
+
+
+class TrainState(NamedTuple):
+    """All that training carries from step to step.
+
+    Attributes:
+      step: i32, how many steps have been taken.
+      variables: the model's, float32 master weights.
+      optimizer: optax's state.
+    """
+
+    step: jax.Array
+    variables: Variables
+    optimizer: Any
+
+
+def initial_state(variables: Variables, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """The state before the first step; moments are born where their parameters lie."""
+    params = variables["params"]
+    lie = state_shardings(tx, params, jax.tree.map(lambda x: x.sharding, params), mesh)
+    zero = jax.device_put(jnp.zeros((), jnp.int32), NamedSharding(mesh, PartitionSpec()))
+    return TrainState(zero, variables, jax.jit(tx.init, out_shardings=lie)(params))
+
+
+def make_step(
+    model: Model,
+    loss: Loss,
+    tx: optax.GradientTransformation,
+    *,
+    mesh: Mesh,
+    rules: Rules,
+    precision: str | precision_.Policy = "f32",
+    accumulate: int = 1,
+    seed: int = 0,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """Compiles `(state, batch) -> (state, metrics)`.
+
+    Args:
+      model: the record.
+      loss: `loss(outputs, batch) -> (sum, weight)`; the step minimises sum / weight over the
+        whole batch, whatever the number of microbatches or devices.
+      tx: the optimiser.
+      mesh, rules: where activations go.
+      precision: of the dots; see `fw.precision`.
+      accumulate: microbatches a step; their gradients are summed before the one update.
+      seed: of dropout; its key is a function of (seed, step, microbatch).
+
+    Returns:
+      The jitted step. Its state is donated: the argument is gone afterwards. Metrics, all f32
+      scalars but `tokens`: `loss`, `grad_norm` (before clipping), `tokens` (i32, those not
+      padding; 0 where the batch has no `segment_ids`).
+    """
+
+    def total(params, state, batch, key):
+        apply = precision_.apply(model.apply, precision)
+        variables = {"params": params, "state": state}
+        outputs, variables = apply(variables, batch, key=key, train=True)
+        value, weight = loss(outputs, batch)
+        return value, (weight, variables["state"])
+
+    differentiate = jax.value_and_grad(total, has_aux=True)
+
+    def gradients(params, state, batch, key):
+        if accumulate == 1:
+            (value, (weight, state)), grads = differentiate(params, state, batch, key)
+            return value, weight, state, grads
+
+        def micro(carry, xs):
+            value, weight, state, grads = carry
+            part, index = xs
+            part = {k: constrain(x, "batch", *[None] * (x.ndim - 1)) for k, x in part.items()}
+            (v, (w, state)), g = differentiate(params, state, part, jax.random.fold_in(key, index))
+            return (value + v, weight + w, state, jax.tree.map(jnp.add, grads, g)), None
+
+        zero = jnp.zeros((), jax.tree.leaves(params)[0].dtype)
+        start = (zero, zero, state, jax.tree.map(jnp.zeros_like, params))
+        parts = jax.tree.map(lambda x: _microbatches(x, accumulate), dict(batch))
+        carry, _ = jax.lax.scan(micro, start, (parts, jnp.arange(accumulate)))
+        return carry
+
+    def step(state: TrainState, batch: Batch):
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        params = state.variables["params"]
+        value, weight, extra, grads = gradients(params, state.variables["state"], batch, key)
+        weight = jnp.maximum(weight, jnp.ones((), weight.dtype))
+        grads = jax.tree.map(lambda g: g / weight, grads)
+        metrics = {
+            "loss": value / weight,
+            "grad_norm": optax.global_norm(grads),
+            "tokens": jnp.sum(batch.get("segment_ids", jnp.zeros((), jnp.int32)) > 0),
+        }
+        updates, moments = tx.update(grads, state.optimizer, params)
+        variables = {"params": optax.apply_updates(params, updates), "state": extra}
+        return TrainState(state.step + 1, variables, moments), metrics
+
+    compiled = {}
+
+    def call(state: TrainState, batch: Batch):
+        if "step" not in compiled:  # pinned to where the state lies now, so that it stays there
+            lie = jax.tree.map(lambda x: x.sharding, state)
+            everywhere = NamedSharding(mesh, PartitionSpec())
+            compiled["step"] = jax.jit(step, donate_argnums=0, out_shardings=(lie, everywhere))
+        with scope(mesh, rules):
+            return compiled["step"](state, batch)
+
+    def lower(state: TrainState, batch: Batch):
+        with scope(mesh, rules):
+            return jax.jit(step, donate_argnums=0).lower(state, batch)
+
+    call.lower = lower  # the compiled program, for those who want to read it
+    return call
+
+
+def _microbatches(x: jax.Array, count: int) -> jax.Array:
+    """[B, ...] → [count, B / count, ...]; row i goes to microbatch i mod count.
+
+    Strided, so that each device's rows are spread over all microbatches and none moves.
+    """
+    if x.shape[0] % count:
+        raise FwError(
+            f"a batch of {x.shape[0]} rows does not divide into {count} microbatches; "
+            "choose --accumulate so that it does"
+        )
+    return jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1)
