@@ -9,16 +9,12 @@
 
 A reader sees whole JSON files or none, and whole lines: a line counts once its newline is there.
 With several processes all call these functions and only process 0 writes, so
-`jax.distributed.initialize` comes before. JSON has no NaN: what is not finite is written as null.
+`jax.distributed.initialize` comes before. How a file stays whole is in `fw.json_files`.
 """
 
 import contextlib
-import dataclasses
-import json
 import math
-import os
 import platform
-import secrets
 from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
@@ -30,6 +26,35 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from fw.errors import FwError
+from fw.json_files import (
+    dumps,
+    is_writer,
+    loads,
+    plain,
+    read_bytes,
+    read_json,
+    replace,
+    write_json,
+    write_text,
+)
+
+__all__ = [
+    "ARTIFACT",
+    "CHECKPOINTS",
+    "CONFIG",
+    "METRICS",
+    "REPORT",
+    "RESULT",
+    "config",
+    "create",
+    "log",
+    "metrics",
+    "read_json",
+    "starts",
+    "trim",
+    "write_json",
+    "write_text",
+]
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
@@ -60,7 +85,7 @@ def create(
             dataclasses are converted.
         resume: go on with the run in `folder`, or start it there if none was begun, so that a job
             which is started again by its scheduler can always ask to resume. What a killed process
-            left half-written is removed.
+            left half-written is removed; `trim` removes what will be written again.
         may_change: names of the options that need not be as they were when the run was started,
             such as the mesh. The new values are kept, the old ones noted.
 
@@ -68,8 +93,8 @@ def create(
         The folder.
 
     Raises:
-        FwError: the folder holds a run and `resume` is false; another option has changed; the
-            folder cannot be written to.
+        FwError: the folder holds a run and `resume` is false, or parts of one without its
+            `config.json`; another option has changed; the folder cannot be written to.
         TypeError: an option that JSON cannot hold.
 
     >>> import tempfile
@@ -80,9 +105,9 @@ def create(
     ({'task': 'ner', 'seed': 1}, [{'kind': 'train', 'step': 10, 'loss': 0.5}])
     """
     folder = Path(folder)
-    options = _plain(config, "config")
+    options = plain(config, "config")
     refusal = ""
-    if _writes():
+    if is_writer():
         try:
             _start(folder, options, resume, may_change)
         except FwError as error:
@@ -137,8 +162,8 @@ def log(folder: str | Path, record: Mapping[str, Any]) -> None:
         FwError: the file cannot be written to.
         TypeError: a value that JSON cannot hold.
     """
-    line = _dumps(_plain(record, METRICS)) + b"\n"
-    if not _writes():
+    line = dumps(plain(record, METRICS)) + b"\n"
+    if not is_writer():
         return
     path = Path(folder) / METRICS
     try:
@@ -179,105 +204,63 @@ def trim(folder: str | Path, step: int) -> int:
     Raises:
         FwError: as `metrics`, or the file cannot be written.
     """
-    if not _writes():
-        return 0
-    path = Path(folder) / METRICS
-    lines = _lines(path.parent)
-    kept = [line for line, record in lines if not _at_or_after(record, step)]
-    data = b"".join(kept)
-    if path.exists() and path.stat().st_size != len(data):
-        _replace(path, data)
-    return len(lines) - len(kept)
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write a file whole or not at all: beside its place, to the disk, then renamed.
-
-    Args:
-        path: replaced if it is there. Only process 0 writes.
-        text: written as UTF-8.
-
-    Raises:
-        FwError: it cannot be written.
-    """
-    if _writes():
-        _replace(Path(path), text.encode("utf-8", "backslashreplace"))
-
-
-def write_json(path: str | Path, value: Any) -> None:
-    """Write a value as JSON, whole or not at all (see `write_text`).
-
-    Args:
-        path: replaced if it is there. Only process 0 writes.
-        value: mappings with string keys, sequences, strings, numbers; also NumPy and JAX values,
-            paths and dataclasses. A number that is not finite becomes null.
-
-    Raises:
-        FwError: it cannot be written.
-        TypeError: a value that JSON cannot hold, with its place.
-
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     write_json(f"{folder}/a.json", {"f1": np.float32(0.5), "loss": math.nan})
-    ...     read_json(f"{folder}/a.json")
-    {'f1': 0.5, 'loss': None}
-    """
-    path = Path(path)
-    data = _dumps(_plain(value, path.name), indent=1) + b"\n"
-    if _writes():
-        _replace(path, data)
-
-
-def read_json(path: str | Path) -> Any:
-    """Read a JSON file.
-
-    Args:
-        path: the file.
-
-    Returns:
-        Its value.
-
-    Raises:
-        FwError: it is not there or not JSON (with the line).
-    """
-    path = Path(path)
-    return _loads(_read(path), path)
+    return _trim(Path(folder), step) if is_writer() else 0
 
 
 def _start(folder: Path, options: dict, resume: bool, may_change: Collection[str]) -> None:
     """Write `config.json` for a new start, as the one process that does."""
-    start = {"time": datetime.now(UTC).isoformat(timespec="seconds"), **_environment()}
+    now = {"time": datetime.now(UTC).isoformat(timespec="seconds"), **_environment()}
     if resume and (folder / CONFIG).exists():
         record = _read_config(folder)
-        old, earlier = record["config"], record["starts"]
-        differ = sorted(k for k in {*old, *options} if old.get(k) != options.get(k))
-        if fixed := [key for key in differ if key not in may_change]:
-            changes = ", ".join(f"{k} was {old.get(k)!r}, is {options.get(k)!r}" for k in fixed)
-            raise FwError(
-                f"{folder / CONFIG}: cannot resume with other options: {changes}; "
-                "give the old ones, or start a new run in another folder"
-            )
-        start["changed"] = {key: [old.get(key), options.get(key)] for key in differ}
+        changed = _changes(folder, record["config"], options, may_change)
+        before, now = record["starts"], {**now, "changed": changed}
         for left in folder.glob(".*.part"):
             left.unlink(missing_ok=True)
+        if (folder / METRICS).exists():
+            _trim(folder, math.inf)
     else:
-        earlier = []
-        names = (CONFIG, METRICS, RESULT, REPORT, CHECKPOINTS, ARTIFACT)
-        if not resume and (held := [name for name in names if (folder / name).exists()]):
-            raise FwError(f"{folder}: holds a run already ({', '.join(held)}); {_ELSEWHERE}")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            # Of two processes that start a run here at once, one makes this folder.
-            (folder / CHECKPOINTS).mkdir(exist_ok=resume)
-        except FileExistsError as error:
-            raise FwError(f"{folder}: is in use; {_ELSEWHERE}") from error
-        except OSError as error:
-            raise FwError(f"{folder}: cannot be made: {error.strerror}") from error
-    _replace(folder / CONFIG, _dumps({"config": options, "starts": [*earlier, start]}, 1) + b"\n")
-    trim(folder, sys_maxsize) if resume else None
+        before = []
+        _claim(folder, resume)
+    replace(folder / CONFIG, dumps({"config": options, "starts": [*before, now]}, 1) + b"\n")
 
 
-_ELSEWHERE = "resume it, or choose another folder"
+def _claim(folder: Path, resume: bool) -> None:
+    """Make the folder of a new run, where there is none; one of two at once succeeds."""
+    checkpoints = folder / CHECKPOINTS
+    remedy = "resume the run, or choose another folder"
+    held = [n for n in (CONFIG, METRICS, RESULT, REPORT, ARTIFACT) if (folder / n).exists()]
+    if checkpoints.is_dir() and (not resume or any(checkpoints.iterdir())):
+        held.append(CHECKPOINTS)
+    if held and resume:
+        raise FwError(
+            f"{folder}: has {', '.join(held)} of a run but not its {CONFIG}, so there is nothing "
+            "to resume; restore that file, or choose another folder"
+        )
+    if held:
+        raise FwError(f"{folder}: holds a run already ({', '.join(held)}); {remedy}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoints.mkdir(exist_ok=resume)
+    except FileExistsError as error:
+        raise FwError(f"{folder}: is a file or another process's run; {remedy}") from error
+    except OSError as error:
+        raise FwError(f"{folder}: cannot be made: {error.strerror}") from error
+
+
+def _changes(folder: Path, old: dict, new: dict, may_change: Collection[str]) -> dict[str, list]:
+    """The options that differ as [old, new]; raise for those that may not."""
+    names = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
+    changed = {name: [old.get(name), new.get(name)] for name in names}
+    if fixed := [
+        f"{name} was {was!r}, is {now!r}"
+        for name, (was, now) in changed.items()
+        if name not in may_change
+    ]:
+        raise FwError(
+            f"{folder / CONFIG}: cannot resume with other options: {', '.join(fixed)}; "
+            "give the old ones, or start a new run in another folder"
+        )
+    return changed
 
 
 def _environment() -> dict[str, Any]:
@@ -286,14 +269,58 @@ def _environment() -> dict[str, Any]:
         # A source tree on the path has no installed version to tell.
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-    first, *_ = devices = jax.devices()
+    devices = jax.devices()
     return {
         "versions": versions,
         "platform": platform.platform(),
         "devices": {
-            "platform": first.platform,
-            "kind": first.device_kind,
+            "platform": devices[0].platform,
+            "kind": devices[0].device_kind,
             "count": len(devices),
             "processes": jax.process_count(),
         },
     }
+
+
+def _from_first(message: str) -> str:
+    """Send process 0's message to every process; the others' are not looked at."""
+    sent = message.encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES, b"\0")
+    got = multihost_utils.broadcast_one_to_all(np.frombuffer(sent, np.uint8))
+    return np.asarray(got).tobytes().rstrip(b"\0").decode(errors="replace")
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    if not path.exists():
+        raise FwError(f"{folder}: holds no run: there is no {CONFIG} in it; give a run's folder")
+    record = read_json(path)
+    kinds = {"config": dict, "starts": list}
+    if not isinstance(record, dict) or any(
+        not isinstance(record.get(name), kind) for name, kind in kinds.items()
+    ):
+        raise FwError(f"{path}: expected an object with 'config' and 'starts'; restore the file")
+    return record
+
+
+def _lines(folder: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """The lines of `metrics.jsonl` that have their newline, with what they say."""
+    path = folder / METRICS
+    if folder.is_dir() and not path.exists():
+        return []
+    *whole, _ = read_bytes(path).split(b"\n")
+    records = [loads(line, f"{path}:{n}") for n, line in enumerate(whole, start=1)]
+    for n, record in enumerate(records, start=1):
+        if not isinstance(record, dict):
+            raise FwError(f"{path}:{n}: expected a JSON object; got {type(record).__name__}")
+    return [(line + b"\n", record) for line, record in zip(whole, records, strict=True)]
+
+
+def _trim(folder: Path, step: float) -> int:
+    lines = _lines(folder)
+    kept = [
+        line for line, record in lines if not isinstance(at := record.get("step"), int) or at < step
+    ]
+    path, data = folder / METRICS, b"".join(kept)
+    if path.exists() and path.stat().st_size != len(data):
+        replace(path, data)
+    return len(lines) - len(kept)

@@ -95,11 +95,11 @@ def read_conll(path: str) -> list[tuple[list[str], list[str]]]:
     with Path(path).open(encoding="utf-8", newline="\n") as lines:
         for number, line in enumerate([*lines, "\n"], 1):
             columns = line.rstrip("\r\n").split("\t" if "\t" in line else None)
-            if columns in ([], [""]):
+            if not line.strip():  # WNUT 2017 parts sentences by a lone tab, too
                 if words:
                     sentences.append((words, tags))
                 words, tags = [], []
-            elif len(columns) < 2:
+            elif len(columns) < 2 or not columns[0].strip():
                 sys.exit(f"{path}:{number}: expected a word and a tag, found {line!r}")
             elif columns[0] != "-DOCSTART-":
                 words.append(columns[0])

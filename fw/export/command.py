@@ -1,0 +1,179 @@
+"""`fw predict`: an artifact answers texts, a file of them, or what comes through a pipe.
+
+`fw.cli` hangs this into the `fw` command with `add_parser`. All rows are read and checked before
+the first is answered, so that a bad one costs no compute.
+"""
+
+import argparse
+import json
+import os
+import secrets
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from fw.data.files import read_text
+from fw.errors import FwError
+from fw.export.load import load
+from fw.export.predict import Text, problem
+
+JSON_LINES = (".jsonl", ".ndjson")
+
+EXAMPLES = """examples:
+  fw predict runs/quickstart/artifact "I would buy it again." "Never again."
+  fw predict artifact --file texts.txt --output answers.jsonl
+  echo '{"text": "Ada Lovelace wrote to Charles Babbage."}' | fw predict artifact -f - --read jsonl
+
+JSON lines are {"text": "…"}, or for token classification also {"tokens": ["…", …]}, which are
+taken for words as they are. Each answer is a line, in the order of the texts; offsets count
+characters."""
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """Add `predict` to the object that `ArgumentParser.add_subparsers` returned.
+
+    The parsed arguments carry `run`, a function from them to an exit status.
+    """
+    parser = subparsers.add_parser(
+        "predict",
+        help="answer texts with an artifact",
+        description="Check an artifact (hashes, then its golden inputs) and answer texts with it.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("artifact", type=Path, help="a folder written by `fw export`")
+    parser.add_argument("text", nargs="*", help="texts to answer")
+    parser.add_argument(
+        "-f",
+        "--file",
+        help="a text a line, or JSON lines if it ends in .jsonl; - is standard input",
+    )
+    parser.add_argument(
+        "--read", choices=("text", "jsonl"), help="form of the file (default: by its ending)"
+    )
+    parser.add_argument(
+        "--jsonl", action="store_true", help="answer in JSON lines, as is done off a terminal"
+    )
+    parser.add_argument("-o", "--output", type=Path, help="write JSON lines to this file")
+    parser.add_argument(
+        "--batch-size", type=int, default=32, help="rows computed at once (default: %(default)s)"
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Do what the parsed arguments of `predict` ask for.
+
+    Raises:
+        FwError: as `fw.export.load` does; a bad row, with file and line; no texts.
+    """
+    if bool(arguments.text) == bool(arguments.file):
+        raise FwError("predict: give either texts or --file (- for standard input)")
+    artifact = load(arguments.artifact)
+    if arguments.file:
+        texts = read_texts(arguments.file, artifact.task, arguments.read)
+    else:
+        texts = list(arguments.text)
+    people = sys.stdout.isatty() and not (arguments.jsonl or arguments.output)
+    answers = artifact.predict(texts, arguments.batch_size)
+    with _open(arguments.output) as out:
+        for answer in _progress(answers, len(texts), quiet=people):
+            print(to_text(answer) if people else json.dumps(answer), file=out)
+    return 0
+
+
+def read_texts(file: str, task: str, form: str | None = None) -> list[Text]:
+    """Read the texts of a file and check every row.
+
+    Args:
+        file: its path, or "-" for standard input.
+        task: of the artifact.
+        form: "text", a text a line, or "jsonl"; None for the latter if the ending says so. Blank
+            lines are left out.
+
+    Returns:
+        The texts in the order of the file.
+
+    Raises:
+        FwError: it cannot be read, has a bad row (with its line), or no row.
+    """
+    name = "standard input" if file == "-" else file
+    lines = (_standard_input() if file == "-" else read_text(file)).split("\n")
+    texts: list[Text] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        text: Any = line.rstrip("\r")
+        if form == "jsonl" or (form is None and Path(file).suffix in JSON_LINES):
+            text = _from_json(line, f"{name}:{number}")
+        if why := problem(text, task):
+            raise FwError(f"{name}:{number}: {why}")
+        texts.append(text)
+    if not texts:
+        raise FwError(f"{name}: expected a text a line; found none")
+    return texts
+
+
+def to_text(answer: Mapping[str, Any]) -> str:
+    """An answer for people.
+
+    >>> print(to_text({"text": "Good.", "label": "good", "score": 0.987, "truncated": False}))
+    good 0.99  Good.
+    """
+    if "entities" not in answer:
+        cut = "  (cut for length)" if answer["truncated"] else ""
+        return f"{answer['label']} {answer['score']:.2f}  {answer['text']}{cut}"
+    found = (
+        f"  {e['type']} {e['score']:.2f}  {e['text']}  [{e['start']}:{e['end']}]"
+        for e in answer["entities"]
+    )
+    return "\n".join((answer["text"], *found))
+
+
+def _from_json(line: str, where: str) -> Any:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise FwError(f"{where}: expected a JSON object; {error}") from error
+    if not isinstance(row, dict) or ("text" in row) == ("tokens" in row):
+        raise FwError(f'{where}: expected {{"text": …}} or {{"tokens": […]}}; got {line[:200]}')
+    if "tokens" in row and not isinstance(row["tokens"], list):
+        raise FwError(f"{where}: 'tokens': expected a list of words")
+    if "text" in row and not isinstance(row["text"], str):
+        raise FwError(f"{where}: 'text': expected a text; got {type(row['text']).__name__}")
+    return row.get("text", row.get("tokens"))
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise FwError(f"standard input:{line}: expected UTF-8; {error.reason}") from error
+
+
+@contextmanager
+def _open(path: Path | None) -> Iterator[TextIO]:
+    """Standard output, or a file that is there only once it is whole."""
+    if path is None:
+        yield sys.stdout
+        return
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with part.open("x", encoding="utf-8") as file:
+            yield file
+        os.replace(part, path)
+    except OSError as error:
+        raise FwError(f"{path}: cannot be written: {error.strerror}") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _progress(answers: Iterable[Any], total: int, *, quiet: bool) -> Iterable[Any]:
+    from tqdm import tqdm  # noqa: PLC0415
+
+    # tqdm takes disable=None as "unless standard error is a terminal".
+    return tqdm(answers, total=total, unit="text", leave=False, disable=True if quiet else None)

@@ -1,0 +1,220 @@
+"""Texts become answers: tokens, packed rows, logits, and back to the characters of each text.
+
+The same encoding and packing as in training (`fw.data`), so a text gets the same pieces. Texts are
+taken in chunks and sorted by length into few row lengths: hardly any padding, few shapes to
+compile. `Artifact.predict` is the door; `fw.export.save` makes its golden batch here, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import batched
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fw.data.batches import eval_batches
+from fw.data.encode import encode_labelled, encode_tagged
+from fw.data.pack import Packed, pack, unpack_texts, unpack_words
+from fw.data.records import Labelled, Tagged
+from fw.data.tokenizer import Tokenizer
+from fw.errors import FwError
+from fw.metrics.entities import entity_spans
+
+if TYPE_CHECKING:
+    from fw.export.load import Artifact
+
+CHUNK = 1024
+"""Texts sorted and packed together: enough to fill rows, and few to hold."""
+
+SHORTEST_ROW, ROW_FACTOR = 32, 4
+"""Row lengths are 32, 128, 512 … tokens: each is one more program to compile, and packing fills
+the longer rows."""
+
+Text = str | Sequence[str]
+"""A text, or the words of one."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """A text with its words, by their place in it, and how many pieces it has."""
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+    pieces: int
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The words themselves."""
+        return tuple(self.text[start:end] for start, end in self.spans)
+
+
+def predict(
+    artifact: Artifact, texts: Iterable[Text], batch_size: int = 32
+) -> Iterator[dict[str, Any]]:
+    """Answer texts in their order.
+
+    Token classification: the words of a text are what the tokenizer parts before it makes pieces
+    (for BERT, at white space and punctuation), or the given ones; a word has the label of its first
+    piece, and words make entities as in evaluation. A text longer than a row goes on in the next.
+    Sequence classification: what is longer than a row is cut at its end, and "truncated" says so.
+
+    Args:
+        artifact: from `fw.export.load`.
+        texts: a text each, or for token classification the words of one, which make a text with a
+            space between them.
+        batch_size: the most rows computed at once.
+
+    Yields:
+        what `Artifact.predict` says.
+
+    Raises:
+        FwError: an item is no text, with its number from 1; `batch_size` is below 1.
+    """
+    if isinstance(texts, str):
+        raise FwError("texts: expected several texts, got one; write predict([text])")
+    if batch_size < 1:
+        raise FwError(f"batch_size: expected at least one row; got {batch_size}")
+    number = 0
+    for chunk in batched(texts, CHUNK):
+        for text in chunk:
+            number += 1
+            if why := problem(text, artifact.task):
+                raise FwError(f"text {number}: {why}")
+        yield from _answer(artifact, chunk, batch_size)
+
+
+def problem(text: Any, task: str) -> str:
+    """Say what is wrong with an item that is to be answered; nothing if it is fine.
+
+    >>> problem("Ada", "token_classification"), problem(["Ada"], "sequence_classification")
+    ('', 'expected a text; got list')
+    """
+    tagged = task == "token_classification"
+    words = [text] if isinstance(text, str) else text
+    if not (isinstance(text, str) or (tagged and isinstance(text, list | tuple))):
+        return (
+            f"expected a text{' or a list of words' if tagged else ''}; got {type(text).__name__}"
+        )
+    if not all(isinstance(word, str) and (word.strip() or word is text) for word in words):
+        return "expected words that are texts and not blank"
+    try:
+        "".join(words).encode()
+    except UnicodeEncodeError as error:
+        return f"expected Unicode text; half a surrogate pair at character {error.start + 1}"
+    return ""
+
+
+def read_items(tokenizer: Tokenizer, texts: Sequence[Text]) -> list[Item]:
+    """Find the words of each text and count its pieces, special tokens included.
+
+    >>> from tokenizers import Tokenizer as Fast, models, pre_tokenizers
+    >>> fast = Fast(models.WordPiece({"[UNK]": 0, "ada": 1, "##s": 2}, unk_token="[UNK]"))
+    >>> fast.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    >>> tokenizer = Tokenizer(fast, prefix=(3,), suffix=(4,), pad=0, unknown=0)
+    >>> read_items(tokenizer, ["see adas.", ["see", "adas."]])[0].words
+    ('see', 'adas', '.')
+    """
+    special = len(tokenizer.prefix) + len(tokenizer.suffix)
+    items: dict[int, Item] = {}
+    whole = [i for i, text in enumerate(texts) if isinstance(text, str)]
+    found = tokenizer.fast.encode_batch([texts[i] for i in whole], add_special_tokens=False)
+    for i, encoding in zip(whole, found, strict=True):
+        text, places = str(texts[i]), {}
+        for word, (start, end) in zip(encoding.word_ids, encoding.offsets, strict=True):
+            first, last = places.get(word, (start, end))
+            places[word] = min(first, start), max(last, end)
+        spans = (_strip(text, *place) for place in places.values())
+        items[i] = Item(text, tuple(s for s in spans if s[0] < s[1]), special + len(encoding.ids))
+    parted = [i for i in range(len(texts)) if i not in items]
+    found = tokenizer.fast.encode_batch(
+        [list(texts[i]) for i in parted], is_pretokenized=True, add_special_tokens=False
+    )
+    for i, encoding in zip(parted, found, strict=True):
+        ends = np.cumsum([len(word) + 1 for word in texts[i]]) - 1
+        spans = tuple((int(e) - len(w), int(e)) for w, e in zip(texts[i], ends, strict=True))
+        items[i] = Item(" ".join(texts[i]), spans, special + len(encoding.ids))
+    return [items[i] for i in range(len(texts))]
+
+
+def pack_items(tokenizer: Tokenizer, items: Sequence[Item], task: str, row: int) -> Packed:
+    """Lay texts out in rows of `row` tokens; for token classification each has a word at least."""
+    if task == "token_classification":
+        tagged = [Tagged(item.words) for item in items]
+        return pack(encode_tagged(tokenizer, tagged, max_length=row), row)
+    labelled = [Labelled(item.text) for item in items]
+    return pack(encode_labelled(tokenizer, labelled, max_length=row), row)
+
+
+def inputs(packed: Packed) -> dict[str, np.ndarray]:
+    """The arrays of packed rows that the exported function takes."""
+    return {name: array for name, array in packed.arrays.items() if name != "labels"}
+
+
+def row_length(pieces: int, length: int) -> int:
+    """The row that a text of so many pieces goes into.
+
+    >>> [row_length(pieces, 256) for pieces in (3, 33, 200, 1000)]
+    [32, 128, 256, 256]
+    """
+    row = SHORTEST_ROW
+    while row < pieces and row < length:
+        row *= ROW_FACTOR
+    return min(row, length)
+
+
+def _strip(text: str, start: int, end: int) -> tuple[int, int]:
+    """A place without the white space at its ends, which some tokenizers count to a word."""
+    word = text[start:end]
+    start += len(word) - len(word.lstrip())
+    return start, start + len(word.strip())
+
+
+def _answer(artifact: Artifact, texts: Sequence[Text], batch_size: int) -> Iterator[dict[str, Any]]:
+    items = read_items(artifact.tokenizer, texts)
+    tagged = artifact.task == "token_classification"
+    groups: dict[int, list[int]] = {}
+    for i, item in enumerate(items):
+        if item.spans or not tagged:
+            groups.setdefault(row_length(item.pieces, artifact.length), []).append(i)
+
+    logits: dict[int, np.ndarray] = {}
+    for row, group in sorted(groups.items()):
+        packed = pack_items(artifact.tokenizer, [items[i] for i in group], artifact.task, row)
+        # A power of two: texts that come one by one share a few compiled programs.
+        size = min(batch_size, 1 << (packed.rows - 1).bit_length())
+        batches = eval_batches(inputs(packed), size, empty=packed.empty)
+        outputs = np.concatenate([artifact.logits(batch) for batch in batches])
+        unpacked = unpack_words(packed, outputs) if tagged else unpack_texts(packed, outputs)
+        logits.update(zip(group, unpacked, strict=True))
+
+    for i, item in enumerate(items):
+        scores = _softmax(logits.get(i, np.zeros((0, len(artifact.labels)))))
+        if tagged:
+            yield {"text": item.text, "entities": _entities(item, scores, artifact.labels)}
+        else:
+            yield {
+                "text": item.text,
+                "label": artifact.labels[scores.argmax()],
+                "score": float(scores.max()),
+                "scores": dict(zip(artifact.labels, scores.tolist(), strict=True)),
+                "truncated": item.pieces > artifact.length,
+            }
+
+
+def _entities(item: Item, scores: np.ndarray, labels: Sequence[str]) -> list[dict[str, Any]]:
+    """The entities of one text; an entity's score is the mean of its words'."""
+    best = scores.argmax(axis=-1)
+    entities = []
+    for kind, first, after in entity_spans([labels[i] for i in best]):
+        start, end = item.spans[first][0], item.spans[after - 1][1]
+        score = float(scores.max(axis=-1)[first:after].mean())
+        text = item.text[start:end]
+        entities.append({"type": kind, "text": text, "start": start, "end": end, "score": score})
+    return entities
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    powers = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True, initial=-1e30))
+    return powers / powers.sum(axis=-1, keepdims=True)

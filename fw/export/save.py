@@ -1,0 +1,377 @@
+"""A trained model becomes a folder that runs anywhere jax does, and is not written if it does not.
+
+The forward pass, as precision and compression left it, is traced once with symbolic sizes and
+lowered for every platform; the weights stay its arguments, in a file of their own. Golden outputs
+come from the model itself, and the new folder is loaded and compared with them before it gets its
+name. StableHLO is guaranteed to be readable for six months only: the manifest also has the model's
+configuration, and `load_variables` gives the parameters back, so that it can be exported again.
+"""
+
+import dataclasses
+import importlib.metadata
+import math
+import platform
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from jax import export
+
+from fw.data.splits import TASKS
+from fw.data.tokenizer import Tokenizer, load_tokenizer
+from fw.errors import FwError
+from fw.export import manifest as files
+from fw.export.load import check_function, form, load, read_tensors
+from fw.export.predict import inputs, pack_items, read_items, row_length
+from fw.metrics.entities import entity_types
+
+if TYPE_CHECKING:
+    from compress import Record
+    from fw.model import Model
+
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
+TOLERANCES = {"f32": (1e-4, 0.0), "bf16": (1e-4, 0.06), "int8": (1e-4, 0.2)}
+"""How far golden logits may be off on another platform: absolute + relative · max |logit|.
+
+On one platform they agree to the bit. Elsewhere sums round differently, and where activations are
+rounded again, to bfloat16 or int8, a last bit decides between two neighbours. Noise of 1e-6 on the
+embeddings of 6 and 12 random layers of 384 moved the worst of 2,304 logits by 3e-6, 0.016 and
+0.074 of the largest one. A wrong dot product is off by more than the largest.
+"""
+
+GOLDEN_ROWS = 4
+
+
+def save(
+    folder: str | Path,
+    *,
+    model: "Model",
+    variables: Mapping[str, Any],
+    task: str,
+    labels: Sequence[str],
+    tokenizer: Tokenizer | str | Path,
+    length: int,
+    precision: str = "f32",
+    report: Sequence["Record"] = (),
+    provenance: Mapping[str, Any] | None = None,
+    examples: Sequence[str] | None = None,
+) -> Path:
+    """Write an artifact.
+
+    The bytes are a function of the arguments and of the versions of jax, fw and Python. Under
+    "bf16", kernels are stored as the bfloat16 that their products round them to anyway.
+
+    Args:
+        folder: where to; an artifact that is there is replaced, anything else is not.
+        model: the record; its config is a dataclass or a mapping, or None.
+        variables: {"params", "state"}, whose leaves may be compressed (`compress.quantize`).
+        task: "token_classification" or "sequence_classification".
+        labels: names of the classes, in the order of the logits.
+        tokenizer: from `fw.data.load_tokenizer`, or a model folder, or a `tokenizer.json`.
+        length: the most tokens in a row, special tokens included.
+        precision: policy of the products that are not compressed, see `fw.precision`.
+        report: what `compress.quantize` said, for the manifest.
+        provenance: where the model came from; JSON.
+        examples: texts for the golden batch; None for random ids.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FwError: arguments that do not fit each other, a folder that is something else, or a
+            function that does not give the model's own outputs once exported.
+
+    >>> import tempfile
+    >>> from fw.models.bert import BertConfig, bert
+    >>> model = bert(BertConfig(5, 8, 1, 2, 8, num_labels=2, task="sequence_classification"))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = Path(folder, "vocab.txt").write_text("[PAD]\\n[UNK]\\n[CLS]\\n[SEP]\\nhello\\n")
+    ...     path = save(Path(folder, "artifact"), model=model, tokenizer=folder,
+    ...                 variables=model.init(jax.random.key(0)), length=16,
+    ...                 task="sequence_classification", labels=("bad", "good"))
+    ...     sorted(next(load(path).predict(["hello"]))["scores"])
+    ['bad', 'good']
+    """
+    folder = Path(folder)
+    if not isinstance(tokenizer, Tokenizer):
+        tokenizer = _read_tokenizer(Path(tokenizer))
+    _check_arguments(model, task, labels, tokenizer, length)
+    _check_target(folder)
+
+    weights, function, kind, plain = _functional(model, variables, precision)
+    exported = _export(function, weights, task, length)
+    check_function(exported, "the model")
+    if exported.out_avals[0].shape[-1] != len(labels):
+        raise FwError(
+            f"labels: the model has {exported.out_avals[0].shape[-1]} classes; got {len(labels)}"
+        )
+    batch = _golden_batch(tokenizer, task, length, examples)
+    logits = np.asarray(jax.jit(plain)(batch))
+    if not np.isfinite(logits).all():
+        raise FwError("variables: the model gives NaN or infinity; not exported")
+    absolute, relative = TOLERANCES[kind]
+    manifest = {
+        "task": task,
+        "labels": list(labels),
+        "length": length,
+        "precision": precision,
+        "run": _how_to_run(folder.name),
+        "platforms": list(exported.platforms),
+        "versions": {
+            "fw": _version(),
+            "jax": jax.__version__,
+            "python": platform.python_version(),
+            "calling_convention": exported.calling_convention_version,
+        },
+        "provenance": dict(provenance or {}),
+        "model": _describe(model),
+        "compression": _compression(weights, report),
+        "tokenizer": {"pad": tokenizer.pad, "unknown": tokenizer.unknown},
+        "golden": {"tolerance": float(absolute + relative * np.abs(logits).max())},
+        "signature": {
+            "function": "logits = call(weights, batch)",
+            "sizes": {"b": "rows", "t": f"tokens in a row, 1 to {length}", "s": "texts in a row"},
+            "batch": form({n: s for n, s in _batch_specs(task, length).items()}),
+            "logits": form({"": exported.out_avals[0]})[""],
+            "weights": form(weights),
+        },
+    }
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+    part.mkdir()
+    try:
+        (part / files.STABLEHLO).write_bytes(exported.serialize())
+        safetensors.numpy.save_file(weights, part / files.WEIGHTS)
+        (part / files.TOKENIZER).write_text(tokenizer.fast.to_str(), encoding="utf-8")
+        safetensors.numpy.save_file(batch | {"logits": logits}, part / files.GOLDEN)
+        files.write(part, manifest)
+        load(part)
+        _put(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return folder
+
+
+def load_variables(folder: str | Path) -> dict[str, Any]:
+    """Read the variables of an artifact back, to export it again or to go on with it.
+
+    Args:
+        folder: the artifact; its StableHLO need not be readable any more.
+
+    Returns:
+        {"params", "state"} for the `apply` of a model made from the manifest's "model"; compressed
+        leaves are still compressed, and bfloat16 kernels are widened.
+
+    Raises:
+        FwError: a file is damaged, missing or unknown.
+
+    >>> load_variables("nowhere")
+    Traceback (most recent call last):
+    ...
+    fw.errors.FwError: nowhere: there is no such folder; expected an artifact, made by fw export
+    """
+    import compress  # noqa: PLC0415
+
+    folder = Path(folder)
+    manifest = files.read(folder)
+    files.check_files(folder, manifest)
+    arrays = read_tensors(folder / files.WEIGHTS)
+    narrowed = manifest["compression"]["bfloat16"]
+    arrays = {n: x.astype(np.float32) if n in narrowed else x for n, x in arrays.items()}
+    return {"params": {}, "state": {}} | compress.from_arrays(arrays)
+
+
+def _functional(
+    model: "Model", variables: Mapping[str, Any], name: str
+) -> tuple[dict[str, np.ndarray], Callable, str, Callable]:
+    """Weights by name, a function of them and a batch, its kind, and the model's own function."""
+    import compress  # noqa: PLC0415
+    from fw.precision import apply, policy  # noqa: PLC0415
+
+    chosen = policy(name)
+    variables = jax.device_get(dict(variables))
+    weights = {n: np.asarray(x) for n, x in compress.to_arrays(variables).items()}
+    if not weights:
+        raise FwError("variables: hold no array; nothing to export")
+    forward = apply(compress.apply(lambda v, b: model.apply(v, b)[0].astype(jnp.float32)), chosen)
+    narrow = {
+        n
+        for n, x in weights.items()
+        if chosen.weights == "bfloat16"
+        and x.dtype == np.float32
+        and x.ndim == 2
+        and any(compress.match(pattern, n) for pattern in compress.DEFAULT_SELECT)
+    }
+    weights |= {n: weights[n].astype(jnp.bfloat16) for n in narrow}
+
+    def function(weights, batch):
+        # Rounded to bfloat16 again by the policy, which the compiler sees through.
+        wide = {n: x.astype(jnp.float32) if n in narrow else x for n, x in weights.items()}
+        return forward(compress.from_arrays(wide, like=variables), batch)
+
+    compressed = any(n.endswith(":scale") for n in weights)
+    kind = "int8" if compressed else "bf16" if chosen.weights == "bfloat16" else "f32"
+    return weights, function, kind, lambda batch: forward(variables, batch)
+
+
+def _batch_specs(task: str, length: int) -> dict[str, jax.ShapeDtypeStruct]:
+    scope = export.SymbolicScope([f"t <= {length}"])
+    b, t, s = export.symbolic_shape("b, t, s", scope=scope)
+    shapes = dict.fromkeys(("input_ids", "segment_ids", "position_ids"), (b, t))
+    if task == "sequence_classification":
+        shapes["first"] = (b, s)
+    return {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in shapes.items()}
+
+
+def _export(
+    function: Callable, weights: Mapping[str, np.ndarray], task: str, length: int
+) -> export.Exported:
+    specs = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in weights.items()}
+    with _no_locations():
+        exporter = export.export(jax.jit(function), platforms=PLATFORMS)
+        return exporter(specs, _batch_specs(task, length))
+
+
+@contextmanager
+def _no_locations() -> Iterator[None]:
+    """Keep this machine's paths and the caller's line numbers out of the StableHLO."""
+    option = "jax_traceback_in_locations_limit"
+    before = jax.config.read(option)
+    jax.config.update(option, 0)
+    try:
+        yield
+    finally:
+        jax.config.update(option, before)
+
+
+def _golden_batch(
+    tokenizer: Tokenizer, task: str, length: int, examples: Sequence[str] | None
+) -> dict[str, np.ndarray]:
+    if examples is not None:
+        items = read_items(tokenizer, examples)
+        items = [i for i in items if i.spans]
+        if not items:
+            raise FwError("examples: expected a text with a word at least; got none")
+        row = row_length(max(item.pieces for item in items), length)
+        rows = inputs(pack_items(tokenizer, items, task, row))
+        return {name: np.ascontiguousarray(x[:GOLDEN_ROWS]) for name, x in rows.items()}
+    # Two texts a row and padding after them, which is what the function will meet.
+    row = row_length(0, length)
+    half = row // 2
+    positions = np.arange(row, dtype=np.int32)
+    segments = np.where(positions < half, 1, np.where(positions < row - row // 8, 2, 0))
+    ids = np.random.default_rng(0).integers(0, _largest_id(tokenizer) + 1, (GOLDEN_ROWS, row))
+    batch = {
+        "input_ids": np.where(segments > 0, ids, tokenizer.pad),
+        "segment_ids": np.tile(segments, (GOLDEN_ROWS, 1)),
+        "position_ids": np.tile(np.where(segments == 2, positions - half, positions), (4, 1)),
+    }
+    if task == "sequence_classification":
+        batch["first"] = np.tile([0, half], (GOLDEN_ROWS, 1))
+    return {name: x.astype(np.int32) for name, x in batch.items()}
+
+
+def _check_arguments(
+    model: "Model", task: str, labels: Sequence[str], tokenizer: Tokenizer, length: int
+) -> None:
+    if task not in TASKS:
+        raise FwError(f"task: expected one of {', '.join(TASKS)}; got {task!r}")
+    if isinstance(labels, str) or len(set(labels)) != len(labels) or not labels:
+        raise FwError(f"labels: expected names, each once; got {labels!r}")
+    if task == "token_classification":
+        entity_types(labels)
+    special = len(tokenizer.prefix) + len(tokenizer.suffix)
+    most = getattr(model.config, "max_position_embeddings", math.inf)
+    if not special < length <= most:
+        raise FwError(
+            f"length: expected more than the {special} special tokens and at most the model's "
+            f"{most} positions; got {length}"
+        )
+    rows = getattr(model.config, "vocab_size", math.inf)
+    if _largest_id(tokenizer) >= rows:
+        raise FwError(
+            f"tokenizer: has ids up to {_largest_id(tokenizer)}, but the model's vocabulary ends "
+            f"at {rows - 1}; is it another model's?"
+        )
+
+
+def _largest_id(tokenizer: Tokenizer) -> int:
+    return max(tokenizer.fast.get_vocab().values())
+
+
+def _check_target(folder: Path) -> None:
+    if folder.exists() and not (
+        folder.is_dir() and ((folder / files.NAME).is_file() or not any(folder.iterdir()))
+    ):
+        raise FwError(f"{folder}: is there and no artifact, so it is not replaced; give another")
+
+
+def _put(part: Path, folder: Path) -> None:
+    """Give the finished folder its name; one that had it goes away after, not before."""
+    old = None
+    if folder.exists():
+        old = folder.with_name(f"{part.name}.old")
+        folder.rename(old)
+    part.rename(folder)
+    if old is not None:
+        shutil.rmtree(old)
+
+
+def _read_tokenizer(path: Path) -> Tokenizer:
+    if path.is_dir():
+        return load_tokenizer(path)
+    if path.name != files.TOKENIZER:
+        raise FwError(f"{path}: expected a model folder or a {files.TOKENIZER}")
+    return load_tokenizer(path.parent)
+
+
+def _describe(model: "Model") -> dict[str, Any]:
+    config = model.config
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        kind = type(config)
+        return {
+            "config_class": f"{kind.__module__}.{kind.__qualname__}",
+            "config": dataclasses.asdict(config),
+        }
+    if config is None or isinstance(config, Mapping):
+        return {"config_class": None, "config": None if config is None else dict(config)}
+    raise FwError(f"model.config: expected a dataclass or a mapping; got {type(config).__name__}")
+
+
+def _compression(weights: Mapping[str, np.ndarray], report: Sequence["Record"]) -> dict[str, Any]:
+    values = {n: x for n, x in weights.items() if not n.endswith(":scale")}
+    return {
+        "bytes": sum(x.nbytes for x in weights.values()),
+        "bytes_as_float32": sum(4 * x.size for x in values.values()),
+        "int8": [n.split(":")[0] for n in values if ":int8:" in n],
+        "bfloat16": [n for n, x in values.items() if x.dtype == jnp.bfloat16],
+        "report": [
+            dataclasses.asdict(r) | {"error": float(r.error)}
+            for r in report
+            if r.bytes_after != r.bytes_before
+        ],
+    }
+
+
+def _how_to_run(name: str) -> dict[str, str]:
+    return {
+        "shell": f'fw predict {name} "a text"',
+        "python": f'list(fw.export.load("{name}").predict(["a text"]))',
+        "without fw": "jax.export.deserialize(open('model.stablehlo', 'rb').read()).call("
+        "safetensors.numpy.load_file('model.safetensors'), batch)",
+    }
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("fw")
+    except importlib.metadata.PackageNotFoundError:
+        return "a source tree"

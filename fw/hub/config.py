@@ -1,0 +1,210 @@
+"""What a `config.json` says of a model and its labels, read with suspicion, and written back.
+
+The file may come from anywhere, so nothing in it is believed that the tensors beside it do not bear
+out. `families` knows which keys a family has, `folder` brings the parameters.
+"""
+
+import dataclasses
+import sys
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from reprlib import repr as shown  # a hostile file may hold a long value
+from typing import Any, get_args
+
+from fw.errors import FwError
+from fw.hub.families import FAMILIES, Family
+
+SUPERSEDED = (
+    "auto_map",  # code beside the source, which is not carried along
+    "num_labels",  # id2label says it, and they may differ
+    "problem_type",  # that of the source's head
+    "torch_dtype",  # older spelling of dtype
+)
+"""Keys of the source that are not written back."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a folder is loaded for.
+
+    Attributes:
+      task: as in the config of the model.
+      labels: by id.
+      kept: whether the folder's classifier is one for this task and these labels.
+    """
+
+    task: str
+    labels: tuple[str, ...]
+    kept: bool
+
+
+def choose_head(
+    family: Family,
+    source: Mapping[str, Any],
+    where: object,
+    *,
+    task: str | None,
+    labels: Sequence[str] | None,
+    limit: int,
+) -> Head:
+    """Brings together what the caller wants and what the folder has.
+
+    The folder's classifier is kept if it is one for the task, and its labels are those asked for
+    or unnamed (LABEL_0, LABEL_1 …) and as many.
+
+    Args:
+      family: of the folder.
+      source: its `config.json`.
+      where: the path of that, for messages.
+      task: None takes the folder's.
+      labels: None takes the folder's.
+      limit: how many labels a folder can have, by its tensors.
+
+    Raises:
+      FwError: the folder cannot say what is left open, or labels that are no set of names.
+    """
+    classes = source.get("architectures") or []
+    if not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
+        raise FwError(
+            f"{where}: 'architectures' is {shown(classes)}; expected a list of class names"
+        )
+    stated = next((t for t, name in family.architectures.items() if [name] == classes[:1]), None)
+    task = task or stated
+    if task is None:
+        raise FwError(
+            f"{where}: 'architectures' is {shown(classes)}, which names no task; give one of "
+            f"{', '.join(family.architectures)} as task"
+        )
+    if task not in family.architectures:
+        raise FwError(f"task {task!r} is unknown; choose one of {', '.join(family.architectures)}")
+    own = _own_labels(source, where, limit) if task == stated or not classes else None
+    single = source.get("problem_type") in (None, "single_label_classification")
+    if labels is not None:
+        labels = check_labels(labels, "labels")
+        return Head(task, labels, single and own in (labels, _unnamed(len(labels))))
+    if own is None:
+        raise FwError(f"{where}: {shown(classes)} has no labels for {task}; give labels")
+    if not single:
+        raise FwError(
+            f"{where}: problem_type {shown(source['problem_type'])} is not supported; expected "
+            "'single_label_classification'; with labels given, a new classifier is made"
+        )
+    return Head(task, own, True)
+
+
+def read_config(
+    family: Family, source: Mapping[str, Any], where: object, head: Head, limit: int
+) -> Any:
+    """The config of the model from `config.json`.
+
+    Args:
+      family: of the folder.
+      source: its `config.json`.
+      where: the path of that, for messages.
+      head: gives `task` and `num_labels`.
+      limit: the largest integer that the tensors bear out; nothing larger is believed.
+
+    Raises:
+      FwError: a key is missing, of another type or range, or asks for what is not implemented.
+    """
+    for key, only in family.fixed.items():
+        if source.get(key, only) not in (only, None):
+            raise FwError(
+                f"{where}: {key} {shown(source[key])} is not supported; expected {only!r}"
+            )
+    given: dict[str, Any] = {"task": head.task, "num_labels": len(head.labels)}
+    for field in dataclasses.fields(family.config):  # type: ignore[arg-type]
+        if field.name in given:
+            continue
+        if field.name in source:
+            given[field.name] = _checked(field, source[field.name], where, limit)
+        elif field.default is dataclasses.MISSING:
+            raise FwError(f"{where}: {field.name!r} is missing; is this a model folder?")
+    return family.config(**given)
+
+
+def write_config(
+    config: Any, labels: tuple[str, ...], dtype: str, source: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The `config.json` of a model.
+
+    Args:
+      config: of the model.
+      labels: by id.
+      dtype: of the parameters.
+      source: the `config.json` that the model came from; keys that fw does not know are kept.
+
+    Raises:
+      FwError: a model of no known family, or another number of labels than it has.
+    """
+    own = {t: f for t, f in FAMILIES.items() if f.config is type(config)}
+    if not own:
+        raise FwError(f"a {type(config).__name__} is of no family with a folder format")
+    if len(check_labels(labels, "labels")) != config.num_labels:
+        raise FwError(f"the model has {config.num_labels} labels, got {len(labels)}")
+    [(model_type, family)] = own.items()
+    fields = dataclasses.asdict(config)
+    del fields["num_labels"], fields["task"]
+    return {
+        **{key: value for key, value in source.items() if key not in SUPERSEDED},
+        **fields,
+        "architectures": [family.architectures[config.task]],
+        "dtype": dtype,
+        "id2label": {str(i): label for i, label in enumerate(labels)},
+        "label2id": {label: i for i, label in enumerate(labels)},
+        "model_type": model_type,
+    }
+
+
+def check_labels(labels: Sequence[str], where: object) -> tuple[str, ...]:
+    """Returns the labels as a tuple if they are different, non-empty strings.
+
+    >>> check_labels(["O", "O"], "labels")
+    Traceback (most recent call last):
+    ...
+    fw.errors.FwError: labels: expected different, non-empty names, got ['O', 'O']
+    """
+    named = all(isinstance(label, str) and label for label in labels)
+    if not labels or isinstance(labels, str) or not named or len(set(labels)) < len(labels):
+        raise FwError(f"{where}: expected different, non-empty names, got {shown(labels)}")
+    return tuple(labels)
+
+
+def _own_labels(source: Mapping[str, Any], where: object, limit: int) -> tuple[str, ...]:
+    table = source.get("id2label")
+    if table is None:
+        # The format's own defaults: two classes, without names.
+        count = source.get("num_labels", 2)
+        if not isinstance(count, int) or not 0 < count <= limit:
+            raise FwError(f"{where}: num_labels {shown(count)} fits no tensor of the folder")
+        return _unnamed(count)
+    if not isinstance(table, dict) or set(table) != set(map(str, range(len(table)))):
+        raise FwError(f"{where}: id2label: expected names by '0', '1' …, got {shown(table)}")
+    return check_labels([table[str(i)] for i in range(len(table))], f"{where}: id2label")
+
+
+def _unnamed(count: int) -> tuple[str, ...]:
+    return tuple(f"LABEL_{i}" for i in range(count))
+
+
+def _checked(field: dataclasses.Field, value: Any, where: object, limit: int) -> Any:
+    kinds = get_args(field.type) or (field.type,)
+    match value:
+        case None if types.NoneType in kinds:
+            return None
+        case bool():  # to Python, an int
+            pass
+        # The bound refuses infinity, nan, and integers too large for a float.
+        case int() | float() if float in kinds and 0 <= value <= sys.float_info.max:
+            return float(value)
+        case int() if int in kinds and 0 < value <= limit:
+            return value
+        case str() if str in kinds:
+            return value
+    wanted = "a string"
+    if float in kinds:
+        wanted = "a number, 0 or more"
+    elif int in kinds:
+        wanted = f"an integer from 1 to {limit}, the largest that the tensors bear out"
+    raise FwError(f"{where}: {field.name} is {shown(value)}; expected {wanted}")

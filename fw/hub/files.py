@@ -1,0 +1,209 @@
+"""The files of a model folder: tensors known by their headers and read slice by slice.
+
+`families` says what the files mean, `folder` brings them onto the mesh. Files come from anywhere:
+names and paths in them are checked here, sizes by safetensors, which refuses a header that does not
+fit its file.
+"""
+
+import json
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from fw.data.files import read_text
+from fw.errors import FwError
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+TOKENIZER = (
+    "added_tokens.json",
+    "merges.txt",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+"""All files that a tokenizer of transformers may consist of."""
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor in an open file.
+
+    Attributes:
+      name: in the file.
+      file: which one.
+      shape: as in the file.
+      dtype: as safetensors spells it: "F32", "BF16", "I64" …
+    """
+
+    name: str
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+    handle: Any = field(repr=False)
+
+    def read(self, index: tuple[slice, ...]) -> np.ndarray:
+        """Reads a part, and only that part, from the file.
+
+        Raises:
+          FwError: the file cannot be read.
+        """
+        with _errors(self.file):
+            return self.handle.get_slice(self.name)[index]
+
+
+def largest(tensors: Iterable[Tensor]) -> int:
+    """The largest size that a folder's tensors bear out: that of an axis, or their number."""
+    tensors = tuple(tensors)
+    # An empty tensor may state any size for its other axes, for it takes no room in the file.
+    sizes = (size for tensor in tensors if 0 not in tensor.shape for size in tensor.shape)
+    return max([1, len(tensors), *sizes])
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+      FwError: the file is not there, or holds something else.
+
+    >>> read_json(Path("nowhere/config.json"))
+    Traceback (most recent call last):
+    ...
+    fw.errors.FwError: nowhere/config.json: cannot be read: No such file or directory
+    """
+    try:
+        found = json.loads(read_text(path))
+    except FwError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise FwError(f"{path}: expected a JSON object: {error}") from error
+    if not isinstance(found, dict):
+        raise FwError(f"{path}: expected a JSON object, got {type(found).__name__}")
+    return found
+
+
+@contextmanager
+def open_tensors(folder: Path) -> Iterator[dict[str, Tensor]]:
+    """Opens the tensor files of a folder: one, or those that an index names.
+
+    Yields:
+      Every tensor by name. They can be read until the context ends.
+
+    Raises:
+      FwError: no such file; a broken one; an index that does not fit its files.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder, WEIGHTS)
+    ...     write_tensors(path, {"x": np.arange(6, dtype=np.float32).reshape(2, 3)})
+    ...     with open_tensors(Path(folder)) as tensors:
+    ...         tensors["x"].shape, tensors["x"].read((slice(0, 1), slice(1, 3)))
+    ((2, 3), array([[1., 2.]], dtype=float32))
+    """
+    places = {} if (folder / WEIGHTS).is_file() else _read_index(folder)
+    found: dict[str, Tensor] = {}
+    with ExitStack() as stack:
+        for file in sorted({folder / name for name in places.values()}) or [folder / WEIGHTS]:
+            with _errors(file):
+                handle = stack.enter_context(safe_open(file, "numpy"))
+                names = sorted(handle.keys())
+            for name in names:
+                if name in found:
+                    raise FwError(f"{file}: tensor {name!r} is also in {found[name].file.name}")
+                part = handle.get_slice(name)
+                found[name] = Tensor(name, file, tuple(part.get_shape()), part.get_dtype(), handle)
+        for name, place in places.items():
+            if name not in found or found[name].file.name != place:
+                raise FwError(f"{folder / INDEX}: expected tensor {name!r} in {place}; it is not")
+        yield found
+
+
+def write_tensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes arrays as one safetensors file that transformers accepts.
+
+    Raises:
+      FwError: the file cannot be written.
+    """
+    # The library writes an array's buffer whatever its strides are.
+    flat = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    with _errors(path):
+        path.touch()
+        usual = path.stat().st_mode
+        save_file(flat, path, metadata={"format": "pt"})  # transformers refuses files without it
+        path.chmod(usual)  # the library leaves files that only their owner can read
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, beside the final one, which it becomes if the body succeeds.
+
+    Raises:
+      FwError: there is already something, or it cannot be written.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as root:
+    ...     with new_folder(Path(root, "model")) as part:
+    ...         _ = (part / "a.txt").write_text("a")
+    ...     [str(path.relative_to(root)) for path in Path(root).rglob("*")]
+    ['model', 'model/a.txt']
+    """
+    folder = folder.resolve()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FwError(f"{folder}: exists already; choose another folder, or remove it first")
+    part = folder.with_name(f"{folder.name}.part-{secrets.token_hex(4)}")
+    try:
+        part.mkdir(parents=True)
+        yield part
+        part.replace(folder)
+    except OSError as error:
+        raise FwError(f"{folder}: cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def copy_tokenizer(source: Path, into: Path) -> None:
+    """Copies the files of a tokenizer, those that there are."""
+    for name in TOKENIZER:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, into / name)
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    """The file of each tensor, by the index of a folder; the names are those of plain files."""
+    path = folder / INDEX
+    if not path.is_file():
+        pickles = sorted(file.name for file in folder.glob("*.bin"))
+        hint = f" (weights in pickles are not read: {', '.join(pickles)})" if pickles else ""
+        raise FwError(f"{folder}: expected {WEIGHTS} or {INDEX}; found neither{hint}")
+    places = read_json(path).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise FwError(f"{path}: expected 'weight_map', an object from tensors to files")
+    for place in set(map(str, places.values())):
+        # No folders at all, on any system: the files lie beside their index.
+        if not place.endswith(".safetensors") or set(place) & set("/\\:\0") or place[0] == ".":
+            raise FwError(f"{path}: expected the name of a .safetensors file, got {place!r}")
+        if not (folder / place).is_file():
+            raise FwError(f"{path}: names {place}, which is not in {folder}")
+    return places
+
+
+@contextmanager
+def _errors(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise FwError(f"{file}: broken, or no safetensors file: {error}") from error

@@ -1,0 +1,284 @@
+"""A Hugging Face model folder becomes a model on a mesh, and a model becomes such a folder.
+
+Each device's part of each parameter is read straight from the file: no device, and no host, ever
+holds the whole model. What the folder lacks, a new head, is computed where it belongs. `files`
+knows the files, `config` what to make of them, `families` the names, `sharding` the places.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from fw.errors import FwError
+from fw.hub.config import choose_head, read_config, write_config
+from fw.hub.families import Family, family_of
+from fw.hub.files import (
+    CONFIG,
+    WEIGHTS,
+    Tensor,
+    copy_tokenizer,
+    largest,
+    new_folder,
+    open_tensors,
+    read_json,
+    write_tensors,
+)
+from fw.model import Model, Variables
+from sharding import Rules, build, create, gather, paths, shardings
+
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""The dtypes of parameters, by safetensors' names."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model with its parameters, and what its folder said besides.
+
+    Attributes:
+      model: the functions.
+      variables: on the mesh.
+      labels: the names of the classes, by id.
+      fresh: paths of the parameters that the folder lacks and that were made anew.
+      unused: the folder's tensors that the model has no place for.
+      folder: where it came from, None for a model made here.
+      config: that folder's `config.json`.
+    """
+
+    model: Model
+    variables: Variables = field(repr=False)
+    labels: tuple[str, ...]
+    fresh: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+    folder: Path | None = None
+    config: Mapping[str, Any] = field(default=MappingProxyType({}), repr=False)
+
+
+def load(
+    folder: str | Path,
+    *,
+    mesh: Mesh,
+    rules: Rules,
+    key: jax.Array | None = None,
+    task: str | None = None,
+    labels: Sequence[str] | None = None,
+    dtype: DTypeLike = np.float32,
+) -> Loaded:
+    """Reads a model folder of Hugging Face transformers onto a mesh.
+
+    The folder's classifier is kept if it is one for the task, and its labels are those asked for
+    or unnamed (LABEL_0, LABEL_1 …) and as many; otherwise it gets a new one.
+
+    Args:
+      folder: holds `config.json` and `model.safetensors`, or an index and several such files.
+      mesh, rules: where the parameters go.
+      key: for parameters that the folder lacks; each gets what `model.init(key)` gives it. None
+        requires a complete folder.
+      task: a task of the family; None takes the one that the folder was made for.
+      labels: names of the classes by id; None takes the folder's.
+      dtype: of the parameters, whatever the files have.
+
+    Returns:
+      The model and its parameters.
+
+    Raises:
+      FwError: a folder that is broken, of an unknown kind, or does not fit its own `config.json`;
+        tensors of the encoder that are missing, too many or of another shape.
+      sharding.ShardingError: parameters that do not fit the mesh and rules.
+
+    >>> import tempfile
+    >>> from fw.models.bert import BertConfig, bert
+    >>> from sharding import make_mesh, rules
+    >>> model = bert(BertConfig(30, 8, 1, 2, 16, num_labels=2, task="token_classification"))
+    >>> made = Loaded(model, model.init(jax.random.key(0)), ("O", "B-x"))
+    >>> where = {"mesh": make_mesh("data=1"), "rules": rules()}
+    >>> with tempfile.TemporaryDirectory() as root:
+    ...     save(f"{root}/tagger", made)
+    ...     tagger = load(f"{root}/tagger", **where)
+    ...     other = load(f"{root}/tagger", **where, labels=("O", "a", "b"), key=jax.random.key(1))
+    >>> tagger.labels, other.fresh
+    (('O', 'B-x'), ('classifier/bias', 'classifier/kernel'))
+    """
+    folder, dtype = Path(folder), np.dtype(dtype)
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise FwError(f"dtype {dtype} needs jax.config.update('jax_enable_x64', True)")
+    where = folder / CONFIG
+    source = read_json(where)
+    family = family_of(source, where)
+    with open_tensors(folder) as tensors:
+        limit = largest(tensors.values())
+        head = choose_head(family, source, where, task=task, labels=labels, limit=limit)
+        config = read_config(family, source, where, head, limit)
+        named = family.by_name(tensors)
+        wanted = {f"params/{path}": (name, t) for path, name, t in family.names(config)}
+        _check_names(family, folder, named, {name for name, _ in wanted.values()})
+
+        model = family.model(config)
+        shapes = jax.eval_shape(model.init, jax.random.key(0))
+        places = shardings(model.axes, shapes, mesh, rules)
+        axes = jax.tree.leaves(model.axes, is_leaf=lambda node: type(node) is tuple)
+        used, fresh, leaves = set(), {}, {}
+        for path, leaf, names, place in zip(
+            paths(shapes), jax.tree.leaves(shapes), axes, jax.tree.leaves(places), strict=True
+        ):
+            name, transposed = wanted[path]
+            if name not in named or ("labels" in names and not head.kept):
+                fresh[path] = place
+                continue
+            used.add(name)
+            read = _reader(named[name], leaf.shape, transposed, dtype)
+            leaves[path] = build(jax.ShapeDtypeStruct(leaf.shape, dtype), place, read, path=path)
+    if fresh:
+        leaves |= _init(model, key, fresh, dtype, folder)
+    return Loaded(
+        model,
+        jax.tree.unflatten(jax.tree.structure(shapes), [leaves[path] for path in paths(shapes)]),
+        head.labels,
+        tuple(_short(path) for path in fresh),
+        tuple(sorted(tensor.name for name, tensor in named.items() if name not in used)),
+        folder,
+        MappingProxyType(source),
+    )
+
+
+def save(folder: str | Path, loaded: Loaded, *, tokenizer_from: str | Path | None = None) -> None:
+    """Writes a model folder that transformers, and `load`, can read.
+
+    For trained parameters: `save(folder, dataclasses.replace(loaded, variables=trained))`. With
+    several processes, all must call it; the first one writes.
+
+    Args:
+      folder: new, or empty; its parents are made.
+      loaded: what to write; of `config`, the keys that fw does not know are kept.
+      tokenizer_from: a folder whose tokenizer is copied; None takes `loaded.folder`'s, if any.
+
+    Raises:
+      FwError: the folder exists, or cannot be written; parameters that are not the model's, among
+        them compressed ones; labels that do not fit.
+    """
+    model, folder = loaded.model, Path(folder)
+    host, dtype = _on_host(model, loaded.variables)
+    config = write_config(model.config, loaded.labels, dtype, loaded.config)
+    names = family_of(config, folder).names(model.config)
+    tokenizer = loaded.folder if tokenizer_from is None else Path(tokenizer_from)
+
+    def write() -> None:
+        with new_folder(folder) as part:
+            arrays = {
+                name: host[f"params/{path}"].T if transposed else host[f"params/{path}"]
+                for path, name, transposed in names
+            }
+            write_tensors(part / WEIGHTS, arrays)
+            text = json.dumps(config, indent=2, sort_keys=True)
+            (part / CONFIG).write_text(f"{text}\n", encoding="utf-8")
+            if tokenizer is not None:
+                copy_tokenizer(tokenizer, part)
+
+    _on_first_process(write, folder)
+
+
+def _check_names(
+    family: Family, folder: Path, named: Mapping[str, Tensor], wanted: set[str]
+) -> None:
+    """Refuses a folder with another encoder than its config describes."""
+    missing = sorted(n for n in wanted - named.keys() if not family.may_lack(n))
+    if missing:
+        raise FwError(f"{folder}: {_list(missing)} missing, which {CONFIG} calls for")
+    extra = sorted(t.name for n, t in named.items() if n not in wanted and not family.may_ignore(n))
+    if extra:
+        raise FwError(f"{folder}: {_list(extra)} there, which {CONFIG} does not describe")
+
+
+def _list(names: Sequence[str], most: int = 5) -> str:
+    shown = ", ".join(names[:most])
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"tensor {shown} is" if len(names) == 1 else f"tensors {shown}{more} are"
+
+
+def _reader(
+    tensor: Tensor, shape: tuple[int, ...], transposed: bool, dtype: np.dtype
+) -> Callable[[tuple[slice, ...]], np.ndarray]:
+    """A function that reads a part of a parameter, in our layout, from the file."""
+    expected = shape[::-1] if transposed else shape
+    if tensor.shape != expected:
+        raise FwError(
+            f"{tensor.file}: tensor {tensor.name!r}: expected shape {expected}, as {CONFIG} says, "
+            f"found {tensor.shape}"
+        )
+    if tensor.dtype not in DTYPES:
+        raise FwError(
+            f"{tensor.file}: tensor {tensor.name!r}: expected one of {', '.join(DTYPES)}, found "
+            f"{tensor.dtype}; a quantised model must be saved in one of these first"
+        )
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        block = tensor.read(index[::-1]).T if transposed else tensor.read(index)
+        return np.array(block, dtype, order="C")
+
+    return read
+
+
+def _init(
+    model: Model,
+    key: jax.Array | None,
+    places: Mapping[str, jax.sharding.Sharding],
+    dtype: np.dtype,
+    folder: Path,
+) -> dict[str, jax.Array]:
+    """Some of the parameters of `model.init(key)`; the compiler drops the work for the others."""
+    if key is None:
+        names = ", ".join(map(_short, places))
+        raise FwError(f"{folder}: lacks the parameters {names}; train it first, or give a key")
+
+    def init(key: jax.Array) -> dict[str, jax.Array]:
+        variables = model.init(key)
+        every = dict(zip(paths(variables), jax.tree.leaves(variables), strict=True))
+        return {path: every[path].astype(dtype) for path in places}
+
+    return create(init, key, shardings=dict(places))
+
+
+def _on_host(model: Model, variables: Variables) -> tuple[dict[str, np.ndarray], str]:
+    """The parameters by path, checked, and their one dtype."""
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    expected = dict(zip(paths(shapes), map(np.shape, jax.tree.leaves(shapes)), strict=True))
+    found = dict(zip(paths(variables), map(np.shape, jax.tree.leaves(variables)), strict=True))
+    for path in sorted(expected.keys() | found.keys()):
+        if expected.get(path) != found.get(path):
+            raise FwError(
+                f"{_short(path)}: expected {expected.get(path, 'no parameter')}, got "
+                f"{found.get(path, 'none')}; compressed parameters are restored before saving"
+            )
+    dtypes = sorted({str(leaf.dtype) for leaf in jax.tree.leaves(variables)})
+    if len(dtypes) != 1 or dtypes[0] not in DTYPES.values():
+        raise FwError(f"expected parameters of one floating dtype, got {', '.join(dtypes)}")
+    host = gather(variables)
+    return dict(zip(paths(host), jax.tree.leaves(host), strict=True)), dtypes[0]
+
+
+def _on_first_process(write: Callable[[], None], folder: Path) -> None:
+    """Runs `write` there; the others wait, and fail if it failed, for none may hang or go on."""
+    error = None
+    if jax.process_index() == 0:
+        try:
+            write()
+        except Exception as caught:  # raised below, when the others know
+            error = caught
+    if jax.process_count() > 1:
+        failed = multihost_utils.broadcast_one_to_all(np.int32(error is not None))
+        if failed and error is None:
+            raise FwError(f"{folder}: was not written; process 0 says why")
+    if error is not None:
+        raise error
+
+
+def _short(path: str) -> str:
+    return path.removeprefix("params/")
