@@ -6,27 +6,34 @@ the example to copy where a recipe does not fit.
 """
 
 import dataclasses
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
 from fw import assets, data, hub, precision, report, run
 from fw.checkpoint import Checkpoints
 from fw.data import Packed
 from fw.errors import FwError
-from fw.evaluate import evaluate, make_counter
+from fw.evaluate import Forward, evaluate, make_counter
+from fw.model import Model
 from fw.optimizer import AdamW, learning_rate, optimizer
 from fw.step import initial_state, make_step
-from fw.tasks import Summary, Task, make_task
+from fw.tasks import Summary, make_task
 from fw.train import Progress, train
-from sharding import Rules, make_mesh
+from sharding import make_mesh
 from sharding import rules as make_rules
 
 TASKS = {"ner": "token_classification", "classify": "sequence_classification"}
+
+MODEL = "model"
+"""The folder in a run with its best parameters, as Hugging Face transformers reads it."""
+
+# What a resumed run may do differently: none of it changes a number.
+MAY_CHANGE = ("run", "mesh", "rules", "log_every", "keep_last", "keep_best")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,15 +141,13 @@ def finetune(recipe: Finetune, *, resume: bool = False) -> Path:
 
     settings = {
         **dataclasses.asdict(recipe),
-        "labels": list(task.labels), "steps": steps, "evaluate_every": every,
+        "labels": list(task.labels),
+        "records": {split: len(items) for split, items in prepared.records.items()},
+        "steps": steps, "evaluate_every": every,
         "new_parameters": list(loaded.fresh), "unused_tensors": list(loaded.unused),
         "skipped_rows": len(prepared.skipped), "cut_tokens": prepared.cut,
     }  # fmt: skip
-    folder = Path(recipe.run)
-    if resume:
-        _same_recipe(folder, settings)
-    else:
-        run.create(folder, settings)
+    folder = run.create(recipe.run, settings, resume=resume, may_change=MAY_CHANGE)
     progress = Progress(steps)
     _announce(progress, prepared, loaded, batches.steps_per_epoch, recipe)
 
@@ -154,11 +159,9 @@ def finetune(recipe: Finetune, *, resume: bool = False) -> Path:
     state = initial_state(loaded.variables, tx, mesh)
     counter = make_counter(forward(loaded.model, recipe.precision), task)
 
-    def score(variables: Any, split: str) -> Summary:
-        rows = prepared.rows[split]
-        return evaluate(
-            counter, variables, rows, task, size=recipe.batch, mesh=mesh, rules=rules
-        )
+    def score(variables: Any) -> Summary:
+        rows = prepared.rows["dev"]
+        return evaluate(counter, variables, rows, task, size=recipe.batch, mesh=mesh, rules=rules)
 
     metric = "f1" if recipe.task == "ner" else "macro_f1"
     with Checkpoints(
@@ -172,7 +175,7 @@ def finetune(recipe: Finetune, *, resume: bool = False) -> Path:
             progress.say(f"resumed at step {int(state.step)}")
         ready = time.perf_counter()
         state = train(
-            folder, state, step, batches, steps=steps, evaluate=lambda v: score(v, "dev"),
+            folder, state, step, batches, steps=steps, evaluate=score,
             checkpoints=checkpoints, mesh=mesh, rules=rules,
             learning_rate=learning_rate(recipe, steps), evaluate_every=every,
             log_every=recipe.log_every,
@@ -182,34 +185,41 @@ def finetune(recipe: Finetune, *, resume: bool = False) -> Path:
         best = checkpoints.best
         kept = checkpoints.restore(state, best)
         kept_steps = checkpoints.steps()
+    shutil.rmtree(folder / MODEL, ignore_errors=True)  # of an earlier end of this run
     hub.save(
-        folder / "model", dataclasses.replace(loaded, variables=kept.variables),
+        folder / MODEL, dataclasses.replace(loaded, variables=kept.variables),
         tokenizer_from=source,
     )  # fmt: skip
-    summaries = {s: score(kept.variables, s) for s in ("dev", "test") if s in prepared.rows}
-    for split, summary in summaries.items():
-        progress.say(f"\n{split}, step {best}\n{summary.text}")
-    run.write_json(
-        folder / "result.json",
+    record(
+        folder,
         {
             "task": recipe.task,
-            "splits": {s: dict(summary.figures) for s, summary in summaries.items()},
+            "splits": {"dev": dict(score(kept.variables).figures)},
             "best_step": best,
             "checkpoints": kept_steps,
-            "stages": {
-                "prepare": ready - began,
-                "train": trained - ready,
-                "evaluate": time.perf_counter() - trained,
-            },
+            "stages": {"prepare": ready - began, "train": trained - ready,
+                       "save": time.perf_counter() - trained},
         },
-    )
-    report.write(folder)
+    )  # fmt: skip
     return folder
 
 
-def forward(model: hub.Model, precision_name: str):
-    """`(variables, batch) -> logits` of a model, for evaluation."""
-    apply = precision.apply(model.apply, precision_name)
+def record(folder: Path, news: Mapping[str, Any]) -> None:
+    """Adds to a run's `result.json`, mapping by mapping, and draws its report again."""
+
+    def merged(old: Any, new: Any) -> Any:
+        if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
+            return new
+        return {**old, **{k: merged(old.get(k), v) for k, v in new.items()}}
+
+    path = folder / run.RESULT
+    run.write_json(path, merged(run.read_json(path) if path.exists() else {}, news))
+    report.write(folder)
+
+
+def forward(model: Model, policy: str) -> Forward:
+    """`(variables, batch) -> logits` of a model under a precision policy, for evaluation."""
+    apply = precision.apply(model.apply, policy)
     return lambda variables, batch: apply(variables, batch)[0]
 
 
@@ -263,15 +273,3 @@ def _announce(progress: Progress, prepared: Data, loaded: Any, epoch: int, recip
         progress.say(f"{len(prepared.skipped)} bad rows skipped")
     if prepared.cut:
         progress.say(f"{prepared.cut} tokens cut from texts longer than {recipe.length}")
-
-
-def _same_recipe(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Refuses to go on with a recipe that would not have led here; the mesh may change."""
-    before = run.config(folder)
-    free = ("run", "mesh", "rules", "log_every", "keep_last", "keep_best")
-    for name, value in settings.items():
-        if name not in free and before.get(name) != value:
-            raise FwError(
-                f"{folder}/config.json: {name} was {before.get(name)!r} and is now {value!r}; "
-                "resume with the options the run began with, or start a new run"
-            )

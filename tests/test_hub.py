@@ -161,8 +161,8 @@ def test_folder_of_the_encoder_alone(copy):
         load(copy)
     with pytest.raises(FwError, match="no labels for token_classification; give labels"):
         load(copy, task=TOKENS)
-    with pytest.raises(FwError, match=r"lacks .*classifier/kernel; train it first, or give a key"):
-        load(copy, task=TEXTS, labels="ab")
+    with pytest.raises(FwError, match=r"lacks .*classifier/kernel.*; train it first, or give"):
+        load(copy, task=TEXTS, labels=("a", "b"))
 
     key = jax.random.key(5)
     loaded = load(copy, EIGHT, task=TEXTS, labels=["a", "b"], key=key)
@@ -412,7 +412,7 @@ REFUSED = {
     "true as size": (with_config(num_hidden_layers=True), "num_hidden_layers is True; expected an"),
     "a flood of layers": (with_config(num_hidden_layers=10**9), "integer from 1 to 60"),
     "endless rate": (with_config(layer_norm_eps=float("inf")), "layer_norm_eps is inf; expected a"),
-    "dropout of all": (with_config(hidden_dropout_prob=1.0), "hidden_dropout_prob 1.0"),
+    "dropout of all": (with_config(hidden_dropout_prob=1.0), "hidden_dropout_prob 1.0 is no rate"),
     "gap in labels": (with_config(id2label={"0": "O", "2": "B-x"}), "id2label: expected names by"),
     "same labels": (with_config(id2label={"0": "O", "1": "O"}), "id2label: expected different"),
     "fewer labels": (
@@ -542,7 +542,7 @@ def test_save_refuses(tagger, tmp_path):
     refused("the model has 3 labels, got 2", labels=("a", "b"))
     refused("expected different, non-empty names", labels=("a", "a", "b"))
     refused(
-        "classifier/bias: expected no parameter|classifier/bias: expected .*, got none",
+        r"classifier/bias: expected \(3,\), got none",
         variables={"params": kernels | {"classifier": {}}, "state": {}},
     )
     refused(
@@ -557,7 +557,7 @@ def test_save_refuses(tagger, tmp_path):
 
 
 def test_a_folder_is_whole_or_not_there(tmp_path):
-    with pytest.raises(RuntimeError), new_folder(tmp_path / "model") as part:  # noqa: PT012
+    with pytest.raises(RuntimeError), new_folder(tmp_path / "model") as part:
         (part / "config.json").write_text("{}")
         raise RuntimeError
     assert not list(tmp_path.iterdir())

@@ -34,7 +34,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--verify", action="store_true", help="hash every file, large ones too")
     parser.add_argument("--cache", type=Path, help="where to keep assets (default: $FW_CACHE)")
     parser.add_argument("--catalogue", type=Path, help="a catalogue of your own (TOML)")
-    parser.set_defaults(run=run)
+    parser.set_defaults(command=run)
     return parser
 
 
@@ -84,7 +84,7 @@ def cli(argv: Sequence[str] | None = None) -> int:
     add_parser(parser.add_subparsers(required=True))
     arguments = parser.parse_args(["fetch", *(sys.argv[1:] if argv is None else argv)])
     try:
-        return arguments.run(arguments)
+        return arguments.command(arguments)
     except FwError as error:
         print(f"fw: {error}", file=sys.stderr)
         return 1

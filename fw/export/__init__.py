@@ -1,9 +1,12 @@
-"""A trained model as a folder that answers: `save` writes an artifact, `load` checks it and runs it.
+"""A trained model as a folder that answers: `save` writes it, `load` checks it and runs it.
 
 | file | what it does |
 | --- | --- |
 | `manifest` | what is in the folder, and whether it still is |
-| `save` | model record → StableHLO, weights, tokenizer, golden outputs |
+| `tensors` | arrays in files |
+| `function` | model record → StableHLO with symbolic sizes |
+| `golden` | a batch, and what the model made of it |
+| `save` | that, weights, tokenizer and golden outputs → folder |
 | `load` | folder → `Artifact`, with no code of the model |
 | `predict` | texts → answers |
 | `command` | `fw predict` |

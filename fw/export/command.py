@@ -6,7 +6,6 @@ the first is answered, so that a bad one costs no compute.
 
 import argparse
 import json
-import os
 import secrets
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -60,7 +59,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--batch-size", type=int, default=32, help="rows computed at once (default: %(default)s)"
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(command=run)
     return parser
 
 
@@ -163,11 +162,13 @@ def _open(path: Path | None) -> Iterator[TextIO]:
         return
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with part.open("x", encoding="utf-8") as file:
-            yield file
-        os.replace(part, path)
+        file = part.open("x", encoding="utf-8")
     except OSError as error:
         raise FwError(f"{path}: cannot be written: {error.strerror}") from error
+    try:
+        with file:
+            yield file
+        part.replace(path)
     finally:
         part.unlink(missing_ok=True)
 

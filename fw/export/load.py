@@ -5,39 +5,22 @@ can run it, and that the function still gives what it gave when it was saved. Th
 from the StableHLO itself and must agree with the manifest and the weights.
 """
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import safetensors
 from jax import export
 
 from fw.data.tokenizer import Tokenizer, load_tokenizer
 from fw.errors import FwError
 from fw.export import manifest as files
+from fw.export.function import batch_specs, check_function, form
+from fw.export.golden import check_golden
 from fw.export.predict import predict
-
-DTYPES = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": jnp.bfloat16,
-    "I64": np.int64,
-    "I32": np.int32,
-    "I8": np.int8,
-    "U8": np.uint8,
-    "BOOL": np.bool_,
-}
-"""safetensors' names of the dtypes that an artifact may hold; its NumPy reader lacks bfloat16."""
-
-CUSTOM_CALLS = {"shape_assertion"}
-"""The only calls out of StableHLO that are let through: the check of t against its maximum. Others
-would run whatever code jaxlib has under that name."""
+from fw.export.tensors import read_tensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,58 +144,8 @@ def load(folder: str | Path, *, verify: bool = True) -> Artifact:
         jax.jit(exported.call),
     )
     if verify:
-        _run_golden(artifact)
+        check_golden(artifact)
     return artifact
-
-
-def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """Read a safetensors file, bfloat16 included, into host arrays.
-
-    Raises:
-        FwError: it is no such file, or holds a dtype that artifacts do not use.
-    """
-    try:
-        tensors = safetensors.deserialize(path.read_bytes())
-        return {
-            name: np.frombuffer(t["data"], DTYPES[t["dtype"]]).reshape(t["shape"])
-            for name, t in tensors
-        }
-    except (safetensors.SafetensorError, KeyError, ValueError) as error:
-        raise FwError(f"{path}: not tensors that can be read: {error!r}") from error
-
-
-def form(arrays: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Dtypes and shapes as the manifest spells them; a symbolic size is its name.
-
-    >>> form({"ids": np.zeros((2, 3), np.int32)})
-    {'ids': {'dtype': 'int32', 'shape': [2, 3]}}
-    """
-    return {
-        name: {
-            "dtype": str(x.dtype),
-            "shape": [str(n) if export.is_symbolic_dim(n) else n for n in x.shape],
-        }
-        for name, x in sorted(arrays.items())
-    }
-
-
-def check_function(exported: export.Exported, where: str) -> None:
-    """Refuse a function that reaches out of StableHLO or wants more than one device.
-
-    Raises:
-        FwError: it does.
-    """
-    text = exported.mlir_module()
-    found = re.findall(r'custom_call @(?:"([^"]*)"|([\w.$]+))', text)
-    names = {quoted or plain for quoted, plain in found}
-    if len(found) != text.count("custom_call") or names - CUSTOM_CALLS:
-        strange = ", ".join(sorted(names - CUSTOM_CALLS)) or "an unnamed one"
-        raise FwError(f"{where}: calls {strange}, which is outside StableHLO")
-    if exported.disabled_safety_checks or exported.nr_devices != 1:
-        raise FwError(
-            f"{where}: expected a function of one device with all safety checks; it has "
-            f"{exported.nr_devices} and lacks {list(exported.disabled_safety_checks)}"
-        )
 
 
 def _check_runs_here(folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -242,8 +175,11 @@ def _function(folder: Path, manifest: Mapping[str, Any]) -> export.Exported:
             f"{path}: jax {jax.__version__} cannot read it, jax {manifest['versions']['jax']} "
             f"wrote it: {error}"
         ) from error
-    if any(manifest["signature"][part] != found[part] for part in found):
-        raise FwError(f"{path}: its arguments are not those of the manifest's signature")
+    want = form(batch_specs(manifest["task"], manifest["length"]))
+    if found["batch"] != want or any(manifest["signature"][k] != v for k, v in found.items()):
+        raise FwError(f"{path}: takes and gives something else than the manifest says")
+    if found["logits"]["shape"][-1] != len(manifest["labels"]):
+        raise FwError(f"{path}: gives {found['logits']['shape'][-1]} classes, not one a label")
     check_function(exported, str(path))
     return exported
 
@@ -253,23 +189,3 @@ def _tokenizer_ids(folder: Path, manifest: Mapping[str, Any]) -> dict[str, int |
     if type(ids["pad"]) is not int or type(ids["unknown"]) not in (int, type(None)):
         raise FwError(f"{folder / files.NAME}: 'tokenizer': expected ids of 'pad' and 'unknown'")
     return ids
-
-
-def _run_golden(artifact: Artifact) -> None:
-    path = artifact.folder / files.GOLDEN
-    golden = read_tensors(path)
-    want = golden.pop("logits", None)
-    if want is None:
-        raise FwError(f"{path}: expected a tensor 'logits'; found {', '.join(golden) or 'none'}")
-    try:
-        got = artifact.logits(golden)
-    except FwError as error:
-        raise FwError(f"{path}: {error}") from error
-    tolerance = artifact.manifest["golden"]["tolerance"]
-    error = np.abs(got - want).max() if got.shape == want.shape else np.inf
-    if not error <= tolerance:
-        raise FwError(
-            f"{path}: the golden inputs give logits that are off by {error:.3g}, at most "
-            f"{tolerance:.3g} expected; jax {jax.__version__} on {jax.default_backend()} computes "
-            f"something else than jax {artifact.manifest['versions']['jax']} did"
-        )

@@ -18,7 +18,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fw.data.splits import TASKS
 from fw.errors import FwError
+from fw.json_files import dumps, plain
 
 FORMAT = 1
 """Version of the folder's layout; another one is refused."""
@@ -36,7 +38,7 @@ _FIELDS: Mapping[str, type] = {
     "task": str,
     "labels": list,
     "length": int,
-    "precision": str,
+    "compression": dict,
     "platforms": list,
     "signature": dict,
     "versions": dict,
@@ -52,21 +54,18 @@ def write(folder: Path, manifest: Mapping[str, Any]) -> None:
 
     Args:
         folder: holds all of `FILES`.
-        manifest: everything else to record; JSON.
+        manifest: everything else to record; what `fw.json_files` can write.
 
     Raises:
-        FwError: a value is not JSON.
+        TypeError: a value that JSON cannot hold, with its place.
     """
     files = {
         name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
         for name in FILES
     }
-    try:
-        whole = {"format": FORMAT, **manifest, "files": files}
-        whole["sha256"] = hashlib.sha256(_render(whole)).hexdigest()
-        (folder / NAME).write_bytes(_render(whole))
-    except (TypeError, ValueError) as error:
-        raise FwError(f"{folder / NAME}: expected plain JSON values; {error}") from error
+    whole = plain({"format": FORMAT, **manifest, "files": files}, NAME)
+    whole["sha256"] = hashlib.sha256(_render(whole)).hexdigest()
+    (folder / NAME).write_bytes(_render(whole))
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -95,7 +94,7 @@ def read(folder: Path) -> dict[str, Any]:
         raise FwError(f"{path}: has {_size(path)} bytes; expected at most {LIMIT}")
     text = path.read_bytes()
     try:
-        manifest = json.loads(text.decode())
+        manifest = json.loads(text)
         unsigned = {k: v for k, v in manifest.items() if k != "sha256"}
         found = manifest.get("format")
         intact = _render(manifest) == text
@@ -146,7 +145,7 @@ _AGAIN = "damaged or replaced: copy the artifact again, or export it again"
 
 def _render(manifest: Mapping[str, Any]) -> bytes:
     """The one spelling of a manifest."""
-    return (json.dumps(manifest, indent=1, allow_nan=False) + "\n").encode()
+    return dumps(manifest, indent=1) + b"\n"
 
 
 def _size(path: Path) -> int:
@@ -165,6 +164,8 @@ def _check_fields(path: Path, manifest: Mapping[str, Any]) -> None:
             raise FwError(f"{path}: {name!r}: expected a JSON {kind.__name__}")
     if not (manifest["labels"] and all(isinstance(label, str) for label in manifest["labels"])):
         raise FwError(f"{path}: 'labels': expected a list of names, not empty")
+    if manifest["task"] not in TASKS or manifest["length"] < 1:
+        raise FwError(f"{path}: expected a task of {', '.join(TASKS)} and a length above 0")
     files = manifest["files"]
     if strange := sorted(set(files) ^ set(FILES)):
         raise FwError(
@@ -178,6 +179,7 @@ def _check_fields(path: Path, manifest: Mapping[str, Any]) -> None:
         ):
             raise FwError(f"{path}: files: {name}: expected 'bytes' and 'sha256'")
     for group, name, kind in (
+        ("compression", "bfloat16", list),
         ("golden", "tolerance", float),
         ("versions", "jax", str),
         ("versions", "calling_convention", int),

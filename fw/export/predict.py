@@ -207,7 +207,7 @@ def _entities(item: Item, scores: np.ndarray, labels: Sequence[str]) -> list[dic
     """The entities of one text; an entity's score is the mean of its words'."""
     best = scores.argmax(axis=-1)
     entities = []
-    for kind, first, after in entity_spans([labels[i] for i in best]):
+    for kind, first, after in entity_spans([labels[int(i)] for i in best]):
         start, end = item.spans[first][0], item.spans[after - 1][1]
         score = float(scores.max(axis=-1)[first:after].mean())
         text = item.text[start:end]

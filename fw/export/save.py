@@ -13,8 +13,7 @@ import math
 import platform
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,32 +21,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
-from jax import export
 
 from fw.data.splits import TASKS
 from fw.data.tokenizer import Tokenizer, load_tokenizer
 from fw.errors import FwError
 from fw.export import manifest as files
-from fw.export.load import check_function, form, load, read_tensors
-from fw.export.predict import inputs, pack_items, read_items, row_length
+from fw.export.function import batch_specs, check_function, form, functional, trace
+from fw.export.golden import golden_batch, largest_id, tolerance
+from fw.export.load import load
+from fw.export.tensors import read_tensors
 from fw.metrics.entities import entity_types
 
 if TYPE_CHECKING:
     from compress import Record
     from fw.model import Model
-
-PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
-
-TOLERANCES = {"f32": (1e-4, 0.0), "bf16": (1e-4, 0.06), "int8": (1e-4, 0.2)}
-"""How far golden logits may be off on another platform: absolute + relative · max |logit|.
-
-On one platform they agree to the bit. Elsewhere sums round differently, and where activations are
-rounded again, to bfloat16 or int8, a last bit decides between two neighbours. Noise of 1e-6 on the
-embeddings of 6 and 12 random layers of 384 moved the worst of 2,304 logits by 3e-6, 0.016 and
-0.074 of the largest one. A wrong dot product is off by more than the largest.
-"""
-
-GOLDEN_ROWS = 4
 
 
 def save(
@@ -79,7 +66,7 @@ def save(
         length: the most tokens in a row, special tokens included.
         precision: policy of the products that are not compressed, see `fw.precision`.
         report: what `compress.quantize` said, for the manifest.
-        provenance: where the model came from; JSON.
+        provenance: where the model came from.
         examples: texts for the golden batch; None for random ids.
 
     Returns:
@@ -106,18 +93,18 @@ def save(
     _check_arguments(model, task, labels, tokenizer, length)
     _check_target(folder)
 
-    weights, function, kind, plain = _functional(model, variables, precision)
-    exported = _export(function, weights, task, length)
+    variables = jax.device_get(dict(variables))
+    weights, function, forward, kind = functional(model, variables, precision)
+    exported = trace(function, weights, task, length)
     check_function(exported, "the model")
     if exported.out_avals[0].shape[-1] != len(labels):
         raise FwError(
             f"labels: the model has {exported.out_avals[0].shape[-1]} classes; got {len(labels)}"
         )
-    batch = _golden_batch(tokenizer, task, length, examples)
-    logits = np.asarray(jax.jit(plain)(batch))
+    batch = golden_batch(tokenizer, task, length, examples)
+    logits = np.asarray(jax.jit(forward)(variables, batch))
     if not np.isfinite(logits).all():
         raise FwError("variables: the model gives NaN or infinity; not exported")
-    absolute, relative = TOLERANCES[kind]
     manifest = {
         "task": task,
         "labels": list(labels),
@@ -135,11 +122,11 @@ def save(
         "model": _describe(model),
         "compression": _compression(weights, report),
         "tokenizer": {"pad": tokenizer.pad, "unknown": tokenizer.unknown},
-        "golden": {"tolerance": float(absolute + relative * np.abs(logits).max())},
+        "golden": {"tolerance": tolerance(kind, logits)},
         "signature": {
             "function": "logits = call(weights, batch)",
             "sizes": {"b": "rows", "t": f"tokens in a row, 1 to {length}", "s": "texts in a row"},
-            "batch": form({n: s for n, s in _batch_specs(task, length).items()}),
+            "batch": form(batch_specs(task, length)),
             "logits": form({"": exported.out_avals[0]})[""],
             "weights": form(weights),
         },
@@ -189,96 +176,6 @@ def load_variables(folder: str | Path) -> dict[str, Any]:
     return {"params": {}, "state": {}} | compress.from_arrays(arrays)
 
 
-def _functional(
-    model: "Model", variables: Mapping[str, Any], name: str
-) -> tuple[dict[str, np.ndarray], Callable, str, Callable]:
-    """Weights by name, a function of them and a batch, its kind, and the model's own function."""
-    import compress  # noqa: PLC0415
-    from fw.precision import apply, policy  # noqa: PLC0415
-
-    chosen = policy(name)
-    variables = jax.device_get(dict(variables))
-    weights = {n: np.asarray(x) for n, x in compress.to_arrays(variables).items()}
-    if not weights:
-        raise FwError("variables: hold no array; nothing to export")
-    forward = apply(compress.apply(lambda v, b: model.apply(v, b)[0].astype(jnp.float32)), chosen)
-    narrow = {
-        n
-        for n, x in weights.items()
-        if chosen.weights == "bfloat16"
-        and x.dtype == np.float32
-        and x.ndim == 2
-        and any(compress.match(pattern, n) for pattern in compress.DEFAULT_SELECT)
-    }
-    weights |= {n: weights[n].astype(jnp.bfloat16) for n in narrow}
-
-    def function(weights, batch):
-        # Rounded to bfloat16 again by the policy, which the compiler sees through.
-        wide = {n: x.astype(jnp.float32) if n in narrow else x for n, x in weights.items()}
-        return forward(compress.from_arrays(wide, like=variables), batch)
-
-    compressed = any(n.endswith(":scale") for n in weights)
-    kind = "int8" if compressed else "bf16" if chosen.weights == "bfloat16" else "f32"
-    return weights, function, kind, lambda batch: forward(variables, batch)
-
-
-def _batch_specs(task: str, length: int) -> dict[str, jax.ShapeDtypeStruct]:
-    scope = export.SymbolicScope([f"t <= {length}"])
-    b, t, s = export.symbolic_shape("b, t, s", scope=scope)
-    shapes = dict.fromkeys(("input_ids", "segment_ids", "position_ids"), (b, t))
-    if task == "sequence_classification":
-        shapes["first"] = (b, s)
-    return {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in shapes.items()}
-
-
-def _export(
-    function: Callable, weights: Mapping[str, np.ndarray], task: str, length: int
-) -> export.Exported:
-    specs = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in weights.items()}
-    with _no_locations():
-        exporter = export.export(jax.jit(function), platforms=PLATFORMS)
-        return exporter(specs, _batch_specs(task, length))
-
-
-@contextmanager
-def _no_locations() -> Iterator[None]:
-    """Keep this machine's paths and the caller's line numbers out of the StableHLO."""
-    option = "jax_traceback_in_locations_limit"
-    before = jax.config.read(option)
-    jax.config.update(option, 0)
-    try:
-        yield
-    finally:
-        jax.config.update(option, before)
-
-
-def _golden_batch(
-    tokenizer: Tokenizer, task: str, length: int, examples: Sequence[str] | None
-) -> dict[str, np.ndarray]:
-    if examples is not None:
-        items = read_items(tokenizer, examples)
-        items = [i for i in items if i.spans]
-        if not items:
-            raise FwError("examples: expected a text with a word at least; got none")
-        row = row_length(max(item.pieces for item in items), length)
-        rows = inputs(pack_items(tokenizer, items, task, row))
-        return {name: np.ascontiguousarray(x[:GOLDEN_ROWS]) for name, x in rows.items()}
-    # Two texts a row and padding after them, which is what the function will meet.
-    row = row_length(0, length)
-    half = row // 2
-    positions = np.arange(row, dtype=np.int32)
-    segments = np.where(positions < half, 1, np.where(positions < row - row // 8, 2, 0))
-    ids = np.random.default_rng(0).integers(0, _largest_id(tokenizer) + 1, (GOLDEN_ROWS, row))
-    batch = {
-        "input_ids": np.where(segments > 0, ids, tokenizer.pad),
-        "segment_ids": np.tile(segments, (GOLDEN_ROWS, 1)),
-        "position_ids": np.tile(np.where(segments == 2, positions - half, positions), (4, 1)),
-    }
-    if task == "sequence_classification":
-        batch["first"] = np.tile([0, half], (GOLDEN_ROWS, 1))
-    return {name: x.astype(np.int32) for name, x in batch.items()}
-
-
 def _check_arguments(
     model: "Model", task: str, labels: Sequence[str], tokenizer: Tokenizer, length: int
 ) -> None:
@@ -296,15 +193,11 @@ def _check_arguments(
             f"{most} positions; got {length}"
         )
     rows = getattr(model.config, "vocab_size", math.inf)
-    if _largest_id(tokenizer) >= rows:
+    if largest_id(tokenizer) >= rows:
         raise FwError(
-            f"tokenizer: has ids up to {_largest_id(tokenizer)}, but the model's vocabulary ends "
+            f"tokenizer: has ids up to {largest_id(tokenizer)}, but the model's vocabulary ends "
             f"at {rows - 1}; is it another model's?"
         )
-
-
-def _largest_id(tokenizer: Tokenizer) -> int:
-    return max(tokenizer.fast.get_vocab().values())
 
 
 def _check_target(folder: Path) -> None:
@@ -365,8 +258,9 @@ def _how_to_run(name: str) -> dict[str, str]:
     return {
         "shell": f'fw predict {name} "a text"',
         "python": f'list(fw.export.load("{name}").predict(["a text"]))',
-        "without fw": "jax.export.deserialize(open('model.stablehlo', 'rb').read()).call("
-        "safetensors.numpy.load_file('model.safetensors'), batch)",
+        "without fw": "import jax, jax.export, safetensors.flax; call = jax.jit(jax.export."
+        "deserialize(bytearray(open('model.stablehlo', 'rb').read())).call); logits = call("
+        "safetensors.flax.load_file('model.safetensors'), batch)",
     }
 
 

@@ -51,6 +51,10 @@ class BertConfig:
             raise FwError(f"task {self.task!r} is unknown to BERT; choose one of {TASKS}")
         if self.hidden_act != "gelu":
             raise FwError(f"hidden_act {self.hidden_act!r} is not supported; expected 'gelu'")
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
+            rate = getattr(self, name)
+            if rate is not None and not 0 <= rate < 1:
+                raise FwError(f"{name} {rate} is no rate; expected 0 or more, and less than 1")
 
     @property
     def head_dropout(self) -> float:

@@ -1,7 +1,8 @@
-"""What the records of `metrics.jsonl` become: figures of the whole run and curves over the steps."""
+"""What the records of `metrics.jsonl` become: curves over the steps, figures of the run."""
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from statistics import median
 from typing import Any
 from xml.etree.ElementTree import Element
@@ -12,7 +13,7 @@ from fw.report.text import number, percent
 Records = Sequence[Mapping[str, Any]]
 
 _POINTS = 400  # about one a pixel
-_WINDOW = 20  # the smoothed line averages over about this part of the run
+_WINDOW = 20  # the smoothed line averages over one part in so many of the run
 UNITS = {"loss": "nats"}
 FRACTIONS = ("accuracy", "precision", "recall", "f1", "macro_f1", "micro_f1", "weighted_f1")
 
@@ -30,9 +31,9 @@ def curves(records: Records) -> Element | None:
     charts = [
         _loss(train, records),
         _metric(records),
-        _one(train, "tokens_per_second", "Throughput", "real tokens/s", from_zero=True),
-        _one(train, "learning_rate", "Learning rate", "learning rate", from_zero=True),
-        _one(train, "grad_norm", "Gradient norm", "gradient norm (L2)", from_zero=True),
+        _one(train, "tokens_per_second", "Throughput", "real tokens/s"),
+        _one(train, "learning_rate", "Learning rate", "learning rate"),
+        _one(train, "grad_norm", "Gradient norm", "gradient norm (L2)"),
     ]
     drawn = [one for one in charts if one is not None]
     return columns(drawn) if drawn else None
@@ -49,48 +50,51 @@ def not_finite(records: Records) -> int:
     return sum(r.get("kind") == "train" and "loss" in r and r["loss"] is None for r in records)
 
 
-def smooth(points: Sequence[Point], window: float) -> list[Point]:
-    """Average exponentially, without the bias of the start (Kingma & Ba, arXiv:1412.6980, §3).
+def smooth(points: Sequence[Point], reach: int) -> list[Point]:
+    """Average over a window centred on each point, so that the line does not lag.
 
-    sₜ = β sₜ₋₁ + (1 - β) yₜ and ŷₜ = sₜ / (1 - βᵗ), with β = 1 - 1/window.
+    ŷᵢ = mean(yⱼ, |j - i| ≤ min(reach, i, n - 1 - i)): towards both ends the window narrows rather
+    than leaning inwards.
 
     Args:
         points: (x, y); gaps stay gaps and do not count.
-        window: about how many points are averaged, from 1.
+        reach: points to each side, from 0.
 
     Returns:
         The smoothed points.
 
-    >>> smooth([(0, 1.0), (1, 3.0), (2, None)], 2)
-    [(0, 1.0), (1, 2.3333333333333335), (2, None)]
+    >>> smooth([(0, 1.0), (1, 5.0), (2, 3.0), (3, None)], 1)
+    [(0, 1.0), (1, 3.0), (2, 4.0), (3, None)]
     """
-    decay = 1 - 1 / max(window, 1.0)
-    total, weight, out = 0.0, 0.0, []
-    for x, y in points:
-        if y is not None:
-            total = decay * total + (1 - decay) * y
-            weight = decay * weight + (1 - decay)
-        out.append((x, None if y is None else total / weight))
+    sums = list(accumulate((y or 0.0 for _, y in points), initial=0.0))
+    counts = list(accumulate((y is not None for _, y in points), initial=0))
+    out: list[Point] = []
+    for i, (x, y) in enumerate(points):
+        half = min(reach, i, len(points) - 1 - i)
+        low, high = i - half, i + half + 1
+        mean = None if y is None else (sums[high] - sums[low]) / (counts[high] - counts[low])
+        out.append((x, mean))
     return out
 
 
 def _loss(train: Records, records: Records) -> Element | None:
-    raw = _points(train, "train", "loss")
-    series = []
-    if any(y is not None for _, y in raw):
-        window = len(raw) / _WINDOW
-        if window > 2:
-            series = [
-                Series("train", thin(raw, _POINTS), "faint"),
-                Series("smoothed", thin(smooth(raw, window), _POINTS)),
-            ]
-        else:
-            series = [Series("train", raw)]
+    series = _lines("train", _points(train, "train", "loss"))
     for split in _splits(records):
         dots = _points(_of(records, split), "eval", "loss")
         if any(y is not None for _, y in dots):
             series.append(Series(split, thin(dots, _POINTS), "dots", "b"))
     return chart("Loss", series, x="step", y="loss (nats)") if series else None
+
+
+def _lines(name: str, raw: Sequence[Point]) -> list[Series]:
+    """The points as they are, behind a smoothed line where there are enough of them."""
+    if all(y is None for _, y in raw):
+        return []
+    reach = len(raw) // _WINDOW // 2
+    if reach == 0:
+        return [Series(name, raw)]
+    smoothed = Series("smoothed", thin(smooth(raw, reach), _POINTS))
+    return [Series(name, thin(raw, _POINTS), "faint"), smoothed]
 
 
 def _metric(records: Records) -> Element | None:
@@ -114,11 +118,14 @@ def _metric(records: Records) -> Element | None:
     return chart(f"{label(name)} on {splits}", series, x="step", y=f"{splits} {unit}", show=show)
 
 
-def _one(train: Records, key: str, title: str, unit: str, *, from_zero: bool) -> Element | None:
-    points = thin(_points(train, "train", key), _POINTS)
-    if all(y is None for _, y in points):
+def _one(train: Records, key: str, title: str, unit: str) -> Element | None:
+    points = _points(train, "train", key)
+    series = _lines("train", points)
+    if not series:
         return None
-    return chart(title, [Series(title.lower(), points)], x="step", y=unit, from_zero=from_zero)
+    if key == "learning_rate":  # a schedule has no noise to average away, only corners to lose
+        series = [Series("train", thin(points, _POINTS))]
+    return chart(title, series, x="step", y=unit, from_zero=True)
 
 
 def label(name: str) -> str:

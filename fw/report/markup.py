@@ -12,7 +12,7 @@ from fw.report.text import clean
 Child = Element | str | None
 
 
-def tag(name: str, *children: Child, **attributes: str | float | None) -> Element:
+def tag(name: str, /, *children: Child, **attributes: str | float | None) -> Element:
     """Make an element.
 
     Args:

@@ -142,7 +142,8 @@ def _training(records: Records) -> list[Element]:
 
 def _results(result: Mapping[str, Any], path: Path) -> list[Element]:
     sections = []
-    for name, entry in (result.get("splits") or {}).items():
+    splits = result.get("splits") or {}
+    for name, entry in sorted(splits.items(), key=lambda item: item[0] != "test"):
         if not isinstance(entry, Mapping):
             raise FwError(f"{path}: 'splits/{name}': expected an object; restore the file")
         if blocks := scores.split(entry, path, f"splits/{name}"):
@@ -158,8 +159,8 @@ def _rest(result: Mapping[str, Any], path: Path) -> list[Element]:
         sections.append(_section("Time by stage", drawn))
     if entries := result.get("checkpoints"):
         best = result.get("best_step")
-        note = tag("p", f"Best: step {best:,}.", class_="note") if isinstance(best, int) else None
-        sections.append(_section("Checkpoints", scores.checkpoints(entries), note))
+        shown = scores.checkpoints(entries, best if isinstance(best, int) else None)
+        sections.append(_section("Checkpoints", shown))
     return sections
 
 

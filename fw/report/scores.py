@@ -11,13 +11,15 @@ from xml.etree.ElementTree import Element
 from fw.errors import FwError
 from fw.report.curves import FRACTIONS, UNITS, label
 from fw.report.markup import Child, table, tag
-from fw.report.svg import bars, heat_map
+from fw.report.matrix import heat_map
+from fw.report.svg import bars
 from fw.report.text import MISSING, number, percent, seconds, size
 
 _AVERAGES = ("accuracy", "micro avg", "macro avg", "weighted avg")  # of `fw.metrics.to_dict`
 _SCORES = ("precision", "recall", "f1-score")
 _LARGE = 12  # classes from which the most confused pairs are listed
 _PAIRS = 12
+_TALL = 24  # rows from which a report scrolls in a box of its own
 
 
 def figure(name: str, value: float | None) -> str:
@@ -61,13 +63,14 @@ def split(entry: Mapping[str, Any], path: Path, where: str) -> list[Element]:
         blocks.append(tag("dl", *(tag("div", *pair) for pair in pairs), class_="figures"))
     parts: list[Element] = []
     confusion = _part(entry, "confusion", path, where)
-    kind = "class" if confusion else "entity type"
     if report := _part(entry, "report", path, where):
+        kind = "class" if "accuracy" in report else "entity type"
         parts.append(_report(report, kind, path, f"{where}/report"))
     if confusion:
         parts += _confusion(confusion, path, f"{where}/confusion")
     if parts:
-        blocks.append(tag("div", *parts, class_="columns"))
+        large = bool(confusion) and len(confusion.get("labels") or ()) > _LARGE
+        blocks.append(tag("div", *parts, class_=None if large else "columns"))
     if tags := _part(entry, "tags", path, where):
         inner = _report(tags, "tag", path, f"{where}/tags")
         blocks.append(tag("details", tag("summary", "By tag, token by token"), inner))
@@ -123,8 +126,17 @@ def stages(entries: Mapping[str, float | None]) -> Element | None:
     return bars("Seconds of each stage", items, seconds) if items else None
 
 
-def checkpoints(entries: Sequence[Any]) -> Element:
-    """List the checkpoints: steps, paths, or objects with either and more."""
+def checkpoints(entries: Sequence[Any], best: int | None) -> Element:
+    """List the checkpoints: steps as a sentence; paths, or objects with more, as a table.
+
+    Args:
+        entries: of one kind or mixed.
+        best: the step of the best one.
+    """
+    if all(isinstance(entry, int) for entry in entries):
+        steps = ", ".join(f"{entry:,}" for entry in entries)
+        chosen = f" The best is that of step {best:,}." if best is not None else ""
+        return tag("p", f"Kept at step {steps}.{chosen}")
     rows = [e if isinstance(e, Mapping) else {_kind(e): e} for e in entries]
     names = list(dict.fromkeys(name for row in rows for name in row))
     cells = ([_value(name, row.get(name)) for name in names] for row in rows)
@@ -160,6 +172,8 @@ def _report(report: Mapping[str, Any], kind: str, path: Path, where: str) -> Ele
         else:
             raise FwError(f"{path}: '{where}/{name}': expected scores; got {type(scores).__name__}")
     element = table([kind, "precision", "recall", "F1", "support"], rows)
+    if len(rows) > _TALL:
+        element.set("class", "scroll tall")
     for line in element.iter("tr"):
         if (line[0].text or "") in _AVERAGES:
             line.set("class", "average")
@@ -168,13 +182,14 @@ def _report(report: Mapping[str, Any], kind: str, path: Path, where: str) -> Ele
 
 def _confusion(entry: Mapping[str, Any], path: Path, where: str) -> list[Element]:
     labels, counts = entry.get("labels"), entry.get("counts")
-    square = isinstance(labels, list) and isinstance(counts, list) and len(counts) == len(labels)
-    if not square or any(not isinstance(r, list) or len(r) != len(labels) for r in counts):
-        raise FwError(f"{path}: '{where}': expected C 'labels' and C × C 'counts'")
+    square = isinstance(labels, list) and isinstance(counts, list) and _square(counts, len(labels))
+    if not square:
+        raise FwError(f"{path}: '{where}': expected C 'labels' and C × C counts from 0 as 'counts'")
     labels = [str(name) for name in labels]
     heat = heat_map("Confusion matrix", labels, counts) if labels else None
-    if len(labels) <= _LARGE:
-        return [heat] if heat is not None else []
+    if heat is not None and len(labels) <= _LARGE:
+        note = "Count, and share of the texts with that label."
+        return [tag("figure", heat, tag("figcaption", note, class_="note"))]
     off = [
         (counts[i][j], labels[i], labels[j], sum(counts[i]))
         for i in range(len(labels))
@@ -189,6 +204,16 @@ def _confusion(entry: Mapping[str, Any], path: Path, where: str) -> list[Element
     if heat is not None:
         heat = tag("div", heat, class_="scroll whole")
     return [block for block in (pairs, heat) if block is not None]
+
+
+def _square(counts: list[Any], size: int) -> bool:
+    def is_row(row: Any) -> bool:
+        return isinstance(row, list) and len(row) == size and all(map(is_count, row))
+
+    def is_count(count: Any) -> bool:
+        return isinstance(count, int) and count >= 0
+
+    return len(counts) == size and all(map(is_row, counts))
 
 
 def _domains(domains: Mapping[str, Any], path: Path, where: str) -> list[Element]:
@@ -238,7 +263,7 @@ def _amount(
     ratio = (base.get(name) or 0) / value if value and entry is not base else 0.0
     if ratio:
         factor = max(ratio, 1 / ratio)
-        compared = f"{factor:.2g}× {words[ratio < 1]}" if f"{factor:.2f}" != "1.00" else "the same"
+        compared = f"{factor:.1f}× {words[ratio < 1]}" if factor >= 1.05 else "the same"
     else:
         compared = ""
     return tag(

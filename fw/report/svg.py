@@ -12,15 +12,13 @@ from itertools import groupby, pairwise
 from xml.etree.ElementTree import Element
 
 from fw.report.markup import Child, tag
-from fw.report.text import compact, number, percent
+from fw.report.text import compact, number
 
 Point = tuple[float, float | None]
 
-WIDTH, HEIGHT = 460, 250  # about half a page on a desk, the whole of it on a phone
+WIDTH, HEIGHT = 400, 220  # about half a page on a desk, the whole of it on a phone
 _TOP, _RIGHT, _BOTTOM = 30, 14, 38
-_CHARACTER = 6.6  # the width of one in 11-pixel text, on the safe side
-_NUMBERED = 12  # cells of a larger matrix have no room for numbers
-_CELLS = 150  # beyond this many classes a matrix cannot be read at all
+CHARACTER = 6.6  # the width of one in 11-pixel text, on the safe side
 _LONGEST = 22  # characters of a label
 
 
@@ -31,9 +29,8 @@ class Series:
     Attributes:
         name: for the legend and the titles.
         points: (x, y), by increasing x; a y of None is a gap.
-        mark: "line", "faint" (a thin line behind) or "dots" (joined by a thin line).
+        mark: "line", "faint" (a thin line behind, which cannot be pointed at) or "dots" (joined).
         colour: "a" or "b", the two of the style.
-        hover: whether its points can be pointed at; faint lines cannot.
     """
 
     name: str
@@ -82,7 +79,7 @@ def chart(
     Args:
         title: what is seen.
         series: at least one with at least one finite point.
-        x: name of the horizontal axis.
+        x: name of the horizontal axis, which begins at 0 so that charts can be compared.
         y: name of the vertical axis, with its unit.
         from_zero: the vertical axis begins at 0.
         show: prints a y in the titles of the points.
@@ -91,13 +88,11 @@ def chart(
         An <svg>.
     """
     shown = [(a, b) for one in series for a, b in one.points if b is not None]
-    x_low, x_high = min(a for a, _ in shown), max(a for a, _ in shown)
+    x_low, x_high = min(0, *(a for a, _ in shown)), max(1, *(a for a, _ in shown))
     y_values = [b for _, b in shown] + [0.0] * from_zero
     y_ticks = ticks(min(y_values), max(y_values))
-    x_ticks = [t for t in ticks(x_low, x_high) if x_low <= t <= x_high] or [x_low]
-    left = 14 + _CHARACTER * max(len(compact(t)) for t in y_ticks)
-    if x_low == x_high:
-        x_low, x_high = x_low - 1, x_high + 1
+    x_ticks = [t for t in ticks(x_low, x_high) if x_low <= t <= x_high]
+    left = 14 + CHARACTER * max(len(compact(t)) for t in y_ticks)
 
     def at(point: tuple[float, float]) -> tuple[float, float]:
         along = (point[0] - x_low) / (x_high - x_low)
@@ -115,7 +110,7 @@ def chart(
         grid.append(tag("text", compact(value), x=across, y=level + 16, text_anchor="middle"))
     middle = (left + WIDTH - _RIGHT) / 2
     grid.append(tag("text", x, x=middle, y=HEIGHT - 4, text_anchor="middle"))
-    return _svg(
+    return canvas(
         title,
         (WIDTH, HEIGHT),
         tag("text", y, x=4, y=14, class_="unit"),
@@ -137,76 +132,19 @@ def bars(title: str, items: Sequence[tuple[str, float]], show: Callable[[float],
     Returns:
         An <svg>.
     """
-    names = [_short(name) for name, _ in items]
-    left = 10 + _CHARACTER * max(map(len, names))
-    room = WIDTH - left - 10 - _CHARACTER * max(len(show(amount)) for _, amount in items)
+    names = [shorten(name) for name, _ in items]
+    left = 10 + CHARACTER * max(map(len, names))
+    room = WIDTH - left - 10 - CHARACTER * max(len(show(amount)) for _, amount in items)
     most = max(amount for _, amount in items) or 1.0
     height, rows = 24, []
     for i, ((name, amount), short) in enumerate(zip(items, names, strict=True)):
         length, top = room * amount / most, float(i * height)
         rows += [
-            tag("text", _title(name), short, x=left - 8, y=top + 16, text_anchor="end"),
+            tag("text", title_of(name), short, x=left - 8, y=top + 16, text_anchor="end"),
             tag("rect", x=left, y=top + 5, width=max(length, 1.0), height=14, rx=2, class_="bar"),
             tag("text", show(amount), x=left + length + 6, y=top + 16, class_="value"),
         ]
-    return _svg(title, (WIDTH, height * len(items)), *rows)
-
-
-def heat_map(title: str, labels: Sequence[str], counts: Sequence[Sequence[int]]) -> Element | None:
-    """Draw a confusion matrix: rows are labels, columns predictions, shade is the row's share.
-
-    Args:
-        title: what is seen.
-        labels: C class names.
-        counts: C rows of C counts.
-
-    Returns:
-        An <svg>: up to 12 classes with the numbers in the cells, above that with titles alone;
-        None for more classes than can be drawn.
-    """
-    if len(labels) > _CELLS:
-        return None
-    numbered = len(labels) <= _NUMBERED
-    cell = 46.0 if numbered else 11.0
-    names = [_short(label) for label in labels]
-    longest = max(map(len, names))
-    left = 26 + longest * (_CHARACTER if numbered else 5.4)
-    slanted = not numbered or longest * _CHARACTER > cell
-    below = (left - 18 if not numbered else 0.75 * left + 6) if slanted else 20.0
-    side = cell * len(labels)
-    width, height = left + side + 2, side + below + 22
-    body: list[Element] = [tag("rect", x=left, y=1, width=side, height=side, class_="empty")]
-    for i, row in enumerate(counts):
-        total = sum(row)
-        for j, count in enumerate(row):
-            if count or numbered:
-                share = count / total if total else 0.0
-                body.append(_cell(left + j * cell, 1 + i * cell, cell, count, share, numbered))
-                body[-1].insert(0, _title(_confused(labels[i], labels[j], count, total)))
-    for i, (label, name) in enumerate(zip(labels, names, strict=True)):
-        along = (i + 0.5) * cell
-        down, right = 1 + along + 4, left + along
-        body.append(tag("text", _title(label), name, x=left - 6, y=down, text_anchor="end"))
-        turn = f"rotate({-40 if numbered else -90} {right + 3:.2f} {side + 12:.2f})"
-        body.append(
-            tag("text", _title(label), name, x=right + 3, y=side + 12, text_anchor="end")
-            if slanted
-            else tag("text", _title(label), name, x=right, y=side + 16, text_anchor="middle")
-        )
-        if slanted:
-            body[-1].set("transform", turn)
-    body += [
-        tag("text", "predicted", x=left + side / 2, y=height - 4, class_="axis"),
-        tag(
-            "text",
-            "label",
-            x=10,
-            y=side / 2,
-            class_="axis",
-            transform=f"rotate(-90 10 {side / 2:.2f})",
-        ),
-    ]
-    return _svg(title, (width, height), *body, class_="map" if numbered else "map fine")
+    return canvas(title, (WIDTH, height * len(items)), *rows)
 
 
 def thin(points: Sequence[Point], most: int) -> list[Point]:
@@ -265,7 +203,7 @@ def _hover(
         group.append(
             tag(
                 "g",
-                _title(f"{x} {a:,}: {one.name} {show(b)}"),
+                title_of(f"{x} {a:,}: {one.name} {show(b)}"),
                 tag("rect", x=start, y=top, width=end - start, height=height),
                 tag("circle", cx=across, cy=level, r=4),
             )
@@ -278,7 +216,7 @@ def _legend(series: Sequence[Series]) -> Element:
     group, right = tag("g", class_="legend"), float(WIDTH - _RIGHT)
     for one in reversed(series):
         group.append(tag("text", one.name, x=right, y=14, text_anchor="end"))
-        right -= _CHARACTER * len(one.name) + 8
+        right -= 0.9 * CHARACTER * len(one.name) + 6
         key = tag("g", class_=f"series {one.mark} {one.colour}")
         if one.mark == "dots":
             key.append(tag("circle", cx=right - 4, cy=10, r=3.5))
@@ -290,36 +228,27 @@ def _legend(series: Sequence[Series]) -> Element:
     return group
 
 
-def _cell(x: float, y: float, side: float, count: int, share: float, numbered: bool) -> Element:
-    group = tag("g", class_="cell strong" if share > 0.5 else "cell")
-    gap = 1.0 if numbered else 0.5
-    group.append(
-        tag("rect", x=x, y=y, width=side - gap, height=side - gap, fill_opacity=0.04 + 0.96 * share)
-    )
-    if numbered:
-        middle = x + side / 2
-        group.append(tag("text", f"{count:,}", x=middle, y=y + side / 2, class_="value"))
-        if count:
-            group.append(tag("text", percent(share), x=middle, y=y + side / 2 + 13, class_="share"))
-    return group
-
-
-def _confused(label: str, predicted: str, count: int, total: int) -> str:
-    share = f", {percent(count / total)} of the label" if total else ""
-    return f"label {label}, predicted {predicted}: {count:,}{share}"
-
-
-def _short(label: str) -> str:
+def shorten(label: str) -> str:
+    """Cut a label to what has room beside a chart; its title has all of it."""
     return label if len(label) <= _LONGEST else f"{label[: _LONGEST - 1]}…"
 
 
-def _title(text: str) -> Element:
+def title_of(text: str) -> Element:
+    """The text that shows when its parent is pointed at."""
     return tag("title", text)
 
 
-def _svg(
+def canvas(
     title: str, size: tuple[float, float], *children: Child, class_: str | None = None
 ) -> Element:
+    """The <svg> around its parts.
+
+    Args:
+        title: read aloud in place of the picture.
+        size: width and height in its own units.
+        children: what is drawn.
+        class_: for the style.
+    """
     width, height = size
     element = tag("svg", *children, role="img", class_=class_)
     element.set("aria-label", title)

@@ -27,23 +27,23 @@ def number(value: float | None, digits: int = 4) -> str:
     """
     if value is None or not math.isfinite(value):
         return MISSING
-    if abs(value) >= 10 ** (digits - 1):
-        return f"{value:,.0f}".replace("-", "−")
+    if 10 ** (digits - 1) <= abs(value) < 1e15:
+        return f"{value:,.0f}"
     mantissa, _, exponent = f"{value:.{digits}g}".partition("e")
-    return (f"{mantissa}e{int(exponent)}" if exponent else mantissa).replace("-", "−", 1)
+    return f"{mantissa}e{int(exponent)}" if exponent else mantissa
 
 
 def compact(value: float) -> str:
     """Print the label of a tick: thousands as k, small numbers with an exponent.
 
     >>> compact(12000), compact(0.25), compact(2e-5), compact(0.0), compact(-1.5)
-    ('12k', '0.25', '2e-5', '0', '−1.5')
+    ('12k', '0.25', '2e-5', '0', '-1.5')
     """
     if value == 0:
         return "0"
     decade = min(int(math.log10(abs(value)) // 3), len(_DECADES) - 1)
     if decade > 0:
-        return f"{value / 1000**decade:.4g}{_DECADES[decade]}".replace("-", "−")
+        return f"{value / 1000**decade:.4g}{_DECADES[decade]}"
     return number(value)
 
 

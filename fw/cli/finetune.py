@@ -1,0 +1,41 @@
+"""`fw finetune`: its options are the fields of the recipe."""
+
+import argparse
+from typing import Any
+
+from fw.finetune import Finetune, finetune
+from fw.options import add_options, read_options
+from fw.run import config
+from fw.stages import evaluate_run
+
+_HELP = """\
+Fine-tune a pretrained encoder. RUN gets config.json (every option, resolved), metrics.jsonl,
+checkpoints/, model/ (the best parameters, as transformers reads them) and report.html.
+
+  fw finetune --task ner --data wnut17/ --run runs/wnut --epochs 5 --learning-rate 3e-4
+  fw finetune --task classify --data reviews.csv --columns text,stars --run runs/reviews
+  fw finetune ... --mesh data=2,fsdp=2,tensor=2     the same numbers on 8 devices
+  fw finetune ... --resume                          go on where it stopped, on any mesh
+"""
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """Adds the subcommand."""
+    parser = subparsers.add_parser(
+        "finetune", help="train on a data set", description=_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    add_options(parser, Finetune)
+    parser.set_defaults(command=run)
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Trains, then reports on the test split where the data has one."""
+    recipe = read_options(arguments, Finetune)
+    folder = finetune(recipe, resume=arguments.resume)
+    if "test" in config(folder)["records"]:
+        print(f"test\n{evaluate_run(folder, 'test', mesh=recipe.mesh).text}")
+    print(f"{folder}/report.html")
+    return 0

@@ -1,0 +1,89 @@
+"""`fw eval`, `fw compress`, `fw export`: one stage each on a run folder."""
+
+import argparse
+from typing import Any
+
+from fw import stages
+from fw.data import SPLITS
+
+
+def add_eval(subparsers: Any) -> argparse.ArgumentParser:
+    """Adds `fw eval`."""
+    parser = _run_parser(
+        subparsers, "eval", "report on a split",
+        "Evaluate the best model of a run: per type or class, with averages; by domain where the "
+        "data has domains. The figures also go to RUN/result.json.",
+    )  # fmt: skip
+    _options(parser, "test")
+    _variant(parser)
+
+    def run(arguments: argparse.Namespace) -> int:
+        summary = stages.evaluate_run(
+            arguments.folder, arguments.split, name=arguments.variant, mesh=arguments.mesh
+        )
+        print(summary.text)
+        return 0
+
+    parser.set_defaults(command=run)
+    return parser
+
+
+def add_compress(subparsers: Any) -> argparse.ArgumentParser:
+    """Adds `fw compress`."""
+    parser = _run_parser(
+        subparsers, "compress", "make the int8 variant",
+        "Quantise the kernels of a run's best model to int8, symmetric, a scale per output "
+        "channel; activations are quantised row by row as they come. Writes RUN/int8/ and prints "
+        "bytes, error and quality before and after.",
+    )  # fmt: skip
+    _options(parser, "dev")
+
+    def run(arguments: argparse.Namespace) -> int:
+        print(stages.compress_run(arguments.folder, split=arguments.split, mesh=arguments.mesh))
+        return 0
+
+    parser.set_defaults(command=run)
+    return parser
+
+
+def add_export(subparsers: Any) -> argparse.ArgumentParser:
+    """Adds `fw export`."""
+    parser = _run_parser(
+        subparsers, "export", "write the artifact",
+        "Write a folder that answers without this library's models: StableHLO for cpu, cuda, rocm "
+        "and tpu with a symbolic batch, safetensors weights, tokenizer, labels, golden outputs "
+        "and a manifest with the hash of each.",
+    )  # fmt: skip
+    _variant(parser)
+    parser.add_argument("--output", metavar="DIR", help="where to (default: RUN/artifact)")
+
+    def run(arguments: argparse.Namespace) -> int:
+        print(
+            stages.export_run(arguments.folder, name=arguments.variant, output=arguments.output)
+        )
+        return 0
+
+    parser.set_defaults(command=run)
+    return parser
+
+
+def _run_parser(subparsers: Any, name: str, short: str, text: str) -> argparse.ArgumentParser:
+    parser = subparsers.add_parser(name, help=short, description=text)
+    parser.add_argument("folder", metavar="RUN", help="a run folder, made by fw finetune")
+    return parser
+
+
+def _options(parser: argparse.ArgumentParser, split: str) -> None:
+    parser.add_argument(
+        "--split", choices=SPLITS, default=split, help="of the run's data (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--mesh", default="data=1", help="devices by axis (default: %(default)s)"
+    )
+
+
+def _variant(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--variant", choices=stages.VARIANTS, default="f32",
+        help="of the model; int8 after fw compress (default: %(default)s)",
+    )  # fmt: skip
