@@ -5,6 +5,7 @@ The references are the model itself on one unpadded text at a time, and plain Py
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import os
 import pty
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors
+import safetensors.numpy
 from jax import export as jax_export
 
 import compress
@@ -32,7 +34,7 @@ from fw.model import Model
 from fw.models.bert import BertConfig, bert
 
 ROOT = Path(__file__).parents[1]
-LENGTH = 48
+LENGTH, LAYERS = 48, 1
 TASKS = ("token_classification", "sequence_classification")
 LABELS = {
     "token_classification": ("O", "B-LOC", "I-LOC", "B-PER", "I-PER"),
@@ -51,15 +53,10 @@ def tokenizer(tmp_path_factory):
     return load_tokenizer(folder)
 
 
-def make_model(task, **changes):
-    config = {"num_labels": len(LABELS[task]), "task": task, "max_position_embeddings": 64}
-    config |= {"initializer_range": 0.3}
-    model = bert(BertConfig(40, 32, 2, 2, 64, **(config | changes)))
-    return model, model.init(jax.random.key(7))
-
-
 def arguments(task, form, tokenizer):
-    model, variables = make_model(task)
+    config = {"num_labels": len(LABELS[task]), "task": task, "max_position_embeddings": 64}
+    model = bert(BertConfig(40, 32, LAYERS, 2, 64, initializer_range=0.3, **config))
+    variables = model.init(jax.random.key(7))
     report = ()
     if form == "int8":
         params, report = compress.quantize(variables["params"])
@@ -86,7 +83,10 @@ def saved(tokenizer, tmp_path_factory):
             given = arguments(task, form, tokenizer)
             folder = tmp_path_factory.mktemp("saved") / "artifact"
             made[task, form] = SimpleNamespace(
-                **given, folder=export.save(folder, **given), artifact=export.load(folder)
+                **given,
+                folder=export.save(folder, **given),
+                artifact=export.load(folder),
+                jitted=jax.jit(given["model"].apply),
             )
         return made[task, form]
 
@@ -165,7 +165,7 @@ def test_int8_weights_are_int8_in_the_file_and_in_the_compiled_dots(saved):
     kernels = {name: form for name, form in forms.items() if "/kernel:int8" in name}
     assert set(kernels.values()) == {"I8"}
     assert not any(name.endswith("/kernel") for name in forms)
-    assert len(kernels) == 2 * 6 + 1
+    assert len(kernels) == LAYERS * 6 + 1
     assert sorted(it.artifact.manifest["compression"]["int8"]) == sorted(
         name.partition(":")[0] for name in kernels
     )
@@ -182,7 +182,7 @@ def test_int8_weights_are_int8_in_the_file_and_in_the_compiled_dots(saved):
 def test_bf16_kernels_are_stored_as_what_they_are_rounded_to(saved):
     f32, bf16 = (saved("token_classification", form) for form in ("f32", "bf16"))
     sizes = [it.artifact.manifest["compression"]["bytes"] for it in (f32, bf16)]
-    kernels = 4 * (2 * (4 * 32 * 32 + 2 * 32 * 64) + 32 * 5)
+    kernels = 4 * (LAYERS * (4 * 32 * 32 + 2 * 32 * 64) + 32 * 5)
     assert sizes[0] - sizes[1] == kernels / 2
     dtypes = {x.dtype for n, x in bf16.artifact.weights.items() if n.endswith("kernel")}
     assert dtypes == {jnp.dtype(jnp.bfloat16)}
@@ -334,7 +334,7 @@ def forge(folder, edit):
     whole = json.loads((folder / manifest.NAME).read_text())
     edit(whole)
     del whole["sha256"]
-    whole["sha256"] = __import__("hashlib").sha256(manifest._render(whole)).hexdigest()
+    whole["sha256"] = hashlib.sha256(manifest._render(whole)).hexdigest()
     (folder / manifest.NAME).write_bytes(manifest._render(whole))
 
 
@@ -447,9 +447,7 @@ REFUSED = {
     "NaN": (lambda a: a.update(variables=nan(a["variables"])), "gives NaN or infinity"),
     "no examples": (lambda a: a.update(examples=[" "]), "examples: expected a text with a word"),
     "another vocabulary": (
-        lambda a: a.update(
-            zip(("model", "variables"), make_model(a["task"], vocab_size=9), strict=True)
-        ),
+        lambda a: a.update(model=bert(dataclasses.replace(a["model"].config, vocab_size=9))),
         "ids up to 27, but the model's vocabulary ends at 8",
     ),
 }
@@ -462,11 +460,7 @@ def given(tokenizer):
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_arguments_that_do_not_fit_leave_nothing_behind(given, tmp_path, name):
-    if name == "another vocabulary":
-        config = dataclasses.replace(given["model"].config, vocab_size=9)
-        given["model"] = bert(config)
-    else:
-        REFUSED[name][0](given)
+    REFUSED[name][0](given)
     with pytest.raises(FwError, match=REFUSED[name][1]):
         export.save(tmp_path / "artifact", **given)
     assert list(tmp_path.iterdir()) == []
@@ -498,7 +492,7 @@ def test_a_function_that_calls_into_jaxlib_is_not_saved(given, tmp_path):
 
     variables = {"params": {"w": jnp.ones((3, 4))}, "state": {}}
     given |= {"model": Model(None, lambda key: variables, apply, {}), "variables": variables}
-    with pytest.raises(FwError, match="the model: calls .*, which is outside StableHLO"):
+    with pytest.raises(FwError, match=r"the model: calls .*, which is outside StableHLO"):
         export.save(tmp_path / "artifact", **given)
 
 
@@ -530,7 +524,7 @@ def one_by_one(it, ids):
     batch = {"input_ids": ids, "segment_ids": ones, "position_ids": np.cumsum(ones, 1) - ones}
     if it.task == "sequence_classification":
         batch["first"] = np.zeros((1, 1), np.int32)
-    return np.asarray(it.model.apply(it.variables, batch)[0][0])
+    return np.asarray(it.jitted(it.variables, batch)[0][0])
 
 
 def softmax(x):
@@ -573,9 +567,9 @@ def random_texts(rng, count, longest):
     ]
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 32])
+@pytest.mark.parametrize("batch_size", [3, 32])
 def test_entities_are_those_of_each_text_alone(saved, tokenizer, batch_size):
-    it, texts = saved("token_classification"), random_texts(np.random.default_rng(1), 60, 12)
+    it, texts = saved("token_classification"), random_texts(np.random.default_rng(1), 30, 8)
     answers = list(it.artifact.predict(iter(texts), batch_size))
     assert [a["text"] for a in answers] == texts
     total = 0
@@ -592,7 +586,7 @@ def test_entities_are_those_of_each_text_alone(saved, tokenizer, batch_size):
         want = entities(text, words.values(), scores.values())
         close(answer["entities"], want)
         total += len(want)
-    assert total > 100
+    assert total > 30
 
 
 def test_a_text_longer_than_a_row_goes_on_in_the_next(saved):
@@ -626,10 +620,10 @@ def test_given_words_are_taken_as_they_are(saved, tokenizer):
 
 def test_labels_are_those_of_each_text_alone_and_cuts_are_told(saved, tokenizer):
     it = saved("sequence_classification")
-    texts = [*random_texts(np.random.default_rng(4), 60, 30), "ada " * (LENGTH - 2), "ada " * 50]
+    texts = [*random_texts(np.random.default_rng(4), 12, 30), "ada " * (LENGTH - 2), "ada " * 50]
     answers = list(it.artifact.predict(texts, 4))
     assert [a["truncated"] for a in answers[-2:]] == [False, True]
-    assert len({a["label"] for a in answers}) > 1
+    assert np.std([a["score"] for a in answers]) > 0.01
     for text, answer in zip(texts, answers, strict=True):
         ids = tokenizer.fast.encode(text).ids
         assert answer["truncated"] == (len(ids) > LENGTH)
@@ -734,7 +728,7 @@ def test_a_pipe_comes_in_and_people_get_text(saved):
     it = saved("sequence_classification")
     code = (
         "import argparse, sys; from fw.export import command; p = argparse.ArgumentParser(); "
-        "command.add_parser(p.add_subparsers()); a = p.parse_args(sys.argv[1:]); sys.exit(a.command(a))"
+        "command.add_parser(p.add_subparsers()); a = p.parse_args(); sys.exit(a.command(a))"
     )
     args = [sys.executable, "-c", code, "predict", it.folder, "-f", "-", "--read", "jsonl"]
     screen, terminal = pty.openpty()

@@ -33,7 +33,7 @@ characters."""
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     """Add `predict` to the object that `ArgumentParser.add_subparsers` returned.
 
-    The parsed arguments carry `run`, a function from them to an exit status.
+    The parsed arguments carry `command`, a function from them to an exit status.
     """
     parser = subparsers.add_parser(
         "predict",

@@ -182,8 +182,7 @@ def _report(report: Mapping[str, Any], kind: str, path: Path, where: str) -> Ele
 
 def _confusion(entry: Mapping[str, Any], path: Path, where: str) -> list[Element]:
     labels, counts = entry.get("labels"), entry.get("counts")
-    square = isinstance(labels, list) and isinstance(counts, list) and _square(counts, len(labels))
-    if not square:
+    if not isinstance(labels, list) or not isinstance(counts, list) or not _square(counts, labels):
         raise FwError(f"{path}: '{where}': expected C 'labels' and C × C counts from 0 as 'counts'")
     labels = [str(name) for name in labels]
     heat = heat_map("Confusion matrix", labels, counts) if labels else None
@@ -206,14 +205,14 @@ def _confusion(entry: Mapping[str, Any], path: Path, where: str) -> list[Element
     return [block for block in (pairs, heat) if block is not None]
 
 
-def _square(counts: list[Any], size: int) -> bool:
-    def is_row(row: Any) -> bool:
-        return isinstance(row, list) and len(row) == size and all(map(is_count, row))
+def _square(counts: list[Any], labels: list[Any]) -> bool:
+    size = len(labels)
+    rows = all(isinstance(row, list) and len(row) == size for row in counts)
+    return rows and len(counts) == size and all(_is_count(n) for row in counts for n in row)
 
-    def is_count(count: Any) -> bool:
-        return isinstance(count, int) and count >= 0
 
-    return len(counts) == size and all(map(is_row, counts))
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and value >= 0
 
 
 def _domains(domains: Mapping[str, Any], path: Path, where: str) -> list[Element]:

@@ -53,7 +53,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     >>> ticks(0.13, 1.02)
     [0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2]
     """
-    if high <= low:
+    if high - low <= 1e-9 * max(abs(low), abs(high)):
         pad = abs(low) / 2 or 1.0
         low, high = low - pad, high + pad
     raw = (high - low) / count
@@ -212,19 +212,18 @@ def _hover(
 
 
 def _legend(series: Sequence[Series]) -> Element:
-    """Names at the top right, in the order of the series."""
-    group, right = tag("g", class_="legend"), float(WIDTH - _RIGHT)
-    for one in reversed(series):
-        group.append(tag("text", one.name, x=right, y=14, text_anchor="end"))
-        right -= 0.9 * CHARACTER * len(one.name) + 6
-        key = tag("g", class_=f"series {one.mark} {one.colour}")
+    """A key and a name for each, in their order, up to the right edge."""
+    keys = [8.0 if one.mark == "dots" else 18.0 for one in series]
+    widths = [k + 14 + CHARACTER * len(one.name) for k, one in zip(keys, series, strict=True)]
+    group, left = tag("g", class_="legend"), WIDTH - _RIGHT - sum(widths) + 10
+    for one, key, width in zip(series, keys, widths, strict=True):
+        mark = tag("g", class_=f"series {one.mark} {one.colour}")
         if one.mark == "dots":
-            key.append(tag("circle", cx=right - 4, cy=10, r=3.5))
-            right -= 18
+            mark.append(tag("circle", cx=left + 4, cy=10, r=3.5))
         else:
-            key.append(tag("line", x1=right - 16, x2=right, y1=10, y2=10))
-            right -= 30
-        group.append(key)
+            mark.append(tag("line", x1=left, x2=left + key, y1=10, y2=10))
+        group.extend([mark, tag("text", one.name, x=left + key + 4, y=14)])
+        left += width
     return group
 
 
