@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.extend import core
@@ -124,7 +125,8 @@ def _evaluate(closed: core.ClosedJaxpr, chosen: Policy, args) -> list:
                 eqn = eqn.replace(params={k: _rebuild(v, chosen) for k, v in eqn.params.items()})
             # As a program of one equation, JAX itself binds it, with its source line.
             used = list(dict.fromkeys(v for v in eqn.invars if not isinstance(v, core.Literal)))
-            one = core.Jaxpr((), used, eqn.outvars, [eqn], eqn.effects)
+            names = closed.jaxpr.debug_info.with_unknown_names()
+            one = core.Jaxpr((), used, eqn.outvars, [eqn], eqn.effects, names)
             out = core.jaxpr_as_fun(core.ClosedJaxpr(one, ()))(*map(read, used))
         env.update(zip(eqn.outvars, out, strict=True))
     return [read(v) for v in closed.jaxpr.outvars]
@@ -179,7 +181,7 @@ def _result(lhs, rhs, params):
 
 
 def _accumulate(a, b, contract, batch=((), ()), precision=None):
-    wide = jnp.promote_types(a.dtype, jnp.float32)
+    wide = np.promote_types(a.dtype, np.float32)
     return lax.dot_general(
         a, b, (contract, batch), precision=precision, preferred_element_type=wide
     )

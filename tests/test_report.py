@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from fw import metrics, report, run
 from fw.errors import FwError
+from fw.metrics.report import summarise
 from fw.report import curves, matrix, svg, text
 
 OPTIONS = {"task": "classify", "model": "tiny", "data": "texts.csv", "mesh": "data=2", "seed": 0}
@@ -425,8 +426,8 @@ def test_many_classes_get_titles_and_their_worst_pairs(tmp_path):
 
 def test_entities_are_reported_by_type_and_tag(tmp_path):
     three = np.array([3, 2]), np.array([4, 2]), np.array([3, 5])
-    entities = metrics.report.summarise(["LOC", "PER"], *three, single_label=False)
-    tags = metrics.report.summarise(["B-LOC", "O"], *three, single_label=True)
+    entities = summarise(["LOC", "PER"], *three, single_label=False)
+    tags = summarise(["B-LOC", "O"], *three, single_label=True)
     figures = {"f1": 0.5, "report": metrics.to_dict(entities), "tags": metrics.to_dict(tags)}
     page = make(tmp_path / "run", (), {"splits": {"test": figures}})
     section = page.section("Results on test")
@@ -508,9 +509,9 @@ def test_the_terminal_table_lines_up():
         [["日本", 1, None], ["a\x1b[0m\nb", 0.123456, "22.9 MB"]], ["name", "value", "size"]
     ).splitlines()
     assert lines == [
-        "name        value     size",
-        "─────────  ──────  ───────",
-        "日本            1        –",
+        "name      value     size",
+        "───────  ──────  ───────",
+        "日本          1        –",
         "a\ufffd[0m b  0.1235  22.9 MB",
     ]
     assert report.table([], ["a", "b"]).splitlines() == ["a  b", "─  ─"]

@@ -38,7 +38,7 @@ def tolerance(kind: str, logits: np.ndarray) -> float:
     0.3001
     """
     absolute, relative = TOLERANCES[kind]
-    return float(absolute + relative * np.abs(logits).max())
+    return absolute + relative * float(np.abs(logits).max())
 
 
 def golden_batch(

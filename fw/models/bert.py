@@ -14,7 +14,15 @@ from flax import nnx
 
 from fw.errors import FwError
 from fw.model import Batch, Model, from_nnx
-from fw.models.layers import Dense, Embedding, LayerNorm, attention, dropout, gelu
+from fw.models.layers import (
+    Dense,
+    Embedding,
+    LayerNorm,
+    attention,
+    dropout,
+    gelu,
+    segment_bias,
+)
 from sharding import constrain
 
 TASKS = ("token_classification", "sequence_classification")
@@ -93,13 +101,13 @@ class Attention(nnx.Module):
         self.heads = config.num_attention_heads
         self.rate = config.attention_probs_dropout_prob
 
-    def __call__(self, x: jax.Array, segments: jax.Array, key: jax.Array | None) -> jax.Array:
+    def __call__(self, x: jax.Array, bias: jax.Array, key: jax.Array | None) -> jax.Array:
         split = (*x.shape[:2], self.heads, x.shape[-1] // self.heads)
         q, k, v = (
             constrain(f(x).reshape(split), "batch", "length", "heads", None)
             for f in (self.query, self.key, self.value)
         )
-        return self.out(attention(q, k, v, segments, rate=self.rate, key=key).reshape(x.shape))
+        return self.out(attention(q, k, v, bias, rate=self.rate, key=key).reshape(x.shape))
 
 
 class Layer(nnx.Module):
@@ -114,9 +122,9 @@ class Layer(nnx.Module):
         self.norm = LayerNorm(size, epsilon=config.layer_norm_eps)
         self.rate = config.hidden_dropout_prob
 
-    def __call__(self, x: jax.Array, segments: jax.Array, key: jax.Array | None) -> jax.Array:
+    def __call__(self, x: jax.Array, bias: jax.Array, key: jax.Array | None) -> jax.Array:
         keys = (None,) * 3 if key is None else jax.random.split(key, 3)
-        attended = self.attention(x, segments, keys[0])
+        attended = self.attention(x, bias, keys[0])
         x = self.attention_norm(x + dropout(attended, self.rate, keys[1]))
         inner = constrain(gelu(self.up(x)), "batch", "length", "mlp")
         x = self.norm(x + dropout(self.down(inner), self.rate, keys[2]))
@@ -141,8 +149,9 @@ class Bert(nnx.Module):
         keys = (None,) * number if key is None else jax.random.split(key, number)
         x = dropout(self.embeddings(batch), rates.hidden_dropout_prob, keys[0])
         x = constrain(x, "batch", "length", "embed")
+        bias = segment_bias(batch["segment_ids"], x.dtype)
         for layer, layer_key in zip(self.layers, keys[1:-1], strict=True):
-            x = layer(x, batch["segment_ids"], layer_key)
+            x = layer(x, bias, layer_key)
         if rates.task == "sequence_classification":
             first = jnp.take_along_axis(x, batch["first"][..., None], axis=1)
             x = jnp.tanh(self.pooler(first))

@@ -5,6 +5,8 @@ step on a CPU is bound by reading and writing activations. No layer knows a mesh
 a quantiser. Each parameter names its axes (`axes=`), which is all that `sharding` needs.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,35 +51,69 @@ class LayerNorm(nnx.Module):
         return layer_norm(x, self.scale[...], self.bias[...], self.epsilon)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def layer_norm(x, scale, bias, epsilon):
     """(x - mean) / sqrt(var + epsilon) · scale + bias over the last axis.
 
     >>> layer_norm(jnp.array([1.0, 3.0]), jnp.ones(2), jnp.zeros(2), 0.0)
     Array([-1.,  1.], dtype=float32)
     """
-    centred = x - jnp.mean(x, -1, keepdims=True)
+    return _layer_norm_fwd(x, scale, bias, epsilon)[0]
+
+
+def _layer_norm_fwd(x, scale, bias, epsilon):
+    mean = jnp.mean(x, -1, keepdims=True)
+    centred = x - mean
     inverse = lax.rsqrt(jnp.mean(jnp.square(centred), -1, keepdims=True) + epsilon)
-    return centred * inverse * scale + bias
+    return centred * inverse * scale + bias, (x, scale, mean, inverse)
 
 
+def _layer_norm_bwd(epsilon, saved, g):
+    # By hand: two reductions over x, where autodiff of the above makes five.
+    x, scale, mean, inverse = saved
+    unit = (x - mean) * inverse
+    gs = g * scale
+    along = jnp.mean(gs * unit, -1, keepdims=True)
+    dx = (gs - jnp.mean(gs, -1, keepdims=True) - unit * along) * inverse
+    rows = tuple(range(x.ndim - 1))
+    return dx, jnp.sum(g * unit, rows), jnp.sum(g, rows)
+
+
+layer_norm.defvjp(_layer_norm_fwd, _layer_norm_bwd)
+
+
+@jax.custom_vjp
 def gelu(x: jax.Array) -> jax.Array:
     """x · Φ(x), exact (Hendrycks & Gimpel 2016, arXiv:1606.08415).
 
-    `jax.nn.gelu` computes Φ by `erfc`, with two branches and twice the time on a CPU.
+    `jax.nn.gelu` computes Φ by `erfc`, with two branches and twice the time on a CPU. The
+    derivative, Φ(x) + x φ(x), is computed from x again: reading what autodiff would keep is slower.
 
     >>> gelu(jnp.array([-1.0, 0.0, 1.0]))
     Array([-0.15865526,  0.        ,  0.8413447 ], dtype=float32)
     """
-    return 0.5 * x * (1 + lax.erf(x * np.asarray(np.sqrt(0.5), x.dtype)))
+    return x * _normal_cdf(x)
+
+
+def _normal_cdf(x):
+    return 0.5 * (1 + lax.erf(x * np.asarray(np.sqrt(0.5), x.dtype)))
+
+
+def _gelu_bwd(x, g):
+    density = np.asarray(1 / np.sqrt(2 * np.pi), x.dtype) * jnp.exp(-0.5 * jnp.square(x))
+    return (g * (_normal_cdf(x) + x * density),)
+
+
+gelu.defvjp(lambda x: (gelu(x), x), _gelu_bwd)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """Zeroes each element with probability `rate` and scales the rest by 1 / (1 - rate).
 
     The mask is a pure function of the key and of each element's global position, so it is
-    bit-identical on every mesh. It comes from a 32-bit integer hash of the position (the
-    `lowbias32` finaliser of C. Wellons, two keyed rounds), not from threefry: a training step of
-    MiniLM spends more time in threefry than in its dots (scripts/bench/LOG.md).
+    bit-identical on every mesh. It comes from a 32-bit integer hash of the position (`lowbias32`
+    of C. Wellons, the key mixed in before and within), not from threefry, in which a training step
+    of MiniLM spends more time than in its dots (scripts/bench/LOG.md).
 
     Args:
       x: any shape, floating.
@@ -93,24 +129,45 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
         step = jnp.uint32(stride % 2**32)
         position += lax.broadcasted_iota(jnp.uint32, x.shape, axis) * step
         stride *= x.shape[axis]
-    bits = _hash(_hash(position ^ seed[0]) + seed[-1])
+    bits = _hash(position, seed[0], seed[-1])
     keep = bits >= jnp.uint32(round(rate * 2**32))
-    return jnp.where(keep, x * np.asarray(1 / (1 - rate), x.dtype), jnp.zeros((), x.dtype))
+    return x * jnp.where(keep, jnp.asarray(1 / (1 - rate), x.dtype), jnp.zeros((), x.dtype))
 
 
-def _hash(x):
-    x = (x ^ (x >> jnp.uint32(16))) * jnp.uint32(0x7FEB352D)
+def _hash(x, before, within):
+    x = x ^ before
+    x = (x ^ (x >> jnp.uint32(16))) * jnp.uint32(0x7FEB352D) + within
     x = (x ^ (x >> jnp.uint32(15))) * jnp.uint32(0x846CA68B)
     return x ^ (x >> jnp.uint32(16))
 
 
-def attention(q, k, v, segments, *, rate: float = 0.0, key: jax.Array | None = None):
+def segment_bias(segments: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """What to add to attention scores so that a token sees only its own text.
+
+    Args:
+      segments: int [batch, length], the number of each token's text in its row; padding (0) sees
+        padding, so no row is empty.
+      dtype: of the scores.
+
+    Returns:
+      [batch, 1, length, length]: 0 within a text, else large and negative. Added, not selected:
+      the derivative of a sum costs nothing.
+
+    >>> segment_bias(jnp.array([[1, 1, 2]]), jnp.float32)[0, 0] == 0
+    Array([[ True,  True, False],
+           [ True,  True, False],
+           [False, False,  True]], dtype=bool)
+    """
+    same = segments[:, None, :, None] == segments[:, None, None, :]
+    return jnp.where(same, jnp.zeros((), dtype), jnp.asarray(jnp.finfo(dtype).min / 2, dtype))
+
+
+def attention(q, k, v, bias, *, rate: float = 0.0, key: jax.Array | None = None):
     """Softmax attention among the tokens of one text (Vaswani et al. 2017, arXiv:1706.03762).
 
     Args:
       q, k, v: [batch, length, heads, head_dim].
-      segments: int [batch, length], the number of each token's text in its row; a token sees
-        those of its own number only, padding (0) sees padding.
+      bias: added to the scores, broadcast to [batch, heads, length, length]; see `segment_bias`.
       rate, key: dropout of the attention weights.
 
     Returns:
@@ -119,8 +176,6 @@ def attention(q, k, v, segments, *, rate: float = 0.0, key: jax.Array | None = N
     scale = np.asarray(1 / np.sqrt(q.shape[-1]), q.dtype)
     # [batch, heads, length, head_dim] in memory: dots over the last axes need no further copies.
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * scale, k, v))
-    scores = jnp.einsum("bhld,bhmd->bhlm", q, k)
-    same = segments[:, None, :, None] == segments[:, None, None, :]
-    scores = jnp.where(same, scores, jnp.finfo(scores.dtype).min)
+    scores = jnp.einsum("bhld,bhmd->bhlm", q, k) + bias
     weights = dropout(jax.nn.softmax(scores, axis=-1), rate, key)
     return jnp.swapaxes(jnp.einsum("bhlm,bhmd->bhld", weights, v), 1, 2)

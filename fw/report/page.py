@@ -66,7 +66,7 @@ def write(folder: str | Path) -> Path:
         "head",
         tag("meta", charset="utf-8"),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        _policy(),
+        tag("meta", content=_POLICY, **{"http-equiv": "Content-Security-Policy"}),
         tag("meta", name="color-scheme", content="light dark"),
         tag("title", f"{title}: fw run"),
         tag("style", resources.files("fw.report").joinpath("style.css").read_text("utf-8")),
@@ -77,12 +77,6 @@ def write(folder: str | Path) -> Path:
 
 
 _KINDS = {"splits": dict, "variants": list, "stages": dict, "checkpoints": list}
-
-
-def _policy() -> Element:
-    element = tag("meta", content=_POLICY)
-    element.set("http-equiv", "Content-Security-Policy")
-    return element
 
 
 def _header(title: str, options: Mapping[str, Any], starts: list[dict[str, Any]]) -> Element:

@@ -249,12 +249,10 @@ def canvas(
         class_: for the style.
     """
     width, height = size
-    element = tag("svg", *children, role="img", class_=class_)
-    element.set("aria-label", title)
-    element.set("viewBox", f"0 0 {width:.0f} {height:.0f}")
     # Drawn no larger than one and a half times its own units, or two classes would fill a page.
-    element.set("style", f"max-width: {1.5 * width:.0f}px")
-    return element
+    attributes = {"aria-label": title, "viewBox": f"0 0 {width:.0f} {height:.0f}"}
+    style = f"max-width: {1.5 * width:.0f}px"
+    return tag("svg", *children, role="img", class_=class_, style=style, **attributes)
 
 
 def columns(charts: Iterable[Element | None]) -> Element:
