@@ -27,81 +27,11 @@ from fw.train import Progress, train
 from sharding import make_mesh
 from sharding import rules as make_rules
 
-TASKS = {"ner": "token_classification", "classify": "sequence_classification"}
-
 MODEL = "model"
 """The folder in a run with its best parameters, as Hugging Face transformers reads it."""
 
 # What a resumed run may do differently: none of it changes a number.
 MAY_CHANGE = ("run", "mesh", "rules", "log_every", "keep_last", "keep_best")
-
-
-@dataclasses.dataclass(frozen=True)
-class Finetune(AdamW):
-    """The recipe of a fine-tuning run; every field is an option of `fw finetune`.
-
-    Attributes:
-      task: "ner" (a tag for each word) or "classify" (a class for each text).
-      model: a name of `fw fetch --list`, or a Hugging Face model folder.
-      data: a file, or a folder with train, dev and test files (CoNLL, CSV, TSV, JSON lines), or a
-        name of `fw fetch --list`.
-      run: the run's folder, made by it.
-      epochs: passes over the training data.
-      steps: optimiser steps; 0 for as many as the epochs take.
-      batch: rows a step; a packed row holds several texts.
-      length: tokens a row.
-      packed: several texts share a row, none sees another; off: one text a row.
-      texts: texts a row may hold; 0 for length / 8.
-      mesh: devices by axis, as in data=2,fsdp=2,tensor=2; one size may be -1.
-      rules: preset that says which array axis goes to which mesh axis: data, fsdp, fsdp_tensor.
-      precision: of the dots: bf16 (bfloat16 operands, float32 sums) or f32.
-      accumulate: microbatches whose gradients make one step.
-      seed: of the new head, the order of the data and dropout.
-      evaluate_every: steps between evaluations and checkpoints; 0 for once an epoch.
-      log_every: steps between lines of progress.
-      keep_last: how many of the latest checkpoints stay.
-      keep_best: how many of the best checkpoints stay.
-      columns: names of input and target column, as in text,label; for tables and JSON lines.
-      scheme: of the tags in the files: auto, bio or iob1.
-      skip_bad_rows: count rows that cannot be read instead of stopping at the first.
-    """
-
-    task: str = "ner"
-    model: str = "all-MiniLM-L6-v2"
-    data: str = ""
-    run: str = "runs/latest"
-    epochs: float = 3.0
-    steps: int = 0
-    batch: int = 8
-    length: int = 128
-    packed: bool = True
-    texts: int = 0
-    mesh: str = "data=1"
-    rules: str = "fsdp_tensor"
-    precision: str = "bf16"
-    accumulate: int = 1
-    seed: int = 0
-    evaluate_every: int = 0
-    log_every: int = 10
-    keep_last: int = 1
-    keep_best: int = 1
-    columns: str = ""
-    scheme: str = "auto"
-    skip_bad_rows: bool = False
-
-    def __post_init__(self):
-        """Checks what can be checked before anything is read."""
-        super().__post_init__()
-        if self.task not in TASKS:
-            raise FwError(f"task {self.task!r} is unknown; choose one of {', '.join(TASKS)}")
-        if not self.data:
-            raise FwError("data is missing; give --data a file or a folder")
-        precision.policy(self.precision)
-        for name in ("batch", "length", "accumulate", "log_every", "keep_last", "keep_best"):
-            if getattr(self, name) < 1:
-                raise FwError(f"{name} is {getattr(self, name)}; expected 1 or more")
-        if self.columns and self.columns.count(",") != 1:
-            raise FwError(f"columns is {self.columns!r}; expected two names, as in text,label")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +58,7 @@ def finetune(recipe: Finetune, *, resume: bool = False) -> Path:
     """
     began = time.perf_counter()
     mesh, rules = make_mesh(recipe.mesh), make_rules(recipe.rules)
-    source, dataset = assets.fetch(recipe.model), assets.fetch(recipe.data)
+    source, dataset = assets.fetch(recipe.model), find_data(recipe.data)
     prepared = prepare(recipe, dataset, source)
     task = make_task(TASKS[recipe.task], prepared.labels)
     loaded = hub.load(
@@ -221,6 +151,12 @@ def forward(model: Model, policy: str) -> Forward:
     """`(variables, batch) -> logits` of a model under a precision policy, for evaluation."""
     apply = precision.apply(model.apply, policy)
     return lambda variables, batch: apply(variables, batch)[0]
+
+
+def find_data(name: str) -> Path:
+    """A data set's file or folder: one that is there, or what `fw fetch` gives for the name."""
+    path = Path(name)
+    return path if path.is_file() else assets.fetch(name)
 
 
 def prepare(recipe: Finetune, dataset: Path, source: Path, labels: tuple[str, ...] = ()) -> Data:

@@ -15,7 +15,7 @@ import jax
 # XLA allocates a step's temporaries anew each time. glibc gives such blocks back to the kernel and
 # faults them in again in pages of 4 KiB: a quarter of a training step's time on a CPU. Kept in the
 # process, in huge pages, they cost nothing (scripts/bench/LOG.md). Read only when a process starts.
-_MALLOC = ":".join(
+MALLOC = ":".join(
     [
         "glibc.malloc.hugetlb=1",
         "glibc.malloc.mmap_max=0",
@@ -23,6 +23,7 @@ _MALLOC = ":".join(
         "glibc.malloc.top_pad=268435456",
     ]
 )
+"""The `GLIBC_TUNABLES` that `prepare` sets."""
 
 
 def prepare(mesh: str = "") -> None:
@@ -36,7 +37,7 @@ def prepare(mesh: str = "") -> None:
         virtual devices as the sizes multiply to.
     """
     if platform.libc_ver()[0] == "glibc" and "GLIBC_TUNABLES" not in os.environ:
-        os.environ["GLIBC_TUNABLES"] = _MALLOC
+        os.environ["GLIBC_TUNABLES"] = MALLOC
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     sizes = [int(n) for n in re.findall(r"=\s*(\d+)", mesh)]
     forced = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")

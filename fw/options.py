@@ -4,13 +4,17 @@ import argparse
 import dataclasses
 import inspect
 import re
+from collections.abc import Collection
 from typing import Any
 
 
-def add_options(parser: argparse.ArgumentParser, record: type) -> None:
+def add_options(
+    parser: argparse.ArgumentParser, record: type, *, without: Collection[str] = ()
+) -> None:
     """Adds one option per field; its help is the field's line under `Attributes:`.
 
     A field `learning_rate: float = 5e-5` becomes `--learning-rate`, a boolean `--x / --no-x`.
+    The fields in `without` get none: the program itself knows their values.
 
     >>> @dataclasses.dataclass(frozen=True)
     ... class Recipe:
@@ -28,6 +32,8 @@ def add_options(parser: argparse.ArgumentParser, record: type) -> None:
     """
     text = descriptions(record)
     for field in dataclasses.fields(record):
+        if field.name in without:
+            continue
         flag = "--" + field.name.replace("_", "-")
         required = field.default is dataclasses.MISSING
         shown = "" if required or field.default == "" else f" (default: {field.default})"

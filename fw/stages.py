@@ -19,10 +19,11 @@ from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
 import compress
-from fw import assets, data, export, hub, precision, run
+from fw import data, export, hub, precision, run
 from fw.errors import FwError
+from fw.export.tensors import read_tensors
 from fw.evaluate import Forward, count, make_counter
-from fw.finetune import MODEL, TASKS, Finetune, forward, record
+from fw.finetune import MODEL, TASKS, Finetune, find_data, forward, record
 from fw.metrics import merge
 from fw.model import Model
 from fw.tasks import Summary, Task, make_task
@@ -78,18 +79,12 @@ def variant(opened: Opened, name: str) -> tuple[Any, Forward]:
         raise FwError(f"{path}: not there; make it with: fw compress {opened.folder}")
     shapes = jax.eval_shape(lambda p: compress.quantize(p)[0], variables["params"])
     where = compress.specs(shapes, jax.tree.map(lambda x: x.sharding, variables["params"]))
-    host = compress.from_arrays(_read(path), like=shapes)
+    host = compress.from_arrays(read_tensors(path), like=shapes)
     return {**variables, "params": jax.device_put(host, where)}, forward(_compressed(model), "f32")
 
 
 def _compressed(model: Model) -> Model:
     return dataclasses.replace(model, apply=compress.apply(model.apply))
-
-
-def _read(path: Path) -> dict[str, np.ndarray]:
-    from safetensors.numpy import load_file  # noqa: PLC0415
-
-    return load_file(path)
 
 
 def evaluate_run(
@@ -130,7 +125,7 @@ def _evaluate(opened: Opened, split: str, name: str) -> Summary:
 def _rows_by_domain(opened: Opened, split: str) -> dict[str, data.Packed]:
     recipe = opened.recipe
     records = data.load_splits(
-        assets.fetch(recipe.data), TASKS[recipe.task], scheme=recipe.scheme,
+        find_data(recipe.data), TASKS[recipe.task], scheme=recipe.scheme,
         columns=tuple(recipe.columns.split(",")) if recipe.columns else None,
         on_bad_row=[].append if recipe.skip_bad_rows else None,
     )  # fmt: skip
@@ -250,7 +245,7 @@ def compare(
 
 
 def _weights(folder: Path) -> dict[str, int]:
-    arrays = _read(folder / "model.safetensors")
+    arrays = read_tensors(folder / "model.safetensors")
     kernels = [x.nbytes for n, x in arrays.items() if "/layers/" in f"/{n}" and "kernel" in n]
     return {"bytes": sum(x.nbytes for x in arrays.values()), "encoder_bytes": sum(kernels)}
 

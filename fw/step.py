@@ -16,7 +16,7 @@ from fw import precision as precision_
 from fw.errors import FwError
 from fw.model import Batch, Model, Variables
 from fw.optimizer import state_shardings
-from sharding import Rules, constrain, scope
+from sharding import Rules, constrain, scope, shardings
 
 Loss = Callable[[jax.Array, Batch], tuple[jax.Array, jax.Array]]
 
@@ -100,6 +100,10 @@ def make_step(
         return carry
 
     def step(state: TrainState, batch: Batch):
+        with scope(mesh, rules):  # while tracing: `constrain` in the model means this mesh
+            return _step(state, batch)
+
+    def _step(state: TrainState, batch: Batch):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         params = state.variables["params"]
         value, weight, extra, grads = gradients(params, state.variables["state"], batch, key)
@@ -114,22 +118,13 @@ def make_step(
         variables = {"params": optax.apply_updates(params, updates), "state": extra}
         return TrainState(state.step + 1, variables, moments), metrics
 
-    compiled = {}
-
-    def call(state: TrainState, batch: Batch):
-        if "step" not in compiled:  # pinned to where the state lies now, so that it stays there
-            lie = jax.tree.map(lambda x: x.sharding, state)
-            everywhere = NamedSharding(mesh, PartitionSpec())
-            compiled["step"] = jax.jit(step, donate_argnums=0, out_shardings=(lie, everywhere))
-        with scope(mesh, rules):
-            return compiled["step"](state, batch)
-
-    def lower(state: TrainState, batch: Batch):
-        with scope(mesh, rules):
-            return jax.jit(step, donate_argnums=0).lower(state, batch)
-
-    call.lower = lower  # the compiled program, for those who want to read it
-    return call
+    # The state stays where it lies: left alone, the compiler may lay the new one out otherwise.
+    abstract = jax.eval_shape(model.init, jax.random.key(0))
+    variables = shardings(model.axes, abstract, mesh, rules)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    moments = state_shardings(tx, abstract["params"], variables["params"], mesh)
+    lie = TrainState(everywhere, variables, moments)
+    return jax.jit(step, donate_argnums=0, out_shardings=(lie, everywhere))
 
 
 def _microbatches(x: jax.Array, count: int) -> jax.Array:

@@ -210,13 +210,15 @@ def test_a_killed_run_stays_whole_and_resumes_without_duplicates(tmp_path):
     seen = -1
     for delay in (0.2, 0.31, 0.47):
         with start(ENDLESS, folder) as process:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "ready\n"
-            end = time.monotonic() + delay
-            while time.monotonic() < end:  # a reader beside the writer never sees a half file
-                if (folder / run.RESULT).exists():
-                    assert len(run.read_json(folder / run.RESULT)["text"]) == 50_000
-            process.send_signal(signal.SIGKILL)
+            try:
+                assert process.stdout is not None
+                assert process.stdout.readline() == "ready\n"
+                end = time.monotonic() + delay
+                while time.monotonic() < end:  # a reader beside the writer never sees a half file
+                    if (folder / run.RESULT).exists():
+                        assert len(run.read_json(folder / run.RESULT)["text"]) == 50_000
+            finally:
+                process.send_signal(signal.SIGKILL)
         assert process.returncode == -signal.SIGKILL
         steps = [record["step"] for record in run.metrics(folder)]
         assert steps == list(range(len(steps)))

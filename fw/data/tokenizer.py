@@ -104,7 +104,8 @@ def _read_config(path: Path) -> dict:
 
 def _word_piece(path: Path, config: dict) -> tokenizers.Tokenizer:
     """BERT's tokenizer from its vocabulary, one piece a line."""
-    vocabulary = {piece.rstrip("\r"): i for i, piece in enumerate(read_text(path).split("\n"))}
+    lines = read_text(path).removesuffix("\n").split("\n")
+    vocabulary = {piece.rstrip("\r"): i for i, piece in enumerate(lines)}
     unknown = _spelling(config, "unk_token") or "[UNK]"
     first = _spelling(config, "cls_token") or "[CLS]"
     last = _spelling(config, "sep_token") or "[SEP]"

@@ -1,0 +1,168 @@
+"""The recipe of a fine-tuning run as data: every option, its meaning, and what is refused at once.
+
+`fw.finetune` cooks by it, `fw.options` makes the command line of it, a run's `config.json` holds it,
+and `read_recipe` gets it back from there.
+"""
+
+import dataclasses
+import math
+from pathlib import Path
+
+from fw import assets, precision, run
+from fw.data.readers import SCHEMES
+from fw.errors import FwError
+from fw.optimizer import AdamW
+
+TASKS = {"ner": "token_classification", "classify": "sequence_classification"}
+
+_POSITIVE = ("batch", "length", "accumulate", "log_every", "keep_last", "keep_best")
+_NOT_NEGATIVE = ("epochs", "steps", "texts", "evaluate_every")
+
+
+@dataclasses.dataclass(frozen=True)
+class Finetune(AdamW):
+    """The recipe of a fine-tuning run; every field is an option of `fw finetune`.
+
+    Attributes:
+      task: "ner" (a tag for each word) or "classify" (a class for each text).
+      model: a name of `fw fetch --list`, or a Hugging Face model folder.
+      data: a file, or a folder with train, dev and test files (CoNLL, CSV, TSV, JSON lines), or a
+        name of `fw fetch --list`.
+      run: the run's folder, made by it.
+      epochs: passes over the training data.
+      steps: optimiser steps; 0 for as many as the epochs take.
+      batch: rows a step; a packed row holds several texts.
+      length: tokens a row.
+      packed: several texts share a row, none sees another; off: one text a row.
+      texts: texts a row may hold; 0 for length / 8.
+      mesh: devices by axis, as in data=2,fsdp=2,tensor=2; one size may be -1.
+      rules: preset that says which array axis goes to which mesh axis: data, fsdp, fsdp_tensor.
+      precision: of the dots: bf16 (bfloat16 operands, float32 sums) or f32.
+      accumulate: microbatches whose gradients make one step; must divide batch.
+      seed: of the new head, the order of the data and dropout.
+      evaluate_every: steps between evaluations and checkpoints; 0 for once an epoch.
+      log_every: steps between lines of progress.
+      keep_last: how many of the latest checkpoints stay.
+      keep_best: how many of the best checkpoints stay.
+      columns: names of input and target column, as in text,label; for tables and JSON lines.
+      scheme: of the tags in the files: auto, bio or iob1.
+      skip_bad_rows: count rows that cannot be read instead of stopping at the first.
+
+    >>> Finetune(data="reviews.csv", batch=6, accumulate=4)
+    Traceback (most recent call last):
+    ...
+    fw.errors.FwError: batch is 6, which accumulate=4 does not divide; choose a multiple of 4
+    """
+
+    task: str = "ner"
+    model: str = "all-MiniLM-L6-v2"
+    data: str = ""
+    run: str = "runs/latest"
+    epochs: float = 3.0
+    steps: int = 0
+    batch: int = 8
+    length: int = 128
+    packed: bool = True
+    texts: int = 0
+    mesh: str = "data=1"
+    rules: str = "fsdp_tensor"
+    precision: str = "bf16"
+    accumulate: int = 1
+    seed: int = 0
+    evaluate_every: int = 0
+    log_every: int = 10
+    keep_last: int = 1
+    keep_best: int = 1
+    columns: str = ""
+    scheme: str = "auto"
+    skip_bad_rows: bool = False
+
+    def __post_init__(self):
+        """Checks what can be checked before anything is read.
+
+        Raises:
+          FwError: the name of the option, its value, and what was expected.
+        """
+        for field in dataclasses.fields(self):
+            if field.type is float and not math.isfinite(value := getattr(self, field.name)):
+                raise FwError(f"{field.name} is {value}; expected a number")
+        super().__post_init__()
+        if self.task not in TASKS:
+            raise FwError(f"task {self.task!r} is unknown; choose one of {', '.join(TASKS)}")
+        if not self.data:
+            raise FwError("data is missing; give --data a file or a folder")
+        precision.policy(self.precision)
+        if self.scheme not in SCHEMES:
+            raise FwError(f"scheme {self.scheme!r} is unknown; choose one of {', '.join(SCHEMES)}")
+        for least, names in ((1, _POSITIVE), (0, _NOT_NEGATIVE)):
+            for name in names:
+                if getattr(self, name) < least:
+                    raise FwError(f"{name} is {getattr(self, name)}; expected {least} or more")
+        if not (self.epochs or self.steps):
+            raise FwError("epochs and steps are both 0; give one of them")
+        if not 0 <= self.seed < 2**32:
+            raise FwError(f"seed is {self.seed}; expected 0 … {2**32 - 1}")
+        if self.batch % self.accumulate:
+            raise FwError(
+                f"batch is {self.batch}, which accumulate={self.accumulate} does not divide; "
+                f"choose a multiple of {self.accumulate}"
+            )
+        if self.columns and (len(self.names) != 2 or not all(self.names)):
+            raise FwError(f"columns is {self.columns!r}; expected two names, as in text,label")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The columns' names one by one; none if they are left to the reader."""
+        return tuple(self.columns.split(",")) if self.columns else ()
+
+
+def read_recipe(folder: str | Path) -> Finetune:
+    """The recipe in a run's `config.json`.
+
+    Args:
+      folder: a run; an option that is not in its file, because it is newer, has its default.
+
+    Raises:
+      FwError: no run there, or a value that is no such option's.
+    """
+    options, where = run.config(folder), Path(folder) / run.CONFIG
+    given = {}
+    for field in dataclasses.fields(Finetune):
+        if field.name not in options:
+            continue
+        value = options[field.name]
+        kinds = (int, float) if field.type is float else field.type
+        if not isinstance(value, kinds) or isinstance(value, bool) != (field.type is bool):
+            expected = getattr(field.type, "__name__", field.type)
+            raise FwError(
+                f"{where}: 'config/{field.name}': expected {expected}, got {value!r}; "
+                "restore the file"
+            )
+        given[field.name] = value
+    try:
+        return Finetune(**given)
+    except FwError as error:
+        raise FwError(f"{where}: {error}; restore the file") from error
+
+
+def locate(data: str, what: str = "data") -> Path:
+    """The user's own file, or the folder of `fw.assets.fetch`.
+
+    Args:
+      data: a file, a folder or a name.
+      what: the option it was given as, for the error.
+
+    Raises:
+      FwError: neither.
+
+    >>> locate("nowhere/train.csv")
+    Traceback (most recent call last):
+    ...
+    fw.errors.FwError: data: there is no folder nowhere/train.csv; ...
+    """
+    if Path(data).is_file():
+        return Path(data)
+    try:
+        return assets.fetch(data)
+    except FwError as error:
+        raise FwError(f"{what} {data!r} is no file: {error}") from error
