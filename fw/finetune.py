@@ -1,44 +1,57 @@
 """Fine-tuning from end to end: a pretrained folder and a data set become a run folder.
 
-`Finetune` is the whole recipe as data; `finetune` reads, packs, trains, evaluates and writes. What
-it does is in the order of the flow, each line a function of the public API, so this file is also
-the example to copy where a recipe does not fit.
+`fw.recipe.Finetune` is the whole recipe as data; `finetune` reads, packs, trains, evaluates and
+writes. What it does is in the order of the flow, each line a function of the public API, so this
+file is also the example to copy where a recipe does not fit.
 """
 
-import dataclasses
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from filelock import FileLock, Timeout
 
 from fw import assets, data, hub, precision, report, run
 from fw.checkpoint import Checkpoints
 from fw.data import Packed
 from fw.errors import FwError
 from fw.evaluate import Forward, evaluate, make_counter
+from fw.json_files import is_writer
 from fw.model import Model
-from fw.optimizer import AdamW, learning_rate, optimizer
+from fw.optimizer import learning_rate, optimizer
+from fw.recipe import TASKS, Finetune, locate
 from fw.step import initial_state, make_step
 from fw.tasks import Summary, make_task
 from fw.train import Progress, train
-from sharding import make_mesh
+from sharding import make_mesh, put
 from sharding import rules as make_rules
 
 MODEL = "model"
 """The folder in a run with its best parameters, as Hugging Face transformers reads it."""
 
-# What a resumed run may do differently: none of it changes a number.
+# What a resumed run may do differently: none of it changes a number but in its last digits.
 MAY_CHANGE = ("run", "mesh", "rules", "log_every", "keep_last", "keep_best")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Data:
-    """A data set ready for a model: records, and their rows, by split."""
+    """A data set ready for a model.
 
-    records: Mapping[str, list]
+    Attributes:
+      records: by split.
+      rows: the same, packed.
+      labels: the classes by id.
+      skipped: the messages of the rows that could not be read.
+      cut: tokens that were too many for their text's row.
+    """
+
+    records: Mapping[str, Sequence]
     rows: Mapping[str, Packed]
     labels: tuple[str, ...]
     skipped: tuple[str, ...]
@@ -55,82 +68,86 @@ def finetune(recipe: Finetune, *, resume: bool = False) -> Path:
 
     Raises:
       FwError: bad input; nothing that was there is lost.
+      sharding.ShardingError: a mesh that the machine, the batch or the model does not fit.
     """
     began = time.perf_counter()
     mesh, rules = make_mesh(recipe.mesh), make_rules(recipe.rules)
-    source, dataset = assets.fetch(recipe.model), find_data(recipe.data)
+    # Refuses now what the first step would, after the data is read and the run's folder is made.
+    name = "batch" if recipe.accumulate == 1 else "batch / accumulate"
+    put({name: np.zeros(recipe.batch // recipe.accumulate, np.int8)}, mesh, rules)
+    source, dataset = assets.fetch(recipe.model), locate(recipe.data)
     prepared = prepare(recipe, dataset, source)
     task = make_task(TASKS[recipe.task], prepared.labels)
     loaded = hub.load(
         source, task=task.name, labels=task.labels, mesh=mesh, rules=rules,
         key=jax.random.key(recipe.seed),
     )  # fmt: skip
+    _check_fit(recipe, prepared, loaded.model.config)
     batches = data.Batches(prepared.rows["train"].arrays, recipe.batch, recipe.seed)
     steps = recipe.steps or max(1, round(recipe.epochs * batches.steps_per_epoch))
     every = recipe.evaluate_every or min(batches.steps_per_epoch, steps)
 
     settings = {
-        **dataclasses.asdict(recipe),
+        **asdict(recipe),
         "labels": list(task.labels),
         "records": {split: len(items) for split, items in prepared.records.items()},
         "steps": steps, "evaluate_every": every,
         "new_parameters": list(loaded.fresh), "unused_tensors": list(loaded.unused),
         "skipped_rows": len(prepared.skipped), "cut_tokens": prepared.cut,
     }  # fmt: skip
-    folder = run.create(recipe.run, settings, resume=resume, may_change=MAY_CHANGE)
-    progress = Progress(steps)
-    _announce(progress, prepared, loaded, batches.steps_per_epoch, recipe)
+    with _alone(Path(recipe.run)):
+        folder = run.create(recipe.run, settings, resume=resume, may_change=MAY_CHANGE)
+        progress = Progress(steps)
+        _announce(progress, prepared, loaded, batches.steps_per_epoch, recipe)
 
-    tx = optimizer(recipe, steps)
-    step = make_step(
-        loaded.model, task.loss, tx, mesh=mesh, rules=rules, precision=recipe.precision,
-        accumulate=recipe.accumulate, seed=recipe.seed,
-    )  # fmt: skip
-    state = initial_state(loaded.variables, tx, mesh)
-    counter = make_counter(forward(loaded.model, recipe.precision), task)
-
-    def score(variables: Any) -> Summary:
-        rows = prepared.rows["dev"]
-        return evaluate(counter, variables, rows, task, size=recipe.batch, mesh=mesh, rules=rules)
-
-    metric = "f1" if recipe.task == "ner" else "macro_f1"
-    with Checkpoints(
-        folder / "checkpoints", metric=metric, keep_last=recipe.keep_last,
-        keep_best=recipe.keep_best,
-    ) as checkpoints:  # fmt: skip
-        if resume:
-            if checkpoints.latest is not None:
-                state = checkpoints.restore(state, checkpoints.latest)
-            run.trim(folder, int(state.step) + 1)
-            progress.say(f"resumed at step {int(state.step)}")
-        ready = time.perf_counter()
-        state = train(
-            folder, state, step, batches, steps=steps, evaluate=score,
-            checkpoints=checkpoints, mesh=mesh, rules=rules,
-            learning_rate=learning_rate(recipe, steps), evaluate_every=every,
-            log_every=recipe.log_every,
+        tx = optimizer(recipe, steps)
+        step = make_step(
+            loaded.model, task.loss, tx, mesh=mesh, rules=rules, precision=recipe.precision,
+            accumulate=recipe.accumulate, seed=recipe.seed,
         )  # fmt: skip
-        trained = time.perf_counter()
-        checkpoints.wait()
-        best = checkpoints.best
-        kept = checkpoints.restore(state, best)
-        kept_steps = checkpoints.steps()
-    shutil.rmtree(folder / MODEL, ignore_errors=True)  # of an earlier end of this run
-    hub.save(
-        folder / MODEL, dataclasses.replace(loaded, variables=kept.variables),
-        tokenizer_from=source,
-    )  # fmt: skip
-    record(
-        folder,
-        {
+        state = initial_state(loaded.variables, tx, mesh)
+        counter = make_counter(forward(loaded.model, recipe.precision), task)
+
+        def score(variables: Any) -> Summary:
+            rows = prepared.rows["dev"]
+            return evaluate(
+                counter, variables, rows, task, size=recipe.batch, mesh=mesh, rules=rules
+            )
+
+        metric = "f1" if recipe.task == "ner" else "macro_f1"
+        with Checkpoints(
+            folder / run.CHECKPOINTS, metric=metric, keep_last=recipe.keep_last,
+            keep_best=recipe.keep_best,
+        ) as checkpoints:  # fmt: skip
+            if resume:
+                if checkpoints.latest is not None:
+                    state = checkpoints.restore(state, checkpoints.latest)
+                run.trim(folder, int(state.step) + 1)
+                progress.say(f"resumed at step {int(state.step)}")
+            ready = time.perf_counter()
+            state = train(
+                folder, state, step, batches, steps=steps, evaluate=score,
+                checkpoints=checkpoints, mesh=mesh, rules=rules,
+                learning_rate=learning_rate(recipe, steps), evaluate_every=every,
+                log_every=recipe.log_every,
+            )  # fmt: skip
+            trained = time.perf_counter()
+            checkpoints.wait()
+            best = checkpoints.best
+            kept = checkpoints.restore(state, best)
+            kept_steps = checkpoints.steps()
+        if is_writer():
+            shutil.rmtree(folder / MODEL, ignore_errors=True)  # of an earlier end of this run
+        hub.save(folder / MODEL, replace(loaded, variables=kept.variables), tokenizer_from=source)
+        news = {
             "task": recipe.task,
             "splits": {"dev": dict(score(kept.variables).figures)},
             "best_step": best,
             "checkpoints": kept_steps,
             "stages": {"prepare": ready - began, "train": trained - ready,
                        "save": time.perf_counter() - trained},
-        },
-    )  # fmt: skip
+        }  # fmt: skip
+        record(folder, news)
     return folder
 
 
@@ -159,38 +176,101 @@ def find_data(name: str) -> Path:
     return path if path.is_file() else assets.fetch(name)
 
 
-def prepare(recipe: Finetune, dataset: Path, source: Path, labels: tuple[str, ...] = ()) -> Data:
+def prepare(recipe: Finetune, dataset: Path, source: Path) -> Data:
     """Reads, encodes and packs a data set for a model.
 
     Args:
       recipe: how.
       dataset: a file or folder.
       source: the model folder, for its tokenizer.
-      labels: the classes by id; those of the training data if empty.
+
+    Raises:
+      FwError: a bad row, or no text to train on or to choose the best parameters by.
+    """
+    records, skipped = read(recipe, dataset)
+    for split in ("train", "dev"):
+        if split not in records:
+            raise FwError(
+                f"{dataset}: no text for {split}; without files of their own, dev and test get a "
+                "tenth of the texts each, by hash: give more texts, or a folder with a file for "
+                f"{split}"
+            )
+    labels = data.label_names(records["train"])
+    tokenizer = data.load_tokenizer(source)
+    packed = {split: pack(recipe, tokenizer, items, labels) for split, items in records.items()}
+    rows = {split: rows for split, (rows, _) in packed.items()}
+    return Data(records, rows, labels, skipped, sum(cut for _, cut in packed.values()))
+
+
+def read(recipe: Finetune, dataset: Path) -> tuple[dict[str, list], tuple[str, ...]]:
+    """The records of a data set by split, none empty, and the messages of rows left out.
+
+    Args:
+      recipe: its task, columns, scheme and skip_bad_rows.
+      dataset: a file or folder; where it has no dev split, a part of train becomes that.
+
+    Raises:
+      FwError: nothing there, or a bad row.
     """
     skipped: list[str] = []
     records = data.load_splits(
-        dataset, TASKS[recipe.task], scheme=recipe.scheme,
-        columns=tuple(recipe.columns.split(",")) if recipe.columns else None,
+        dataset, TASKS[recipe.task], scheme=recipe.scheme, columns=recipe.names or None,
         on_bad_row=skipped.append if recipe.skip_bad_rows else None,
     )  # fmt: skip
     if "dev" not in records:
         records["train"], records["dev"] = data.hold_out(records["train"])
-    labels = labels or data.label_names(records["train"])
-    tokenizer = data.load_tokenizer(source)
+    return {split: items for split, items in records.items() if items}, tuple(skipped)
+
+
+def pack(
+    recipe: Finetune, tokenizer: data.Tokenizer, records: Sequence, labels: tuple[str, ...]
+) -> tuple[Packed, int]:
+    """The rows of some records, and how many tokens were cut off.
+
+    Args:
+      recipe: its task, length, texts and packed.
+      tokenizer: the model's.
+      records: `Tagged` for ner, `Labelled` for classify.
+      labels: the classes by id.
+    """
     encode = data.encode_tagged if recipe.task == "ner" else data.encode_labelled
-    encoded = {
-        split: encode(tokenizer, items, labels, max_length=recipe.length)
-        for split, items in records.items()
-    }
-    rows = {
-        split: data.pack(
-            pieces, recipe.length, max_texts=recipe.texts or None, packed=recipe.packed
+    pieces = encode(tokenizer, records, labels, max_length=recipe.length)
+    rows = data.pack(pieces, recipe.length, max_texts=recipe.texts or None, packed=recipe.packed)
+    return rows, pieces.cut
+
+
+def _check_fit(recipe: Finetune, prepared: Data, config: Any) -> None:
+    """Refuses ids and positions that the model has no row for; a lookup would take another's."""
+    positions = getattr(config, "max_position_embeddings", recipe.length)
+    if recipe.length > positions:
+        raise FwError(
+            f"length is {recipe.length}, but {recipe.model} has {positions} positions; "
+            f"choose {positions} or less"
         )
-        for split, pieces in encoded.items()
-    }
-    cut = sum(pieces.cut for pieces in encoded.values())
-    return Data(records, rows, labels, tuple(skipped), cut)
+    largest = max(int(rows.arrays["input_ids"].max()) for rows in prepared.rows.values())
+    if largest >= getattr(config, "vocab_size", largest + 1):
+        raise FwError(
+            f"{recipe.model}: its tokenizer gives the id {largest}, but the model's vocabulary "
+            f"ends at {config.vocab_size - 1}; is it another model's tokenizer?"
+        )
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keeps a second process from resuming a run that is going on; a killed one holds nothing."""
+    if not is_writer():
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock")
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise FwError(f"{folder}: another process is training this run; wait for it") from error
+    except OSError as error:
+        raise FwError(f"{folder}: cannot be made: {error.strerror}") from error
+    with lock:
+        yield
 
 
 def _announce(progress: Progress, prepared: Data, loaded: Any, epoch: int, recipe: Finetune):

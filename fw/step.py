@@ -111,10 +111,11 @@ def make_step(
         grads = jax.tree.map(lambda g: g / weight, grads)
         metrics = {
             "loss": value / weight,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "tokens": jnp.sum(batch.get("segment_ids", jnp.zeros((), jnp.int32)) > 0),
         }
-        updates, moments = tx.update(grads, state.optimizer, params)
+        with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an i32 power
+            updates, moments = tx.update(grads, state.optimizer, params)
         variables = {"params": optax.apply_updates(params, updates), "state": extra}
         return TrainState(state.step + 1, variables, moments), metrics
 

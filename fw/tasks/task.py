@@ -4,14 +4,13 @@ A task is data: the model's head it wants, its labels, and three functions. Coun
 batches, devices and processes; only `summarise` looks at the whole.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from fw.errors import FwError
 from fw.labels import IGNORE
 from fw.model import Batch
 
@@ -74,18 +73,3 @@ def cross_entropy(logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array
     losses = jax.nn.logsumexp(logits, axis=-1) - picked
     zero = jnp.zeros((), logits.dtype)
     return jnp.sum(jnp.where(counted, losses, zero)), jnp.sum(counted, dtype=logits.dtype)
-
-
-def make_task(name: str, labels: Sequence[str]) -> Task:
-    """The task of that name over these labels.
-
-    >>> make_task("sequence_classification", ("no", "yes")).labels
-    ('no', 'yes')
-    """
-    from fw.tasks.sequence_classification import sequence_classification
-    from fw.tasks.token_classification import token_classification
-
-    known = {f.__name__: f for f in (token_classification, sequence_classification)}
-    if name not in known:
-        raise FwError(f"task {name!r} is unknown; choose one of {', '.join(known)}")
-    return known[name](tuple(labels))

@@ -165,6 +165,7 @@ def train(model, rows: list[dict], args: argparse.Namespace, pad: int) -> dict[s
     untimed = args.warmup_steps if args.steps else 0
     model.train()
     step = tokens = padded = 0
+    loss = torch.tensor(math.nan)
     started = time.perf_counter()
     while step < steps:
         for batch in epoch_of_batches(rows, args.batch_size, args.group_by_length, rng):
@@ -192,6 +193,7 @@ def train(model, rows: list[dict], args: argparse.Namespace, pad: int) -> dict[s
         "seconds_train": round(seconds, 3),
         "real_tokens_per_second": round(tokens / seconds, 1),
         "padded_tokens_per_second": round(padded / seconds, 1),
+        "loss": loss.item(),
         "steps": step - untimed,
     }
 

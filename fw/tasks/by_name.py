@@ -1,0 +1,24 @@
+"""The tasks that there are, by the name that a model's head, the data and an artifact share."""
+
+from collections.abc import Sequence
+
+from fw.errors import FwError
+from fw.tasks.sequence_classification import sequence_classification
+from fw.tasks.task import Task
+from fw.tasks.token_classification import token_classification
+
+_TASKS = {task.__name__: task for task in (token_classification, sequence_classification)}
+
+
+def make_task(name: str, labels: Sequence[str]) -> Task:
+    """The task of that name over these labels.
+
+    Raises:
+      FwError: another name, or labels that the task cannot have.
+
+    >>> make_task("sequence_classification", ("no", "yes")).labels
+    ('no', 'yes')
+    """
+    if name not in _TASKS:
+        raise FwError(f"task {name!r} is unknown; choose one of {', '.join(_TASKS)}")
+    return _TASKS[name](tuple(labels))
