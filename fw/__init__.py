@@ -2,7 +2,7 @@
 
 | in the order of the flow | |
 | --- | --- |
-| `finetune`, `stages` | the line from end to end, a function for each stage |
+| `recipe`, `finetune`, `stages` | the line from end to end, a function for each stage |
 | `assets`, `hub`, `model`, `models`, `precision` | what comes in, and what it becomes |
 | `data`, `tasks`, `metrics` | text to batches; what is minimised and counted |
 | `optimizer`, `step`, `train`, `evaluate`, `checkpoint` | training |
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         optimizer,
         options,
         precision,
+        recipe,
         report,
         run,
         stages,
@@ -61,6 +62,7 @@ __all__ = [
     "optimizer",
     "options",
     "precision",
+    "recipe",
     "report",
     "run",
     "stages",
@@ -72,7 +74,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        from importlib import metadata  # noqa: PLC0415 ten times the time of all else here
+        from importlib import metadata
 
         return metadata.version("fw")
     if name in __all__:

@@ -28,9 +28,7 @@ class Checkpoints:
           metric: the evaluation's figure that ranks them, the larger the better.
           keep_last, keep_best: how many of each stay on disk.
         """
-        best = keep.BestN(
-            get_metric_fn=lambda figures: figures[metric], reverse=False, n=keep_best
-        )
+        best = keep.BestN(get_metric_fn=lambda figures: figures[metric], n=keep_best)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=keep.AnyPreservationPolicy([keep.LatestN(keep_last), best]),
             best_fn=lambda figures: figures[metric],
@@ -41,13 +39,20 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(folder.resolve(), options=options)
 
     def __enter__(self) -> "Checkpoints":
+        """Nothing to do: it is open."""
         return self
 
     def __exit__(self, *_: Any) -> None:
+        """Waits for writes."""
         self._manager.close()
 
     def save(self, state: TrainState, metrics: Mapping[str, float]) -> None:
-        """Starts writing; returns once the arrays are copied from the devices."""
+        """Starts writing; returns once the arrays are copied from the devices.
+
+        Args:
+          state: at its step, under which it is kept.
+          metrics: the evaluation's figures, the ranking one among them.
+        """
         self._manager.save(
             int(state.step),
             args=ocp.args.StandardSave(state._asdict()),
@@ -70,7 +75,7 @@ class Checkpoints:
 
     @property
     def best(self) -> int | None:
-        """The step whose figure was the largest."""
+        """The step whose figure was the largest, the latest of equals; it is on disk."""
         return self._manager.best_step()
 
     def restore(self, like: TrainState, step: int | None) -> TrainState:

@@ -8,13 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from fw import metrics
 from fw.data import Packed, eval_batches
 from fw.model import Batch
 from fw.tasks import Summary, Task
 from sharding import Rules, put, scope
-from jax.sharding import Mesh
 
 Forward = Callable[[Any, Batch], jax.Array]
 

@@ -170,12 +170,6 @@ def forward(model: Model, policy: str) -> Forward:
     return lambda variables, batch: apply(variables, batch)[0]
 
 
-def find_data(name: str) -> Path:
-    """A data set's file or folder: one that is there, or what `fw fetch` gives for the name."""
-    path = Path(name)
-    return path if path.is_file() else assets.fetch(name)
-
-
 def prepare(recipe: Finetune, dataset: Path, source: Path) -> Data:
     """Reads, encodes and packs a data set for a model.
 
@@ -263,13 +257,12 @@ def _alone(folder: Path) -> Iterator[None]:
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock")
-        lock.acquire(timeout=0)
+        held = FileLock(folder / ".lock").acquire(timeout=0)
     except Timeout as error:
         raise FwError(f"{folder}: another process is training this run; wait for it") from error
     except OSError as error:
         raise FwError(f"{folder}: cannot be made: {error.strerror}") from error
-    with lock:
+    with held:
         yield
 
 

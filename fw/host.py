@@ -10,8 +10,6 @@ import platform
 import re
 import sys
 
-import jax
-
 # XLA allocates a step's temporaries anew each time. glibc gives such blocks back to the kernel and
 # faults them in again in pages of 4 KiB: a quarter of a training step's time on a CPU. Kept in the
 # process, in huge pages, they cost nothing (scripts/bench/LOG.md). Read only when a process starts.
@@ -27,19 +25,41 @@ MALLOC = ":".join(
 
 
 def prepare(mesh: str = "") -> None:
-    """Prepares the process; on Linux with glibc, by starting it once more.
-
-    Call it before anything else. `GLIBC_TUNABLES` set by the user, if only to the empty string, is
-    left alone.
+    """Prepares the process: `restart` for memory, `virtual_devices` for the mesh.
 
     Args:
-      mesh: a mesh spec as for `sharding.make_mesh`. If JAX runs on a CPU, it is given as many
-        virtual devices as the sizes multiply to.
+      mesh: a mesh spec as for `sharding.make_mesh`.
     """
-    if platform.libc_ver()[0] == "glibc" and "GLIBC_TUNABLES" not in os.environ:
-        os.environ["GLIBC_TUNABLES"] = MALLOC
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-    sizes = [int(n) for n in re.findall(r"=\s*(\d+)", mesh)]
+    restart()
+    virtual_devices(mesh)
+
+
+def restart() -> None:
+    """On Linux with glibc, starts the process once more with the memory settings of above.
+
+    Call it before anything else, imports included: they are done again. The command line stays as
+    it was, and so does `GLIBC_TUNABLES` if the user has set it, if only to the empty string. A
+    prompt, or a program that comes through standard input, cannot be started again and goes on.
+    """
+    if platform.libc_ver()[0] != "glibc" or "GLIBC_TUNABLES" in os.environ:
+        return
+    if sys.argv[0] in ("", "-"):
+        return
+    os.environ["GLIBC_TUNABLES"] = MALLOC
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def virtual_devices(mesh: str) -> None:
+    """If JAX runs on a CPU, gives it as many devices as a mesh has places.
+
+    Call it before JAX is first used. A number of devices that the user has set stays.
+
+    Args:
+      mesh: a mesh spec as for `sharding.make_mesh`.
+    """
+    import jax
+
     forced = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if math.prod(sizes) > 1 and not forced:
-        jax.config.update("jax_num_cpu_devices", math.prod(sizes))
+    needed = math.prod(int(n) for n in re.findall(r"=\s*(\d+)", mesh))
+    if needed > 1 and not forced and "JAX_NUM_CPU_DEVICES" not in os.environ:
+        jax.config.update("jax_num_cpu_devices", needed)

@@ -53,10 +53,7 @@ def from_nnx(config: Any, build: Callable[[nnx.Rngs], nnx.Module], forward: Call
     ({'gain': ('embed',)}, Array([2., 2., 2.], dtype=float32))
     """
     graph, *abstract = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))), nnx.Param, ...)
-    is_variable = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731 a one-word predicate
-    axes = [
-        jax.tree.map(lambda v: _axes_of(v), state, is_leaf=is_variable) for state in abstract
-    ]
+    axes = [jax.tree.map(_axes_of, state, is_leaf=_is_variable) for state in abstract]
 
     def init(key: jax.Array) -> Variables:
         _, *states = nnx.split(build(nnx.Rngs(params=key)), nnx.Param, ...)
@@ -72,6 +69,10 @@ def from_nnx(config: Any, build: Callable[[nnx.Rngs], nnx.Module], forward: Call
         return outputs, {**variables, "state": _str_keys(nnx.to_pure_dict(state))}
 
     return Model(config, init, apply, _pack(axes))
+
+
+def _is_variable(leaf: Any) -> bool:
+    return isinstance(leaf, nnx.Variable)
 
 
 def _axes_of(variable: nnx.Variable) -> tuple[str, ...]:

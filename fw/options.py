@@ -5,7 +5,7 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Collection
-from typing import Any
+from typing import Any, cast
 
 
 def add_options(
@@ -14,7 +14,11 @@ def add_options(
     """Adds one option per field; its help is the field's line under `Attributes:`.
 
     A field `learning_rate: float = 5e-5` becomes `--learning-rate`, a boolean `--x / --no-x`.
-    The fields in `without` get none: the program itself knows their values.
+
+    Args:
+      parser: gets the options.
+      record: a dataclass whose fields are str, int, float or bool, all of them described.
+      without: fields that get no option: the program itself knows their values.
 
     >>> @dataclasses.dataclass(frozen=True)
     ... class Recipe:
@@ -37,24 +41,40 @@ def add_options(
         flag = "--" + field.name.replace("_", "-")
         required = field.default is dataclasses.MISSING
         shown = "" if required or field.default == "" else f" (default: {field.default})"
-        options: dict[str, Any] = {"help": (text[field.name] + shown).replace("%", "%%")}
+        said = text[field.name].removesuffix(".") + shown
+        options: dict[str, Any] = {"help": said.replace("%", "%%")}
         if field.type is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
-            options |= {"type": field.type, "metavar": field.type.__name__.upper()}
+            kind = cast(type, field.type)
+            options |= {"type": kind, "metavar": kind.__name__.upper()}
         # SUPPRESS, so that what the user gave can be told from a default.
         parser.add_argument(flag, default=argparse.SUPPRESS, required=required, **options)
 
 
 def read_options[T](arguments: argparse.Namespace, record: type[T], **defaults: Any) -> T:
-    """The record that parsed arguments spell; `defaults` stand where the user gave nothing."""
+    """The record that parsed arguments spell.
+
+    Args:
+      arguments: from a parser with `add_options`.
+      record: the same dataclass.
+      defaults: stand where the user gave nothing.
+
+    Raises:
+      Exception: what the dataclass refuses its fields with.
+    """
     names = {field.name for field in dataclasses.fields(record)}  # type: ignore[arg-type]
     given = {k: v for k, v in vars(arguments).items() if k in names}
     return record(**{**defaults, **given})
 
 
 def descriptions(record: type) -> dict[str, str]:
-    """The `Attributes:` of a class and of those it extends, by name."""
+    """The `Attributes:` of a class and of those it extends, by name.
+
+    >>> from fw.optimizer import AdamW
+    >>> descriptions(AdamW)["clip"]
+    'the largest global norm of the gradient; 0 for no clipping.'
+    """
     found: dict[str, str] = {}
     for base in reversed(record.__mro__[:-1]):
         lines = inspect.cleandoc(base.__doc__ or "").partition("Attributes:")[2]

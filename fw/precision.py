@@ -17,6 +17,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,9 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.extend import core
 
 from fw.errors import FwError
+
+# Since jax 0.12 the same as core.Jaxpr, which 0.11 still tells apart.
+ClosedJaxpr = core.ClosedJaxpr  # pyright: ignore[reportPrivateImportUsage]
 
 
 @dataclass(frozen=True)
@@ -67,12 +71,12 @@ def policy(name: str | Policy) -> Policy:
     return POLICIES[name]
 
 
-def apply[**P, R](fn: Callable[P, R], precision: str | Policy) -> Callable[P, R]:
+def apply[R](fn: Callable[..., R], precision: str | Policy) -> Callable[..., R]:
     """Returns `fn` with every dot product computed under a precision policy.
 
     Args:
       fn: any function of pytrees of arrays that JAX can trace. May hold `jit`, `scan`, `cond`,
-        `while_loop` and `checkpoint`; may be differentiated and jitted afterwards.
+        `while_loop` and `checkpoint`; may be jitted and differentiated in reverse afterwards.
       precision: "f32", "bf16", or a `Policy`.
 
     Returns:
@@ -88,9 +92,9 @@ def apply[**P, R](fn: Callable[P, R], precision: str | Policy) -> Callable[P, R]
     chosen = policy(precision)
 
     @functools.wraps(fn)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+    def wrapped(*args: Any, **kwargs: Any) -> R:
         leaves, tree = jax.tree.flatten((args, kwargs))
-        is_array = [isinstance(x, jax.Array | jax.ShapeDtypeStruct) for x in leaves]
+        is_array = [isinstance(x, jax.Array | np.ndarray) for x in leaves]
         arrays = [x for x, a in zip(leaves, is_array, strict=True) if a]
 
         def of_arrays(*arrays):
@@ -106,12 +110,12 @@ def apply[**P, R](fn: Callable[P, R], precision: str | Policy) -> Callable[P, R]
     return wrapped
 
 
-def _evaluate(closed: core.ClosedJaxpr, chosen: Policy, args) -> list:
+def _evaluate(closed: Any, chosen: Policy, args) -> list:
     """Runs a jaxpr equation by equation, with the dots replaced."""
     env = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
     env.update(zip(closed.jaxpr.invars, args, strict=True))
 
-    def read(atom):
+    def read(atom: Any) -> Any:
         return atom.val if isinstance(atom, core.Literal) else env[atom]
 
     for eqn in closed.jaxpr.eqns:
@@ -121,13 +125,12 @@ def _evaluate(closed: core.ClosedJaxpr, chosen: Policy, args) -> list:
         elif name in ("jit", "pjit"):
             out = _evaluate(eqn.params["jaxpr"], chosen, [*map(read, eqn.invars)])
         else:
-            if name in _CONTROL:
-                eqn = eqn.replace(params={k: _rebuild(v, chosen) for k, v in eqn.params.items()})
+            again = eqn.replace(params=_rebuild(eqn.params, chosen)) if name in _CONTROL else eqn
             # As a program of one equation, JAX itself binds it, with its source line.
             used = list(dict.fromkeys(v for v in eqn.invars if not isinstance(v, core.Literal)))
             names = closed.jaxpr.debug_info.with_unknown_names()
-            one = core.Jaxpr((), used, eqn.outvars, [eqn], eqn.effects, names)
-            out = core.jaxpr_as_fun(core.ClosedJaxpr(one, ()))(*map(read, used))
+            one = core.Jaxpr((), used, eqn.outvars, [again], eqn.effects, names)
+            out = core.jaxpr_as_fun(ClosedJaxpr(one, ()))(*map(read, used))
         env.update(zip(eqn.outvars, out, strict=True))
     return [read(v) for v in closed.jaxpr.outvars]
 
@@ -136,16 +139,18 @@ def _evaluate(closed: core.ClosedJaxpr, chosen: Policy, args) -> list:
 _CONTROL = ("scan", "while", "cond", "checkpoint", "remat2", "shard_map")
 
 
-def _rebuild(value, chosen: Policy):
-    """The same parameter of an equation, with the jaxprs in it transformed."""
+def _rebuild(value: Any, chosen: Policy) -> Any:
+    """The parameters of an equation, or one of them, with the jaxprs in it transformed."""
+    if isinstance(value, dict):
+        return {k: _rebuild(v, chosen) for k, v in value.items()}
     if isinstance(value, tuple | list) and any(
-        isinstance(v, core.ClosedJaxpr | core.Jaxpr) for v in value
+        isinstance(v, ClosedJaxpr | core.Jaxpr) for v in value
     ):
         return type(value)(_rebuild(v, chosen) for v in value)
-    if isinstance(value, core.ClosedJaxpr):
+    if isinstance(value, ClosedJaxpr):
         return jax.make_jaxpr(lambda *a: _evaluate(value, chosen, a))(*value.in_avals)
     if isinstance(value, core.Jaxpr):
-        closed = core.ClosedJaxpr(value, ())
+        closed = ClosedJaxpr(value, ())
         return _rebuild(closed, chosen).jaxpr
     return value
 

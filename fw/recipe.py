@@ -1,12 +1,13 @@
 """The recipe of a fine-tuning run as data: every option, its meaning, and what is refused at once.
 
-`fw.finetune` cooks by it, `fw.options` makes the command line of it, a run's `config.json` holds it,
-and `read_recipe` gets it back from there.
+`fw.finetune` cooks by it, `fw.options` makes the command line of it, a run's `config.json` holds
+it, and `read_recipe` gets it back from there.
 """
 
 import dataclasses
 import math
 from pathlib import Path
+from typing import cast
 
 from fw import assets, precision, run
 from fw.data.readers import SCHEMES
@@ -130,12 +131,11 @@ def read_recipe(folder: str | Path) -> Finetune:
     for field in dataclasses.fields(Finetune):
         if field.name not in options:
             continue
-        value = options[field.name]
-        kinds = (int, float) if field.type is float else field.type
-        if not isinstance(value, kinds) or isinstance(value, bool) != (field.type is bool):
-            expected = getattr(field.type, "__name__", field.type)
+        value, kind = options[field.name], cast(type, field.type)
+        kinds = (int, float) if kind is float else kind
+        if not isinstance(value, kinds) or isinstance(value, bool) != (kind is bool):
             raise FwError(
-                f"{where}: 'config/{field.name}': expected {expected}, got {value!r}; "
+                f"{where}: 'config/{field.name}': expected {kind.__name__}, got {value!r}; "
                 "restore the file"
             )
         given[field.name] = value

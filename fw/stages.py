@@ -1,41 +1,50 @@
 """The stages after training, each a function from a run folder to more in it.
 
 `evaluate_run`, `compress_run` and `export_run` read the run's `model/`, never a checkpoint, so
-they run anywhere the folder is copied to; `compare` sets artifacts side by side. `fw eval`,
-`fw compress` and `fw export` are these functions.
+they run anywhere the folder is copied to. `fw eval`, `fw compress` and `fw export` are these
+functions; `fw.compare` times what they leave.
 """
 
 import dataclasses
 import shutil
-import statistics
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
-from safetensors.numpy import save_file
 
 import compress
-from fw import data, export, hub, precision, run
+from fw import data, export, hub, run
+from fw.compare import compare, sizes
 from fw.errors import FwError
-from fw.export.tensors import read_tensors
 from fw.evaluate import Forward, count, make_counter
-from fw.finetune import MODEL, TASKS, Finetune, find_data, forward, record
+from fw.export.tensors import read_tensors
+from fw.finetune import MODEL, forward, pack, read, record
+from fw.hub.files import WEIGHTS, write_tensors
 from fw.metrics import merge
 from fw.model import Model
+from fw.recipe import TASKS, Finetune, locate, read_recipe
 from fw.tasks import Summary, Task, make_task
-from sharding import Rules, make_mesh
+from sharding import Rules, gather, make_mesh
 from sharding import rules as make_rules
 
 VARIANTS = ("f32", "bf16", "int8")
+INT8, REPORT = "int8", "report.json"
+"""The folder in a run with its compressed parameters, and in it what compressing them cost."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """A finished run on a mesh."""
+    """A finished run on a mesh.
+
+    Attributes:
+      folder: the run.
+      recipe: what it was made by.
+      loaded: its best model, on the mesh.
+      task: over the model's labels.
+      mesh, rules: where the model and batches go.
+    """
 
     folder: Path
     recipe: Finetune
@@ -48,13 +57,15 @@ class Opened:
 def open_run(folder: str | Path, mesh: str = "data=1") -> Opened:
     """Loads the best model of a run onto a mesh.
 
+    Args:
+      folder: the run.
+      mesh: devices by axis; need not be that of the training.
+
     Raises:
       FwError: no run there, or its training has not ended.
     """
     folder = Path(folder)
-    options = run.config(folder)
-    known = {field.name for field in dataclasses.fields(Finetune)}
-    recipe = Finetune(**{k: v for k, v in options.items() if k in known})
+    recipe = read_recipe(folder)
     if not (folder / MODEL).is_dir():
         raise FwError(f"{folder / MODEL}: not there yet; finish the run with --resume first")
     where, rules = make_mesh(mesh), make_rules(recipe.rules)
@@ -67,19 +78,22 @@ def variant(opened: Opened, name: str) -> tuple[Any, Forward]:
     """A run's model as "f32", "bf16" or "int8": its variables, and the function for them.
 
     Raises:
-      FwError: another name, or int8 before `compress_run`.
+      FwError: another name, int8 before `compress_run`, or a damaged file of it.
     """
     model, variables = opened.loaded.model, opened.loaded.variables
     if name not in VARIANTS:
         raise FwError(f"variant {name!r} is unknown; choose one of {', '.join(VARIANTS)}")
-    if name != "int8":
+    if name != INT8:
         return variables, forward(model, name)
-    path = opened.folder / name / "model.safetensors"
+    path = opened.folder / INT8 / WEIGHTS
     if not path.is_file():
         raise FwError(f"{path}: not there; make it with: fw compress {opened.folder}")
     shapes = jax.eval_shape(lambda p: compress.quantize(p)[0], variables["params"])
     where = compress.specs(shapes, jax.tree.map(lambda x: x.sharding, variables["params"]))
-    host = compress.from_arrays(read_tensors(path), like=shapes)
+    try:
+        host = compress.from_arrays(read_tensors(path), like=shapes)
+    except ValueError as error:
+        raise FwError(f"{path}: {error}; make it again with: fw compress") from error
     return {**variables, "params": jax.device_put(host, where)}, forward(_compressed(model), "f32")
 
 
@@ -88,25 +102,39 @@ def _compressed(model: Model) -> Model:
 
 
 def evaluate_run(
-    folder: str | Path, split: str = "test", *, name: str = "f32", mesh: str = "data=1"
+    folder: str | Path,
+    split: str = "test",
+    *,
+    name: str = "f32",
+    mesh: str = "data=1",
+    data: str = "",
 ) -> Summary:
     """Evaluates a variant of a run on a split of its data, and by domain where records have one.
 
-    Writes the figures to `result.json`: the split's for "f32", and the variant's row for all.
+    Writes the split's figures to `result.json` if the variant is "f32".
+
+    Args:
+      folder: the run.
+      split: "train", "dev" or "test".
+      name: "f32", "bf16" or "int8" (after `compress_run`).
+      mesh: devices by axis.
+      data: where the run's data is now, if it has moved.
+
+    Raises:
+      FwError: as `open_run` and `variant` do; the data or the split is not there.
     """
     opened = open_run(folder, mesh)
-    return _evaluate(opened, split, name)
+    return _evaluate(opened, split, name, _rows_by_domain(opened, split, data))
 
 
-def _evaluate(opened: Opened, split: str, name: str) -> Summary:
-    recipe, task = opened.recipe, opened.task
+def _evaluate(
+    opened: Opened, split: str, name: str, rows_by_domain: Mapping[str, data.Packed]
+) -> Summary:
+    task = opened.task
     variables, fn = variant(opened, name)
     counter = make_counter(fn, task)
-    counts = {}
-    for domain, rows in _rows_by_domain(opened, split).items():
-        counts[domain] = count(
-            counter, variables, rows, size=recipe.batch, mesh=opened.mesh, rules=opened.rules
-        )
+    where = {"size": opened.recipe.batch, "mesh": opened.mesh, "rules": opened.rules}
+    counts = {d: count(counter, variables, rows, **where) for d, rows in rows_by_domain.items()}
     summary = task.summarise(merge(*counts.values()))
     figures = dict(summary.figures)
     if len(counts) > 1:
@@ -122,59 +150,72 @@ def _evaluate(opened: Opened, split: str, name: str) -> Summary:
     return summary
 
 
-def _rows_by_domain(opened: Opened, split: str) -> dict[str, data.Packed]:
+def _rows_by_domain(opened: Opened, split: str, moved: str = "") -> dict[str, data.Packed]:
     recipe = opened.recipe
-    records = data.load_splits(
-        find_data(recipe.data), TASKS[recipe.task], scheme=recipe.scheme,
-        columns=tuple(recipe.columns.split(",")) if recipe.columns else None,
-        on_bad_row=[].append if recipe.skip_bad_rows else None,
-    )  # fmt: skip
-    if split == "dev" and "dev" not in records:
-        records["dev"] = data.hold_out(records["train"])[1]
+    try:
+        records, _ = read(recipe, locate(moved or recipe.data))
+    except FwError as error:
+        hint = "" if moved else f"; if the data of {opened.folder} has moved, give --data"
+        raise FwError(f"{error}{hint}") from error
     if split not in records:
-        raise FwError(f"{recipe.data}: has no {split} split; it has {', '.join(records)}")
+        raise FwError(
+            f"{moved or recipe.data}: has no texts for {split}; it has {', '.join(records)}"
+        )
     tokenizer = data.load_tokenizer(opened.folder / MODEL)
-    encode = data.encode_tagged if recipe.task == "ner" else data.encode_labelled
     groups: dict[str, list] = {}
     for item in records[split]:
         groups.setdefault(getattr(item, "domain", ""), []).append(item)
     return {
-        domain: data.pack(
-            encode(tokenizer, group, opened.task.labels, max_length=recipe.length),
-            recipe.length, max_texts=recipe.texts or None, packed=recipe.packed,
-        )
+        domain: pack(recipe, tokenizer, group, opened.task.labels)[0]
         for domain, group in sorted(groups.items())
-    }  # fmt: skip
+    }
 
 
-def compress_run(folder: str | Path, *, split: str = "dev", mesh: str = "data=1") -> str:
+def compress_run(
+    folder: str | Path, *, split: str = "dev", mesh: str = "data=1", data: str = ""
+) -> str:
     """Makes the int8 variant of a run and says what it cost.
 
-    Writes `RUN/int8/model.safetensors` and `report.json` (bytes and error of every leaf).
+    Writes `RUN/int8/model.safetensors` and `report.json` (bytes and error of every leaf), and both
+    variants' sizes and figures to `result.json`.
+
+    Args:
+      folder: the run.
+      split: what it is evaluated on, before and after.
+      mesh: devices by axis.
+      data: where the run's data is now, if it has moved.
 
     Returns:
-      A table for the terminal: bytes, error, quality before and after on `split`.
+      Lines for the terminal: bytes, error, quality before and after on `split`.
+
+    Raises:
+      FwError: as `evaluate_run` does; what was there stays.
     """
     opened = open_run(folder, mesh)
-    params, leaves = compress.quantize(opened.loaded.variables["params"])
-    target, part = opened.folder / "int8", opened.folder / "int8.part"
+    rows_by_domain = _rows_by_domain(opened, split, data)
+    params = opened.loaded.variables["params"]
+    small, leaves = compress.quantize(params)
+    target, part = opened.folder / INT8, opened.folder / f"{INT8}.part"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
-    arrays = {k: np.asarray(v) for k, v in compress.to_arrays(params).items()}
-    save_file(arrays, part / "model.safetensors")
-    rows = [{**dataclasses.asdict(leaf), "error": float(leaf.error)} for leaf in leaves]
-    run.write_json(part / "report.json", {"recipe": {"quantize": "int8"}, "leaves": rows})
+    arrays = {n: compress.to_arrays(gather(p)) for n, p in (("f32", params), (INT8, small))}
+    write_tensors(part / WEIGHTS, arrays[INT8])
+    cost = [{**dataclasses.asdict(leaf), "error": float(leaf.error)} for leaf in leaves]
+    run.write_json(part / REPORT, {"recipe": {"quantize": INT8}, "leaves": cost})
     shutil.rmtree(target, ignore_errors=True)
     part.rename(target)
-    changed = [row for row in rows if not row["applied"].startswith("kept")]
-    before, after = (sum(r[k] for r in changed) for k in ("bytes_before", "bytes_after"))
-    lines = [
-        f"{len(changed)} kernels: {before / 1e6:.2f} MB → {after / 1e6:.2f} MB "
-        f"({after / before:.3f}), largest relative error {max(r['error'] for r in changed):.4f}"
-    ]
-    for name in ("f32", "int8"):
-        summary = _evaluate(opened, split, name)
+
+    changed = [leaf for leaf in leaves if leaf.bytes_after != leaf.bytes_before]
+    before, after = (sum(getattr(r, f"bytes_{k}") for r in changed) for k in ("before", "after"))
+    worst = max(float(leaf.error) for leaf in changed)
+    shrunk = f"{before / 1e6:.2f} MB → {after / 1e6:.2f} MB ({after / before:.3f})"
+    lines = [f"{len(changed)} kernels: {shrunk}, largest relative error {worst:.4f}"]
+    variants = []
+    for name, tensors in arrays.items():
+        summary = _evaluate(opened, split, name, rows_by_domain)
         lines.append(f"{name:<5} {split} {summary.metric} {summary.value:.4f}")
+        variants.append({"name": name, **sizes(tensors), **_quality(summary), "split": split})
+    record(opened.folder, {"variants": variants})
     return "\n".join(lines)
 
 
@@ -185,10 +226,15 @@ def export_run(folder: str | Path, *, name: str = "f32", output: str | Path | No
       folder: the run.
       name: "f32", "bf16" or "int8" (after `compress_run`).
       output: where to; None for `RUN/artifact`.
+
+    Returns:
+      The artifact's folder.
+
+    Raises:
+      FwError: as `open_run`, `variant` and `fw.export.save` do.
     """
     opened = open_run(folder)
     variables, _ = variant(opened, name)
-    leaves = run.read_json(opened.folder / "int8" / "report.json")["leaves"] if name == "int8" else ()
     return export.save(
         Path(output) if output else opened.folder / run.ARTIFACT,
         model=opened.loaded.model,
@@ -197,68 +243,46 @@ def export_run(folder: str | Path, *, name: str = "f32", output: str | Path | No
         labels=opened.task.labels,
         tokenizer=opened.folder / MODEL,
         length=opened.recipe.length,
-        precision="f32" if name == "int8" else name,
-        report=[compress.Record(**{**leaf, "shape": tuple(leaf["shape"])}) for leaf in leaves],
-        provenance={"run": opened.folder.name, **run.config(opened.folder)},
+        precision="f32" if name == INT8 else name,
+        report=_read_report(opened.folder / INT8 / REPORT) if name == INT8 else (),
+        provenance={**run.config(opened.folder), "run": opened.folder.name},
     )
 
 
-def compare(
-    artifacts: Mapping[str, str | Path], *, batch: int = 16, length: int = 64, repeats: int = 20
-) -> list[dict[str, Any]]:
-    """Size and latency of artifacts side by side: interleaved, medians.
-
-    Args:
-      artifacts: folders by name.
-      batch, length: of the rows timed: full, one text each.
-      repeats: timed calls of each.
-
-    Returns:
-      One row each: name, bytes (all weights), encoder_bytes (the layers' kernels), latency_ms.
-    """
-    loaded = {name: export.load(folder) for name, folder in artifacts.items()}
-    generator = np.random.default_rng(0)
-    rows = {
-        "input_ids": generator.integers(1000, 20000, (batch, length), np.int32),
-        "segment_ids": np.ones((batch, length), np.int32),
-        "position_ids": np.tile(np.arange(length, dtype=np.int32), (batch, 1)),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in loaded}
-    for repeat in range(repeats + 2):  # the first two warm up
-        for name, artifact in loaded.items():
-            extra = {"first": np.zeros((batch, 1), np.int32)}
-            given = {**rows, **(extra if artifact.task == "sequence_classification" else {})}
-            began = time.perf_counter()
-            artifact.logits(given)
-            if repeat >= 2:
-                seconds[name].append(time.perf_counter() - began)
-    return [
-        {
-            "name": name,
-            **_weights(Path(folder)),
-            "latency_ms": 1e3 * statistics.median(seconds[name]),
-            "batch": batch,
-            "length": length,
-        }
-        for name, folder in artifacts.items()
-    ]
+def _read_report(path: Path) -> list[compress.Record]:
+    report = run.read_json(path)
+    try:
+        return [compress.Record(**{**r, "shape": tuple(r["shape"])}) for r in report["leaves"]]
+    except (KeyError, TypeError) as error:
+        raise FwError(f"{path}: not what fw compress writes ({error}); run it again") from error
 
 
-def _weights(folder: Path) -> dict[str, int]:
-    arrays = read_tensors(folder / "model.safetensors")
-    kernels = [x.nbytes for n, x in arrays.items() if "/layers/" in f"/{n}" and "kernel" in n]
-    return {"bytes": sum(x.nbytes for x in arrays.values()), "encoder_bytes": sum(kernels)}
+def _quality(summary: Summary) -> dict[str, float]:
+    names = ("accuracy", "macro_f1", "f1")
+    return {name: summary.figures[name] for name in names if name in summary.figures}
 
 
 def summary_rows(
-    folder: str | Path, artifacts: Mapping[str, str | Path], *, split: str = "test",
-    names: Sequence[str] = VARIANTS,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """The table of a run: size, latency and quality of each variant; kept in `result.json`."""
-    rows = compare(artifacts)
+    folder: str | Path, artifacts: Mapping[str, str | Path], *, split: str = "test"
+) -> list[dict[str, Any]]:
+    """The table of a run: size, latency and quality of each variant; kept in `result.json`.
+
+    Args:
+      folder: the run.
+      artifacts: their folders by variant.
+      split: what the quality is measured on.
+
+    Returns:
+      The rows of `compare` with accuracy, and macro_f1 or f1.
+
+    Raises:
+      FwError: as `compare` and `evaluate_run` do.
+    """
     opened = open_run(folder)
-    for row in rows:
-        figures = _evaluate(opened, split, row["name"]).figures
-        row.update({k: figures[k] for k in ("accuracy", "macro_f1", "f1") if k in figures})
+    rows_by_domain = _rows_by_domain(opened, split)
+    rows = [
+        {**row, **_quality(_evaluate(opened, split, row["name"], rows_by_domain)), "split": split}
+        for row in compare(artifacts)
+    ]
     record(opened.folder, {"variants": rows})
     return rows

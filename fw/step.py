@@ -30,7 +30,7 @@ class TrainState(NamedTuple):
       optimizer: optax's state.
     """
 
-    step: jax.Array
+    step: Any
     variables: Variables
     optimizer: Any
 
@@ -124,7 +124,7 @@ def make_step(
     variables = shardings(model.axes, abstract, mesh, rules)
     everywhere = NamedSharding(mesh, PartitionSpec())
     moments = state_shardings(tx, abstract["params"], variables["params"], mesh)
-    lie = TrainState(everywhere, variables, moments)
+    lie = TrainState(step=everywhere, variables=variables, optimizer=moments)
     return jax.jit(step, donate_argnums=0, out_shardings=(lie, everywhere))
 
 

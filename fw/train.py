@@ -4,9 +4,10 @@ Everything that decides a number is an argument; the loop only calls `step` on `
 order. So a run that is killed and resumed takes the same steps as one that was not.
 """
 
+import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -25,28 +26,49 @@ from sharding import Rules, put
 
 @dataclass
 class Progress:
-    """One line on a terminal that is written over, or a line now and then in a log file."""
+    """One line on a terminal that is written over, or a line now and then in a log file.
+
+    Attributes:
+      total: the last step.
+      first: the step it starts from.
+      stream: where to.
+      began: when `first` was, by `time.perf_counter`.
+    """
 
     total: int
+    first: int = 0
     stream: TextIO = field(default_factory=lambda: sys.stderr)
     began: float = field(default_factory=time.perf_counter)
-    first: int = 0
+    _compiled: bool = False
 
     def show(self, step: int, loss: float, tokens_per_second: float) -> None:
-        """Says how far the run is and when it will be done, in seconds from now."""
-        done = max(step - self.first, 1)
-        left = (time.perf_counter() - self.began) / done * (self.total - step)
+        """Says how far the run is and when it will be done.
+
+        Args:
+          step: steps taken.
+          loss: of the last ones.
+          tokens_per_second: of texts, padding not counted.
+        """
+        now = time.perf_counter()
+        left = (now - self.began) / max(step - self.first, 1) * (self.total - step)
+        if not self._compiled:  # the first steps compile: those after them tell the rate
+            self.began, self.first, self._compiled = now, step, True
         line = (
             f"step {step}/{self.total}  loss {loss:.4f}  "
             f"{tokens_per_second:,.0f} tokens/s  ETA {duration(left)}"
         )
-        self.write(f"\r\x1b[2K{line}" if self.stream.isatty() else f"{line}\n")
+        self._write(f"\r\x1b[2K{line}" if self.stream.isatty() else f"{line}\n")
 
     def say(self, text: str) -> None:
         """Prints a line that stays."""
-        self.write(f"\r\x1b[2K{text}\n" if self.stream.isatty() else f"{text}\n")
+        self._write(f"\r\x1b[2K{text}\n" if self.stream.isatty() else f"{text}\n")
 
-    def write(self, text: str) -> None:
+    def close(self) -> None:
+        """Ends the line that is written over, so that what others print has its own."""
+        if self.stream.isatty():
+            self._write("\r\x1b[2K")
+
+    def _write(self, text: str) -> None:
         """Only one process of several speaks."""
         if jax.process_index() == 0:
             self.stream.write(text)
@@ -100,37 +122,39 @@ def train(
       The state after the last step.
 
     Raises:
-      FwError: the loss is not finite; the last good checkpoint stays.
+      FwError: a loss, gradient or evaluation is not finite; such a state is never saved.
     """
     first = int(state.step)
-    progress = Progress(steps, first=first)
+    progress = Progress(steps, first)
     pending: list[Mapping[str, jax.Array]] = []
     mark = time.perf_counter()
-    for index, batch in zip(
-        range(first, steps), _on_devices(batches, first, steps, mesh, rules), strict=True
-    ):
-        state, measured = step(state, batch)
-        pending.append(measured)
-        now = index + 1
-        due = now % evaluate_every == 0 or now == steps
-        if now % log_every and not due:
-            continue
-        record = _interval(pending, now, mark)
-        run.log(folder, {**record, "learning_rate": float(learning_rate(index))})
-        progress.show(now, record["loss"], record["tokens_per_second"])
-        if not record["loss"] < float("inf"):
-            raise FwError(
-                f"{folder}: the loss is {record['loss']} at step {now}; lower --learning-rate, "
-                "or train with --precision f32; the last checkpoint is good"
-            )
-        if due:
-            summary = evaluate(state.variables)
-            figures = {k: v for k, v in summary.figures.items() if isinstance(v, float)}
-            run.log(folder, {"kind": "eval", "step": now, "split": "dev", **figures,
-                             "metric": summary.metric, "value": summary.value})  # fmt: skip
-            checkpoints.save(state, figures)
-            progress.say(f"step {now}/{steps}  dev {summary.metric} {summary.value:.4f}")
-        pending, mark = [], time.perf_counter()
+    try:
+        for index, batch in zip(
+            range(first, steps), _on_devices(batches, first, steps, mesh, rules), strict=True
+        ):
+            state, measured = step(state, batch)
+            pending.append(measured)
+            now = index + 1
+            due = now % evaluate_every == 0 or now == steps
+            if now % log_every and not due:
+                continue
+            host = jax.device_get(pending)  # waits for the devices
+            record = _interval(host, now, time.perf_counter() - mark)
+            run.log(folder, {**record, "learning_rate": float(learning_rate(index))})
+            progress.show(now, record["loss"], record["tokens_per_second"])
+            for at, measured in enumerate(host, now - len(host) + 1):
+                _check_finite(folder, at, measured, ("loss", "grad_norm"), checkpoints)
+            if due:
+                summary = evaluate(state.variables)
+                figures = {k: v for k, v in summary.figures.items() if isinstance(v, float)}
+                _check_finite(folder, now, figures, figures, checkpoints)
+                run.log(folder, {"kind": "eval", "step": now, "split": "dev", **figures,
+                                 "metric": summary.metric, "value": summary.value})  # fmt: skip
+                checkpoints.save(state, figures)
+                progress.say(f"step {now}/{steps}  dev {summary.metric} {summary.value:.4f}")
+            pending, mark = [], time.perf_counter()
+    finally:
+        progress.close()
     return state
 
 
@@ -138,17 +162,32 @@ def _on_devices(batches, first: int, stop: int, mesh: Mesh, rules: Rules) -> Ite
     return prefetch(lambda i: put(batches(i), mesh, rules), first, stop=stop)
 
 
-def _interval(pending, now: int, mark: float) -> dict[str, Any]:
-    """Averages over the steps since the last line; reading them waits for the devices."""
-    host = jax.device_get(pending)
-    seconds = time.perf_counter() - mark
-    tokens = int(sum(int(m["tokens"]) for m in host))
+def _interval(host: Sequence[Mapping[str, Any]], now: int, seconds: float) -> dict[str, Any]:
+    """Averages over the steps since the last line."""
+    tokens = sum(int(m["tokens"]) for m in host)
     return {
         "kind": "train",
         "step": now,
-        "loss": float(sum(float(m["loss"]) for m in host) / len(host)),
+        "loss": sum(float(m["loss"]) for m in host) / len(host),
         "grad_norm": float(host[-1]["grad_norm"]),
         "tokens": tokens,
         "tokens_per_second": tokens / seconds,
         "seconds": seconds,
     }
+
+
+def _check_finite(
+    folder: Path,
+    step: int,
+    figures: Mapping[str, Any],
+    names: Iterable[str],
+    checkpoints: Checkpoints,
+) -> None:
+    for name in names:
+        if not math.isfinite(figures[name]):
+            last = checkpoints.latest
+            kept = "there is no checkpoint yet" if last is None else f"that of step {last} is good"
+            raise FwError(
+                f"{folder}: {name} is {float(figures[name])} at step {step}; {kept}. In another "
+                "folder, start with a lower --learning-rate, with --clip 1 or --precision f32"
+            )

@@ -1,4 +1,4 @@
-"""The main job, and the library's whole line in one page: fine-tune, evaluate, compress, export, ask.
+"""The main job, the library's whole line in one page: fine-tune, evaluate, compress, export, ask.
 
 all-MiniLM-L6-v2 learns the sentiment of human-rated sentences (tweets, product and film reviews,
 newspaper editorials) on a mesh of two CPU devices, becomes int8, is exported and answers.
@@ -23,10 +23,16 @@ SENTENCES = (
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--run", type=Path, default=RUN, help="the run's folder (default: %(default)s)")
-    parser.add_argument("--mesh", default="data=2", help="devices by axis (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=0, help="stop early, for a quick look (default: 1 epoch)")
-    parser.add_argument("--fresh", action="store_true", help="delete the run that is there and start again")
+    parser.add_argument(
+        "--run", type=Path, default=RUN, help="the run's folder (default: %(default)s)"
+    )
+    parser.add_argument("--mesh", default="fsdp=2", help="devices by axis (default: %(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=0, help="stop early, for a quick look (default: 1 epoch)"
+    )
+    parser.add_argument(
+        "--fresh", action="store_true", help="delete the run that is there and start again"
+    )
     arguments = parser.parse_args()
     host.prepare(arguments.mesh)
 
@@ -64,7 +70,11 @@ def main() -> int:
 
     artifacts = {
         name: stages.export_run(run, name=name, output=run / folder)
-        for name, folder in (("f32", "artifact-f32"), ("bf16", "artifact-bf16"), ("int8", "artifact"))
+        for name, folder in (
+            ("f32", "artifact-f32"),
+            ("bf16", "artifact-bf16"),
+            ("int8", "artifact"),
+        )
     }
     done("export")
 

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 
 from fw import export, host, report, run, stages
 from fw.errors import FwError
-from fw.finetune import Finetune, finetune
+from fw.finetune import finetune
 from fw.options import add_options, read_options
+from fw.recipe import Finetune
 from sharding import ShardingError
 
 HELP = """\
@@ -42,7 +43,9 @@ def main() -> int:
         description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    parser.add_argument("--ask", metavar="TEXT", action="append", help="answer this text at the end; repeatable")
+    parser.add_argument(
+        "--ask", metavar="TEXT", action="append", help="answer this text at the end; repeatable"
+    )
     # A recipe is a frozen record; its fields are the options, its docstring is their help.
     add_options(parser, Finetune, without=("task",))
     arguments = parser.parse_args()

@@ -199,7 +199,7 @@ def _no_room(job: _Job, free: int) -> str:
 @contextmanager
 def _locked(job: _Job) -> Iterator[None]:
     """Hold the asset's lock; say for whom one waits."""
-    from filelock import FileLock, Timeout  # noqa: PLC0415
+    from filelock import FileLock, Timeout
 
     lock = FileLock(job.folder.with_name(f"{job.folder.name}.lock"))
     try:
@@ -220,7 +220,7 @@ def _locked(job: _Job) -> Iterator[None]:
 @contextmanager
 def _progress(job: _Job, progress: bool | None) -> Iterator[sources.Report]:
     """Draw one line with the rate and the time left, and remove it at the end."""
-    from tqdm import tqdm  # noqa: PLC0415
+    from tqdm import tqdm
 
     # tqdm takes disable=None as "unless it is a terminal".
     disable = None if progress is None else not progress

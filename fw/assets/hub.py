@@ -54,7 +54,7 @@ def listing(repo: str, revision: str) -> Listing:
     Raises:
         FwError: no such repository or revision, no access, no network, nothing usable in it.
     """
-    from huggingface_hub import HfApi  # noqa: PLC0415
+    from huggingface_hub import HfApi
 
     where = f"hf:{repo}@{revision}"
     with _errors(where):
@@ -82,8 +82,8 @@ def download(source: Hub, names: Sequence[str], into: Path, report: Callable[[in
         FwError: no access, no network, or a file is missing.
         OSError: the folder cannot be written to.
     """
-    from huggingface_hub import snapshot_download  # noqa: PLC0415
-    from tqdm.asyncio import tqdm_asyncio  # noqa: PLC0415
+    from huggingface_hub import snapshot_download
+    from tqdm.asyncio import tqdm_asyncio
 
     class Silent(tqdm_asyncio):  # the hub's own bars would be drawn over fw's
         def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -76,9 +76,9 @@ def save(session: Any, link: Any, limit: int, destination: Path) -> int:
 def main(project: str, filename: str, limit: int, destination: Path) -> int:
     """Find and save one file; return the exit status."""
     try:
-        from pip._internal.commands import create_command  # noqa: PLC0415
-        from pip._vendor.requests.exceptions import RequestException  # noqa: PLC0415
-        from pip._vendor.urllib3.exceptions import HTTPError  # noqa: PLC0415
+        from pip._internal.commands import create_command
+        from pip._vendor.requests.exceptions import RequestException
+        from pip._vendor.urllib3.exceptions import HTTPError
     except ImportError as error:
         say(error=f"{error}; this Python has no usable pip: run `{sys.executable} -m ensurepip`")
         return 1

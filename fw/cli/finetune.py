@@ -3,8 +3,9 @@
 import argparse
 from typing import Any
 
-from fw.finetune import Finetune, finetune
+from fw.finetune import finetune
 from fw.options import add_options, read_options
+from fw.recipe import Finetune
 from fw.run import config
 from fw.stages import evaluate_run
 

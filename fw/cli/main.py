@@ -2,12 +2,12 @@
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
 from fw import host
 from fw.errors import FwError
-from sharding import ShardingError
 
 _HELP = """\
 From a pretrained checkpoint to a small, verified artifact:
@@ -25,22 +25,38 @@ result.json, report.html, artifact/.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one subcommand and returns the exit status: 0, 1 for bad input, 130 if interrupted."""
-    arguments = _parser().parse_args(argv)
+    """Runs one subcommand.
+
+    Args:
+      argv: its words; None for the command line, for which the process is prepared (`fw.host`).
+
+    Returns:
+      The exit status: 0; 1 for bad input, 130 if interrupted, 141 if nobody reads the output.
+      Argparse itself ends the process with 2 on an unknown option.
+    """
     if argv is None:  # the command itself, not a test or a notebook
-        host.prepare(getattr(arguments, "mesh", ""))
+        host.restart()
+    arguments = _parser().parse_args(argv)
+    if argv is None:
+        host.virtual_devices(getattr(arguments, "mesh", ""))
+    from sharding import ShardingError
+
     logging.getLogger("absl").setLevel(logging.WARNING)  # orbax tells every step of a save
     try:
         return arguments.command(arguments)
     except (FwError, ShardingError) as error:
-        print(f"fw: {error}", file=sys.stderr)
+        print(f"fw: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("fw: interrupted; fw finetune --resume goes on from the last checkpoint", file=sys.stderr)
+        print("fw: interrupted; fw finetune goes on with --resume", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader has seen enough, as in `fw predict ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return 141
 
 
 def _parser() -> argparse.ArgumentParser:
+    # Here for the same reason as in `main`.
     from fw import assets
     from fw.cli import finetune, stages
     from fw.export import command

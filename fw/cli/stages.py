@@ -12,14 +12,18 @@ def add_eval(subparsers: Any) -> argparse.ArgumentParser:
     parser = _run_parser(
         subparsers, "eval", "report on a split",
         "Evaluate the best model of a run: per type or class, with averages; by domain where the "
-        "data has domains. The figures also go to RUN/result.json.",
+        "data has domains. Those of the f32 variant also go to RUN/result.json.",
     )  # fmt: skip
     _options(parser, "test")
     _variant(parser)
 
     def run(arguments: argparse.Namespace) -> int:
         summary = stages.evaluate_run(
-            arguments.folder, arguments.split, name=arguments.variant, mesh=arguments.mesh
+            arguments.folder,
+            arguments.split,
+            name=arguments.variant,
+            mesh=arguments.mesh,
+            data=arguments.data,
         )
         print(summary.text)
         return 0
@@ -39,7 +43,10 @@ def add_compress(subparsers: Any) -> argparse.ArgumentParser:
     _options(parser, "dev")
 
     def run(arguments: argparse.Namespace) -> int:
-        print(stages.compress_run(arguments.folder, split=arguments.split, mesh=arguments.mesh))
+        text = stages.compress_run(
+            arguments.folder, split=arguments.split, mesh=arguments.mesh, data=arguments.data
+        )
+        print(text)
         return 0
 
     parser.set_defaults(command=run)
@@ -58,9 +65,7 @@ def add_export(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--output", metavar="DIR", help="where to (default: RUN/artifact)")
 
     def run(arguments: argparse.Namespace) -> int:
-        print(
-            stages.export_run(arguments.folder, name=arguments.variant, output=arguments.output)
-        )
+        print(stages.export_run(arguments.folder, name=arguments.variant, output=arguments.output))
         return 0
 
     parser.set_defaults(command=run)
@@ -78,8 +83,9 @@ def _options(parser: argparse.ArgumentParser, split: str) -> None:
         "--split", choices=SPLITS, default=split, help="of the run's data (default: %(default)s)"
     )
     parser.add_argument(
-        "--mesh", default="data=1", help="devices by axis (default: %(default)s)"
+        "--data", default="", metavar="PATH", help="where that is now, if it has moved"
     )
+    parser.add_argument("--mesh", default="data=1", help="devices by axis (default: %(default)s)")
 
 
 def _variant(parser: argparse.ArgumentParser) -> None:

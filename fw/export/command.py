@@ -174,7 +174,7 @@ def _open(path: Path | None) -> Iterator[TextIO]:
 
 
 def _progress(answers: Iterable[Any], total: int, *, quiet: bool) -> Iterable[Any]:
-    from tqdm import tqdm  # noqa: PLC0415
+    from tqdm import tqdm
 
     # tqdm takes disable=None as "unless standard error is a terminal".
     return tqdm(answers, total=total, unit="text", leave=False, disable=True if quiet else None)

@@ -73,8 +73,8 @@ def functional(
         `forward(variables, batch)`, to compare with; and "f32", "bf16" or "int8", whichever rounds
         the most.
     """
-    import compress  # noqa: PLC0415
-    from fw.precision import apply, policy  # noqa: PLC0415
+    import compress
+    from fw.precision import apply, policy
 
     chosen = policy(name)
     weights = {n: np.asarray(x, order="C") for n, x in compress.to_arrays(variables).items()}

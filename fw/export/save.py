@@ -165,7 +165,7 @@ def load_variables(folder: str | Path) -> dict[str, Any]:
     ...
     fw.errors.FwError: nowhere: there is no such folder; expected an artifact, made by fw export
     """
-    import compress  # noqa: PLC0415
+    import compress
 
     folder = Path(folder)
     manifest = files.read(folder)

@@ -8,8 +8,8 @@
 | show | on the host | `to_text`, `to_dict` |
 """
 
-from fw.metrics.accumulate import Mean, mean, mean_value, merge
 from fw.labels import IGNORE
+from fw.metrics.accumulate import Mean, mean, mean_value, merge
 from fw.metrics.classification import classification_report, confusion
 from fw.metrics.entities import (
     Mode,

@@ -15,7 +15,6 @@ from fw.labels import IGNORE
 from fw.metrics.report import Report, summarise
 
 
-
 def confusion(
     labels: jax.Array,
     predictions: jax.Array,

@@ -1,4 +1,4 @@
-"""A label for each text. Scored by macro-F1, which a rare class weighs on as much as a common one."""
+"""A label for each text, scored by macro-F1: a rare class weighs as much as a common one."""
 
 from typing import Any
 

@@ -17,11 +17,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import sides
 
-from fw import host
+from fw import data, host, hub, report, run
 from fw.errors import FwError
+from fw.finetune import prepare
+from fw.optimizer import optimizer
 from fw.options import add_options, read_options
+from fw.recipe import TASKS
+from fw.step import initial_state, make_step
+from fw.tasks import make_task
+from sharding import make_mesh, put, rules
 
 SIDES = {
     "fw-bf16": ("bf16",),
@@ -40,14 +47,14 @@ class Options(sides.Training):
 
     Attributes:
       steps: timed.
-      untimed: steps before the clock starts.
+      untimed: steps before the clock starts: both sides compile for new shapes.
       rounds: measurements of each side.
       only: some of the sides, with commas between them.
       json: write the figures to this file.
     """
 
-    steps: int = 30
-    untimed: int = 5
+    steps: int = 40
+    untimed: int = 10
     rounds: int = 5
     only: str = ",".join(SIDES)
     json: str = ""
@@ -89,8 +96,6 @@ def main() -> int:
 
 def compare(options: Options) -> None:
     """Measures all sides in turn and prints the table."""
-    from fw import report, run  # noqa: PLC0415 the measuring process does not pay for them
-
     machine = sides.machine()
     runs: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -129,25 +134,13 @@ def measure_apart(options: Options, name: str) -> dict[str, Any]:
     if name.startswith("peer"):
         timed = (f"--steps={options.steps}", f"--warmup-steps={options.untimed}")
         return sides.peer(options, *timed, *SIDES[name])
-    given = [
-        f"--{field.name.replace('_', '-')}={getattr(options, field.name)}"
-        for field in dataclasses.fields(options)
-        if field.type is not bool
-    ]
-    return sides.process([sys.executable, __file__, f"--one={SIDES[name][0]}", *given])
+    return sides.process(
+        [sys.executable, __file__, f"--one={SIDES[name][0]}", *sides.arguments(options)]
+    )
 
 
 def measure(options: Options, precision: str) -> dict[str, Any]:
     """Steps of fw in this process, made and fed as `fw.finetune` does."""
-    import jax  # noqa: PLC0415
-
-    from fw import data, hub  # noqa: PLC0415
-    from fw.finetune import TASKS, prepare  # noqa: PLC0415
-    from fw.optimizer import optimizer  # noqa: PLC0415
-    from fw.step import initial_state, make_step  # noqa: PLC0415
-    from fw.tasks import make_task  # noqa: PLC0415
-    from sharding import make_mesh, put, rules  # noqa: PLC0415
-
     recipe = sides.recipe(options, precision=precision)
     total = options.untimed + options.steps
     source = Path(options.model)

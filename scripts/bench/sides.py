@@ -18,7 +18,7 @@ from typing import Any
 
 from fw import assets, data, host
 from fw.errors import FwError
-from fw.finetune import Finetune, find_data
+from fw.recipe import Finetune, locate
 
 BENCH = Path(__file__).resolve().parent
 SPLITS = data.SPLITS
@@ -64,7 +64,7 @@ def prepare[T: Training](options: T, folder: Path) -> T:
     Returns:
       The options with `data` that folder, `model` a folder too, and `rows` settled.
     """
-    records = data.load_splits(find_data(options.data), "token_classification")
+    records = data.load_splits(locate(options.data), "token_classification")
     if "dev" not in records:
         records["train"], records["dev"] = data.hold_out(records["train"])
     if "test" not in records:
@@ -116,6 +116,16 @@ def peer(options: Training, *more: str) -> dict[str, Any]:
         ],
         tunables=host.MALLOC if options.tuned_malloc else None,
     )
+
+
+def arguments(options: Training) -> list[str]:
+    """The command line that `fw.options` reads as these options."""
+    given = dataclasses.asdict(options)
+    return [
+        f"--{'' if value is not False else 'no-'}{name.replace('_', '-')}"
+        + ("" if isinstance(value, bool) else f"={value}")
+        for name, value in given.items()
+    ]
 
 
 def process(command: Sequence[str], tunables: str | None = None) -> dict[str, Any]:

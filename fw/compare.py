@@ -1,0 +1,74 @@
+"""Artifacts side by side: how large they are, and how fast on the same rows, turn by turn.
+
+Interleaved, so that a machine that slows down for a while slows all of them.
+"""
+
+import statistics
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fw import export
+
+
+def compare(
+    artifacts: Mapping[str, str | Path], *, batch: int = 16, length: int = 64, repeats: int = 20
+) -> list[dict[str, Any]]:
+    """Size and latency of artifacts side by side: interleaved, medians.
+
+    Args:
+      artifacts: folders by name.
+      batch, length: of the rows timed: full, one text each. Where an artifact takes shorter rows
+        only, all get those.
+      repeats: timed calls of each.
+
+    Returns:
+      One row each: name, bytes (all weights), encoder_bytes (the layers' kernels), latency_ms,
+      and the batch and length that were timed.
+
+    Raises:
+      FwError: as `fw.export.load` does.
+    """
+    loaded = {name: export.load(folder) for name, folder in artifacts.items()}
+    length = min(length, *(artifact.length for artifact in loaded.values()))
+    ids = min(artifact.tokenizer.fast.get_vocab_size() for artifact in loaded.values())
+    rows = {
+        "input_ids": np.random.default_rng(0).integers(0, ids, (batch, length), np.int32),
+        "segment_ids": np.ones((batch, length), np.int32),
+        "position_ids": np.tile(np.arange(length, dtype=np.int32), (batch, 1)),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in loaded}
+    for repeat in range(repeats + 2):  # the first two warm up
+        for name, artifact in loaded.items():
+            extra = {"first": np.zeros((batch, 1), np.int32)}
+            given = {**rows, **(extra if artifact.task == "sequence_classification" else {})}
+            began = time.perf_counter()
+            artifact.logits(given)
+            if repeat >= 2:
+                seconds[name].append(time.perf_counter() - began)
+    return [
+        {
+            "name": name,
+            **sizes(artifact.weights),
+            "latency_ms": 1e3 * statistics.median(seconds[name]),
+            "batch": batch,
+            "length": length,
+        }
+        for name, artifact in loaded.items()
+    ]
+
+
+def sizes(arrays: Mapping[str, Any]) -> dict[str, int]:
+    """The bytes of some weights, in all and of the encoder's kernels.
+
+    Args:
+      arrays: by path, as `compress.to_arrays` names them.
+
+    >>> sizes({"params/layers/0/up/kernel": np.zeros((2, 3), np.int8), "params/bias": np.zeros(2)})
+    {'bytes': 22, 'encoder_bytes': 6}
+    """
+    kernels = [x.nbytes for n, x in arrays.items() if "/layers/" in f"/{n}" and "kernel" in n]
+    return {"bytes": sum(x.nbytes for x in arrays.values()), "encoder_bytes": sum(kernels)}

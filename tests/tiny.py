@@ -1,0 +1,62 @@
+"""A tiny random BERT and small data that it can learn in seconds: what runs are tested with."""
+
+import random
+from pathlib import Path
+
+import jax
+
+from fw import hub
+from fw.models.bert import BertConfig, bert
+
+NAMES, PLACES = ("ada", "grace", "alan", "mary"), ("london", "paris", "oslo", "rome")
+GOOD, BAD = ("lovely", "great", "fine", "good"), ("awful", "poor", "bad", "sad")
+OTHER = ("the", "film", "was", "went", "to", "in", "and", "wrote", "a", "letter", ".", "##s")
+
+
+def make_model(folder: Path) -> Path:
+    """A model folder as transformers reads it, head and all."""
+    config = BertConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=32, num_labels=2, task="sequence_classification",
+        max_position_embeddings=48, initializer_range=0.2,
+    )  # fmt: skip
+    model = bert(config)
+    words = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", *NAMES, *PLACES, *GOOD, *BAD, *OTHER)
+    vocabulary = folder.with_name(f"{folder.name}-vocabulary")
+    vocabulary.mkdir()
+    (vocabulary / "vocab.txt").write_text("\n".join(words))
+    loaded = hub.Loaded(model, model.init(jax.random.key(0)), ("no", "yes"))
+    hub.save(folder, loaded, tokenizer_from=vocabulary)
+    return folder
+
+
+def make_ner(folder: Path, sizes: tuple[int, int, int] = (96, 24, 24)) -> Path:
+    """train, dev and test in CoNLL columns: who went where."""
+    rng = random.Random(0)
+    folder.mkdir()
+    for split, size in zip(("train", "dev", "test"), sizes, strict=True):
+        lines = []
+        for _ in range(size):
+            who, where = rng.choice(NAMES), rng.choice(PLACES)
+            words = rng.choice(
+                [f"{who} went to {where} .", f"in {where} {who} wrote a letter", f"the {who} film"]
+            )
+            tag = {who: "B-PER", where: "B-LOC"}
+            lines += [*(f"{word} {tag.get(word, 'O')}" for word in words.split()), ""]
+        (folder / f"{split}.conll").write_text("\n".join(lines))
+    return folder
+
+
+def make_reviews(folder: Path, sizes: tuple[int, int, int] = (96, 24, 24), flip: bool = False):
+    """train, dev and test in CSV: whether a film was liked. `flip` swaps the classes of dev."""
+    rng = random.Random(1)
+    folder.mkdir()
+    for split, size in zip(("train", "dev", "test"), sizes, strict=True):
+        rows = ["text,liked"]
+        for _ in range(size):
+            liked = rng.random() < 0.5
+            word = rng.choice(GOOD if liked else BAD)
+            label = "yes" if liked != (flip and split == "dev") else "no"
+            rows.append(f'"the {rng.choice(NAMES)} film was {word}, {rng.choice(OTHER)}",{label}')
+        (folder / f"{split}.csv").write_text("\n".join(rows))
+    return folder
