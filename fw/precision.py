@@ -121,7 +121,8 @@ def _evaluate(closed: Any, chosen: Policy, args) -> list:
     for eqn in closed.jaxpr.eqns:
         name = eqn.primitive.name
         if name == "dot_general":
-            out = [_dot(*map(read, eqn.invars), eqn.params, chosen)]
+            lhs, rhs = map(read, eqn.invars)
+            out = [_dot(lhs, rhs, eqn.params, chosen)]
         elif name in ("jit", "pjit"):
             out = _evaluate(eqn.params["jaxpr"], chosen, [*map(read, eqn.invars)])
         else:

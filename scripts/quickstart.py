@@ -22,7 +22,9 @@ SENTENCES = (
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--run", type=Path, default=RUN, help="the run's folder (default: %(default)s)"
     )
