@@ -6,7 +6,7 @@
 | `assets`, `hub`, `model`, `models`, `precision` | what comes in, and what it becomes |
 | `data`, `tasks`, `metrics` | text to batches; what is minimised and counted |
 | `optimizer`, `step`, `train`, `evaluate`, `checkpoint` | training |
-| `run`, `report`, `export` | what is left behind |
+| `run`, `report`, `export`, `compare` | what is left behind |
 | `host`, `options`, `cli`, `errors` | around it |
 
 A module is imported when it is first used, so `import fw` costs nothing.
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         assets,
         checkpoint,
         cli,
+        compare,
         data,
         errors,
         evaluate,
@@ -49,6 +50,7 @@ __all__ = [
     "assets",
     "checkpoint",
     "cli",
+    "compare",
     "data",
     "errors",
     "evaluate",
