@@ -186,10 +186,23 @@ def _result(lhs, rhs, params):
     return params["preferred_element_type"] or jnp.result_type(lhs.dtype, rhs.dtype)
 
 
+# jax 0.11 compiles bfloat16 dots for a CPU that then fail as they run (DotThunk: UNIMPLEMENTED).
+_BF16_DOTS_ON_CPU = jax.__version_info__ >= (0, 12)
+
+
 def _accumulate(a, b, contract, batch=((), ()), precision=None):
     wide = np.promote_types(a.dtype, np.float32)
-    return lax.dot_general(
-        a, b, (contract, batch), precision=precision, preferred_element_type=wide
+
+    def dot(a, b):
+        return lax.dot_general(
+            a, b, (contract, batch), precision=precision, preferred_element_type=wide
+        )
+
+    if a.dtype == wide or _BF16_DOTS_ON_CPU:
+        return dot(a, b)
+    # The same numbers: products of two bfloat16 are exact in float32.
+    return lax.platform_dependent(
+        a, b, cpu=lambda a, b: dot(a.astype(wide), b.astype(wide)), default=dot
     )
 
 

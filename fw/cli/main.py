@@ -43,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     logging.getLogger("absl").setLevel(logging.WARNING)  # orbax tells every step of a save
     try:
-        return arguments.command(arguments)
+        status = arguments.command(arguments)
+        sys.stdout.flush()
+        return status
     except (FwError, ShardingError) as error:
         print(f"fw: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
