@@ -15,6 +15,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
 from fw.errors import FwError
 from fw.step import TrainState
+from sharding import paths
 
 
 class Checkpoints:
@@ -36,7 +37,9 @@ class Checkpoints:
             cleanup_tmp_directories=True,  # what a killed process left half-written
         )
         self._folder = folder
-        self._manager = ocp.CheckpointManager(folder.resolve(), options=options)
+        self._manager = ocp.CheckpointManager(
+            folder.resolve(), options=options, item_handlers=ocp.StandardCheckpointHandler()
+        )
 
     def __enter__(self) -> "Checkpoints":
         """Nothing to do: it is open."""
@@ -86,17 +89,39 @@ class Checkpoints:
           step: which; None raises.
 
         Raises:
-          FwError: there is none, or it holds other arrays than the model has.
+          FwError: there is none, it holds other arrays than the model has, or it is damaged.
         """
         if step is None:
             raise FwError(f"{self._folder}: no checkpoint yet; train first")
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like._asdict()
         )
+        where = f"{self._folder}/{step}"
         try:
+            _check_same(abstract, self._manager.item_metadata(step).tree, where)
             tree = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
-        except (ValueError, KeyError, FileNotFoundError) as error:
+        except FwError:
+            raise
+        except (ValueError, KeyError, AttributeError, OSError) as error:  # whatever orbax met with
             raise FwError(
-                f"{self._folder}/{step}: not a checkpoint of this model and optimiser: {error}"
+                f"{where}: damaged: {str(error).partition(chr(10))[0][:300]}; remove this folder "
+                "to go on from the checkpoint before it"
             ) from error
         return TrainState(**tree)
+
+
+def _check_same(want: Any, found: Any, where: str) -> None:
+    """Refuses arrays that differ before orbax begins to read them."""
+    expected, there = (
+        {
+            path: (tuple(x.shape), str(x.dtype))
+            for path, x in zip(paths(t), jax.tree.leaves(t), strict=True)
+        }
+        for t in (want, found)
+    )
+    for path in sorted(expected.keys() | there.keys()):
+        if expected.get(path) != there.get(path):
+            raise FwError(
+                f"{where}: {path}: expected {expected.get(path, 'nothing')}, found "
+                f"{there.get(path, 'nothing')}; it is of another model or optimiser"
+            )

@@ -208,7 +208,7 @@ def read(recipe: Finetune, dataset: Path) -> tuple[dict[str, list], tuple[str, .
     """
     skipped: list[str] = []
     records = data.load_splits(
-        dataset, TASKS[recipe.task], scheme=recipe.scheme, columns=recipe.names or None,
+        dataset, TASKS[recipe.task], scheme=recipe.scheme, columns=recipe.names,
         on_bad_row=skipped.append if recipe.skip_bad_rows else None,
     )  # fmt: skip
     if "dev" not in records:

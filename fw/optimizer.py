@@ -17,12 +17,14 @@ class AdamW:
     """AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101) with warm-up, decay and clipping.
 
     Attributes:
-      learning_rate: the peak.
+      learning_rate: at its peak, after the warm-up.
       schedule: what follows the warm-up: "linear" or "cosine" down to 0, or "constant".
       warmup: the fraction of all steps in which the rate rises from 0 to its peak.
       weight_decay: applied to matrices only: biases and norms are left alone.
       clip: the largest global norm of the gradient; 0 for no clipping.
-      b1, b2, epsilon: Adam's moments and the term in its denominator.
+      b1: decay of Adam's mean of the gradients, a step.
+      b2: decay of Adam's mean of their squares, a step.
+      epsilon: the term in Adam's denominator.
     """
 
     learning_rate: float = 5e-5
@@ -40,7 +42,10 @@ class AdamW:
             raise FwError(f"schedule {self.schedule!r} is unknown; choose one of {SCHEDULES}")
         if not 0 <= self.warmup < 1:
             raise FwError(f"warmup is {self.warmup}; expected a fraction of all steps in [0, 1)")
-        for name in ("learning_rate", "weight_decay", "clip"):
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise FwError(f"{name} is {getattr(self, name)}; expected 0 or more, less than 1")
+        for name in ("learning_rate", "weight_decay", "clip", "epsilon"):
             if getattr(self, name) < 0:
                 raise FwError(f"{name} is {getattr(self, name)}; expected 0 or more")
 

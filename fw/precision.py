@@ -162,8 +162,12 @@ def _dot(lhs, rhs, params, chosen: Policy):
     floating = all(jnp.issubdtype(x.dtype, jnp.floating) for x in (lhs, rhs))
     if floating and not lb and target and len(lc) == 1:
         out = (*_rest(lhs.shape, lc), *_rest(rhs.shape, rc))
-        x = jnp.moveaxis(lhs, lc[0], -1).reshape(-1, lhs.shape[lc[0]])
-        w = jnp.moveaxis(rhs, rc[0], 0).reshape(rhs.shape[rc[0]], -1)
+        rows, columns = (math.prod(_rest(y.shape, c)) for y, c in ((lhs, lc), (rhs, rc)))
+        size = lhs.shape[lc[0]]
+        # A transpose is pinned: folded into a dot, of its gradient too, it would take that off the
+        # fast path, where a bfloat16 dot fails at run time.
+        x = _moved(lhs, lc[0], lhs.ndim - 1).reshape(rows, size)
+        w = _moved(rhs, rc[0], 0).reshape(size, columns)
         return _matmul(x, w, target).reshape(out).astype(_result(lhs, rhs, params))
     regular = lb == rb == tuple(range(len(lb))) and lb and len(lc) == 1 == lhs.ndim - len(lb) - 1
     if floating and regular and rhs.ndim == lhs.ndim and lc[0] == lhs.ndim - 1:
@@ -176,6 +180,10 @@ def _dot(lhs, rhs, params, chosen: Policy):
     if floating and chosen.precision is not None:
         params["precision"] = (chosen.precision, chosen.precision)
     return lax.dot_general_p.bind(lhs, rhs, **params)
+
+
+def _moved(x, source, to):
+    return x if source == to else _row_major(jnp.moveaxis(x, source, to))
 
 
 def _rest(shape, axes):

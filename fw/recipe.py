@@ -108,13 +108,14 @@ class Finetune(AdamW):
                 f"batch is {self.batch}, which accumulate={self.accumulate} does not divide; "
                 f"choose a multiple of {self.accumulate}"
             )
-        if self.columns and (len(self.names) != 2 or not all(self.names)):
+        if self.columns and [bool(name) for name in self.columns.split(",")] != [True, True]:
             raise FwError(f"columns is {self.columns!r}; expected two names, as in text,label")
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """The columns' names one by one; none if they are left to the reader."""
-        return tuple(self.columns.split(",")) if self.columns else ()
+    def names(self) -> tuple[str, str] | None:
+        """The two columns' names; None if they are left to the reader."""
+        first, _, second = self.columns.partition(",")
+        return (first, second) if self.columns else None
 
 
 def read_recipe(folder: str | Path) -> Finetune:

@@ -19,13 +19,13 @@ from fw import data, export, hub, run
 from fw.compare import compare, sizes
 from fw.errors import FwError
 from fw.evaluate import Forward, count, make_counter
-from fw.export.tensors import read_tensors
 from fw.finetune import MODEL, forward, pack, read, record
-from fw.hub.files import WEIGHTS, write_tensors
+from fw.hub.files import WEIGHTS
 from fw.metrics import merge
 from fw.model import Model
 from fw.recipe import TASKS, Finetune, locate, read_recipe
 from fw.tasks import Summary, Task, make_task
+from fw.tensors import read_tensors, write_tensors
 from sharding import Rules, gather, make_mesh
 from sharding import rules as make_rules
 

@@ -1,7 +1,6 @@
-"""The line from end to end on tiny models: every stage, every mesh, and killed wherever it hurts."""
+"""The line from end to end on tiny models: every stage, on every mesh, killed where it hurts."""
 
 import dataclasses
-import gc
 import io
 import itertools
 import json
@@ -40,13 +39,11 @@ ONE, EIGHT = "data=1", "data=2,fsdp=2,tensor=2"
 COMMON = ("--length", "32", "--learning-rate", "1e-2", "--precision", "f32")
 STEPS = {"ner": 24, "classify": 12}
 OPTIONS = {
-    "ner": (
-        *("--task", "ner", "--steps", "24", "--evaluate-every", "4", "--log-every", "2"),
-        *("--keep-last", "3"),
-    ),
+    "ner": ("--task", "ner", "--steps", "24", "--evaluate-every", "4", "--log-every", "2"),
     "classify": (
         *("--task", "classify", "--columns", "text,liked", "--epochs", "3", "--accumulate", "2"),
         *("--skip-bad-rows", "--schedule", "constant", "--warmup", "0"),
+        *("--keep-last", "2", "--log-every", "1"),
     ),
 }
 LABELS = {"ner": ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"], "classify": ["no", "yes"]}
@@ -134,7 +131,7 @@ def test_the_best_checkpoint_is_delivered_and_the_last_is_kept(runs, task):
     scores = {r["step"]: r["value"] for r in run.metrics(folder) if r["kind"] == "eval"}
     best = max(scores, key=lambda step: (scores[step], step))
     assert result["best_step"] == best
-    last = {"ner": {16, 20, 24}, "classify": {12}}[task]
+    last = {"ner": {24}, "classify": {8, 12}}[task]
     assert result["checkpoints"] == sorted({best, *last})
     assert sorted(int(p.name) for p in (folder / "checkpoints").iterdir()) == result["checkpoints"]
     if task == "classify":  # its dev set contradicts it, so that learning makes it worse
@@ -246,15 +243,20 @@ def test_export_and_predict_every_variant(compressed, tmp_path, capsys):
     assert sizes["int8"] < sizes["bf16"] < sizes["f32"]
     assert all(row["latency_ms"] > 0 and row["f1"] > 0.9 for row in rows)
     assert run.read_json(compressed / run.RESULT)["variants"] == rows
+    assert private(tmp_path, *artifacts.values()) == set()
+
+
+def private(scratch, *folders):
+    """The files there that only their owner may read, unlike what is made here."""
+    (scratch / "new").touch()
+    usual = stat.S_IMODE((scratch / "new").stat().st_mode)
+    files = [path for folder in folders for path in folder.iterdir() if path.is_file()]
+    assert len(files) > 2
+    return {p.name for p in files if p.suffix and stat.S_IMODE(p.stat().st_mode) != usual}
 
 
 def test_whoever_reads_one_file_of_a_run_reads_them_all(compressed, tmp_path):
-    (tmp_path / "new").touch()
-    usual = stat.S_IMODE((tmp_path / "new").stat().st_mode)
-    files = [p for name in ("model", "int8") for p in (compressed / name).iterdir()]
-    files += [p for p in compressed.iterdir() if p.is_file() and p.suffix]
-    assert len(files) > 6
-    assert {p.name for p in files if stat.S_IMODE(p.stat().st_mode) != usual} == set()
+    assert private(tmp_path, compressed, compressed / "model", compressed / "int8") == set()
 
 
 def test_a_damaged_stage_is_named(compressed, tmp_path):
@@ -355,20 +357,23 @@ def test_killed_at_any_moment_of_every_save_it_ends_with_the_same_bits(
 
 
 def test_resumed_on_another_mesh(runs, world, tmp_path):
-    """From the middle of a run on one device to its end on eight."""
-    folder, middle = shutil.copytree(runs("ner"), tmp_path / "run"), 16
-    for checkpoint in (folder / "checkpoints").iterdir():
-        if int(checkpoint.name) > middle:
-            shutil.rmtree(checkpoint)
-    assert main(words(world, "ner", folder, "--mesh", EIGHT, "--resume")) == 0
-    assert run.starts(folder)[1]["changed"]["mesh"] == [ONE, EIGHT]
-    want, got = losses(runs("ner")), losses(folder)
-    assert [s for s in want if s <= middle] == [s for s in got if s <= middle]
+    """From the middle of a run on eight devices to its end on one."""
+    folder, middle = shutil.copytree(runs("classify", EIGHT), tmp_path / "run"), 8
+    shutil.rmtree(folder / "checkpoints" / "12")
+    assert main(words(world, "classify", folder, "--resume")) == 0
+    assert run.starts(folder)[1]["changed"]["mesh"] == [EIGHT, ONE]
+    want, got = losses(runs("classify", EIGHT)), losses(folder)
+    assert want.keys() == got.keys()
+    assert all(got[step] == want[step] for step in range(1, middle + 1))
     np.testing.assert_allclose(list(got.values()), list(want.values()), rtol=1e-4)
-    for name, array in parameters(runs("ner")).items():
+    latest = [
+        ocp.StandardCheckpointer().restore(f / "checkpoints" / "12" / "default")["variables"]
+        for f in (folder, runs("classify", EIGHT))
+    ]
+    for path, a, b in zip(paths(latest[0]), *map(jax.tree.leaves, latest), strict=True):
         # Looser than the losses: the gradient of a key's bias is 0 but for rounding, and Adam
         # makes steps of full length of that.
-        np.testing.assert_allclose(parameters(folder)[name], array, atol=1e-3, err_msg=name)
+        np.testing.assert_allclose(a, b, atol=1e-3, err_msg=path)
 
 
 def test_resuming_a_finished_run_changes_nothing_and_starting_over_it_is_refused(
@@ -438,26 +443,26 @@ def test_a_save_holds_the_state_of_its_step_though_training_goes_on_in_the_same_
         assert checkpoints.steps() == [1, 7, 13]
 
 
-# orbax leaves the reads that it did not come to for the garbage collector to complain of.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_checkpoint_that_does_not_fit_or_is_damaged_is_named(tmp_path):
     with Checkpoints(tmp_path, metric="f1") as checkpoints:
         with pytest.raises(FwError, match="no checkpoint yet"):
             checkpoints.restore(state_of(0, 0.0), checkpoints.latest)
         checkpoints.save(state_of(5, 1.0), {"f1": 0.5})
         checkpoints.wait()
-        with pytest.raises(FwError, match="/5: not a checkpoint of this model"):
+        with pytest.raises(
+            FwError, match=r"/5: variables/params/w: expected \(\(4,\), 'float32'\)"
+        ):
             checkpoints.restore(state_of(0, 0.0, size=4), 5)
         other = state_of(0, 0.0)
         other.variables["params"]["v"] = other.variables["params"].pop("w")
-        with pytest.raises(FwError, match="/5: not a checkpoint of this model"):
+        with pytest.raises(FwError, match=r"/5: variables/params/v: .* found nothing"):
             checkpoints.restore(other, 5)
-        for path in (tmp_path / "5" / "default").rglob("*"):
-            if path.is_file():
-                path.write_bytes(path.read_bytes()[:-1])
-        with pytest.raises(FwError, match="/5: "):
+    path = tmp_path / "5" / "default" / "manifest.ocdbt"
+    path.write_bytes(path.read_bytes()[:-1])
+    with Checkpoints(tmp_path, metric="f1") as checkpoints:
+        with pytest.raises(FwError, match="/5: damaged: ") as raised:
             checkpoints.restore(state_of(0, 0.0), 5)
-    gc.collect()
+        assert len(str(raised.value)) < 600
 
 
 # --- the loop -------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from jax import lax
-from jax.extend import core
 
 from fw.errors import FwError
 from fw.models.bert import BertConfig, bert
@@ -73,13 +72,16 @@ def check(got, expected, terms, unit=2.0**-24):
         assert np.all(np.abs(np.asarray(value, np.float64) - exact) <= (terms + 2) * unit * scale)
 
 
-def dots(jaxpr):
+def dots(program):
     """All dots of a program and of the programs in it."""
-    for eqn in jaxpr.eqns:
+    if isinstance(program, tuple | list):
+        for part in program:
+            yield from dots(part)
+    program = getattr(program, "jaxpr", program)
+    for eqn in getattr(program, "eqns", ()):
         if eqn.primitive.name == "dot_general":
             yield eqn
-        for inner in core.jaxprs_in_params(eqn.params):
-            yield from dots(inner)
+        yield from dots([*eqn.params.values()])
 
 
 # --- one dot --------------------------------------------------------------------------------------
@@ -256,7 +258,8 @@ def test_an_unknown_policy_is_refused():
 
 # --- programs -------------------------------------------------------------------------------------
 
-CONFIG = BertConfig(64, 64, 2, 4, 128, num_labels=3, task="token_classification")
+# 16 labels: a product over three of them is too small for XLA to leave it in bfloat16.
+CONFIG = BertConfig(64, 64, 1, 4, 128, num_labels=16, task="token_classification")
 DENSE_LAYERS = 6 * CONFIG.num_hidden_layers + 1
 
 
@@ -271,7 +274,7 @@ def test_f32_asks_for_the_highest_precision_in_forward_and_backward():
     loss = lambda v, batch, key: forward(v, batch, key=key)[0].sum()  # noqa: E731
     variables, key = jax.eval_shape(model.init, jax.random.key(0)), jax.random.key(0)
     program = jax.make_jaxpr(jax.grad(loss))(variables, abstract_batch(4, 8), key)
-    found = [eqn.params["precision"] for eqn in dots(program.jaxpr)]
+    found = [eqn.params["precision"] for eqn in dots(program)]
     assert len(found) >= 3 * DENSE_LAYERS - 1
     assert set(found) == {(lax.Precision.HIGHEST,) * 2}
 
@@ -297,6 +300,7 @@ def hlo_dots(text):
             yield (types[lhs], types[rhs]), out, batched, name and name[1] in fast, op_name
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="its CPU compiler lacks these dots")
 @pytest.mark.parametrize("mesh", ["data=1", "data=2,fsdp=2,tensor=2"])
 def test_the_compiled_bf16_step_runs_its_dots_on_the_fast_path(mesh):
     mesh, table = make_mesh(mesh), rules()
@@ -305,7 +309,9 @@ def test_the_compiled_bf16_step_runs_its_dots_on_the_fast_path(mesh):
     tx = optimizer(AdamW(), 10)
     state = initial_state(create(model.init, key, shardings=where), tx, mesh)
     step = make_step(model, cross_entropy, tx, mesh=mesh, rules=table, precision="bf16")
-    found = list(hlo_dots(step.lower(state, abstract_batch(16, 32)).compile().as_text()))
+    lowered = step.lower(state, abstract_batch(16, 32))
+    quick = {"xla_backend_optimization_level": "0"}  # of the machine code, which nobody reads here
+    found = list(hlo_dots(lowered.compile(compiler_options=quick).as_text()))
     weights = [(types, out) for types, out, batched, *_ in found if not batched]
     backward = [name for *_, batched, _, name in found if not batched and "transpose(" in name]
     # Each layer has one product forward and two backward; all of them multiply bf16 into f32.

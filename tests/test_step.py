@@ -1,5 +1,6 @@
 """Training steps against numpy in float64, on every mesh; evaluation against plain counting."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -65,7 +66,7 @@ LINEAR = Model(
 
 
 def linear_batches(steps, dtype: Any = np.float64):
-    """16 rows, of which every fourth counts seldom: microbatches have unequal numbers of labels."""
+    """16 rows; every fourth has no label, so one of four microbatches has none."""
     rng = np.random.default_rng(0)
     batches = []
     for _ in range(steps):
@@ -113,30 +114,42 @@ def adamw_np(params, batches, config):
     return params, losses, norms
 
 
-@pytest.mark.parametrize(
-    ("changes", "mesh", "accumulate"),
-    [
-        ({}, "data=1", 1),
-        ({"schedule": "cosine", "clip": 0.0}, "data=1", 2),
-        ({"clip": 0.05}, "data=4", 4),
-        ({"schedule": "constant", "warmup": 0.0}, "data=2,fsdp=2", 8),
-    ],
-)
-def test_steps_equal_those_written_in_numpy(changes, mesh, accumulate):
-    config = dataclasses.replace(
-        AdamW(learning_rate=0.1, weight_decay=0.3, clip=0.5, warmup=0.3), **changes
-    )
+CHANGES = {
+    "linear": {},
+    "cosine, no clipping": {"schedule": "cosine", "clip": 0.0},
+    "constant, no warm-up": {"schedule": "constant", "warmup": 0.0},
+}
+
+
+@pytest.mark.parametrize("changes", CHANGES)
+def test_steps_equal_those_written_in_numpy(changes):
+    config = AdamW(learning_rate=0.1, weight_decay=0.3, clip=0.9, warmup=0.3)
+    config = dataclasses.replace(config, **CHANGES[changes])
     batches = linear_batches(8)
     with jax.enable_x64(True):
         start = LINEAR.init(jax.random.key(1))
-        state, metrics = run(LINEAR, config, mesh, batches, start, accumulate=accumulate)
+        state, metrics = run(LINEAR, config, "data=1", batches, start)
     params, losses, norms = adamw_np(start["params"], batches, config)
-    assert config.clip == 0 or max(norms) > config.clip
     assert int(state.step) == 8
-    np.testing.assert_allclose(metrics["loss"], losses, rtol=1e-13)
-    np.testing.assert_allclose(metrics["grad_norm"], norms, rtol=1e-12)
+    assert min(norms) < 0.9 < max(norms)
+    # All in f64 but optax's learning rate, which is f32.
+    np.testing.assert_allclose(metrics["loss"], losses, rtol=1e-7)
+    np.testing.assert_allclose(metrics["grad_norm"], norms, rtol=1e-7)
     for name, value in params.items():
-        np.testing.assert_allclose(state.variables["params"][name], value, rtol=1e-12)
+        np.testing.assert_allclose(state.variables["params"][name], value, rtol=1e-7)
+
+
+def test_microbatches_change_nothing():
+    batches, results = linear_batches(8), []
+    counted = [[(b["labels"][i::4] != data.IGNORE).sum() for i in range(4)] for b in batches]
+    assert all(len(set(numbers)) > 1 and 0 in numbers for numbers in counted)
+    with jax.enable_x64(True):
+        start = LINEAR.init(jax.random.key(1))
+        for mesh, parts in (("data=1", 1), ("data=1", 2), ("data=4", 4), ("data=2,fsdp=2", 4)):
+            state, metrics = run(LINEAR, AdamW(0.1), mesh, batches, start, accumulate=parts)
+            results.append((state.variables["params"], metrics))
+    for result in results[1:]:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), result, results[0])
 
 
 @settings(derandomize=True, deadline=None, max_examples=10)
@@ -297,16 +310,27 @@ def text_batch(task, step):
     return {name: value.astype(np.int32) for name, value in batch.items()}
 
 
+@contextlib.contextmanager
+def quickly_compiled(quick):
+    """The partitioner's program all the same, but machine code made in half the time."""
+    jax.config.update("jax_disable_most_optimizations", quick)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.mark.parametrize(
     ("task", "x64", "layers"),
     [
         ("token_classification", True, 1),
         ("sequence_classification", False, 1),
-        pytest.param("token_classification", False, 2, marks=pytest.mark.slow),
-        pytest.param("sequence_classification", True, 2, marks=pytest.mark.slow),
+        *[
+            pytest.param(task, x64, 2, marks=pytest.mark.slow)
+            for task in ("token_classification", "sequence_classification")
+            for x64 in (True, False)
+        ],
     ],
 )
-def test_fifty_steps_are_the_same_on_every_mesh(task, x64, layers, record_property):
+def test_fifty_steps_are_the_same_on_every_mesh(task, x64, layers):
     model = bert(
         BertConfig(
             vocab_size=WORDS, hidden_size=16, num_hidden_layers=layers, num_attention_heads=4,
@@ -315,19 +339,19 @@ def test_fifty_steps_are_the_same_on_every_mesh(task, x64, layers, record_proper
     )
     batches = [text_batch(task, step) for step in range(STEPS)]
     config = AdamW(learning_rate=3e-3)
-    with jax.enable_x64(x64):
+    with jax.enable_x64(x64), quickly_compiled(layers == 1):
         start = model.init(jax.random.key(0))
         alone = run(model, config, "data=1", batches, start)[1]
-        assert alone["loss"][-5:].mean() < 0.8 * alone["loss"][:5].mean()
+        assert alone["loss"][-5:].mean() < 0.9 * alone["loss"][:5].mean()
         for mesh in MESHES:
             state, together = run(model, config, mesh, batches, start)
             query = state.variables["params"]["layers"]["0"]["attention"]["query"]["kernel"]
-            assert len({str(s.index) for s in query.addressable_shards}) > 1 or mesh == "data=8"
             assert query.dtype == (np.float64 if x64 else np.float32)
-            deviation = float(np.abs(together["loss"] / alone["loss"] - 1).max())
-            record_property(mesh, deviation)
-            assert deviation < (1e-9 if x64 else 1e-4), mesh
+            assert mesh == "data=8" or len({str(s.index) for s in query.addressable_shards}) > 1
+            rtol = 1e-9 if x64 else 1e-4
+            np.testing.assert_allclose(together["loss"], alone["loss"], rtol=rtol, err_msg=mesh)
             np.testing.assert_array_equal(together["tokens"], alone["tokens"])
+            print(f"{mesh}: {np.abs(together['loss'] / alone['loss'] - 1).max():.1e} relative")
 
 
 # --- evaluation -----------------------------------------------------------------------------------
@@ -335,7 +359,7 @@ def test_fifty_steps_are_the_same_on_every_mesh(task, x64, layers, record_proper
 TAGS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
 
 
-def encoded_texts(task, texts=61):
+def encoded_texts(task, texts=63):
     """Random texts as `fw.data` would encode them; for words, some pieces do not count."""
     rng = np.random.default_rng(3)
     lengths = rng.integers(3, 15, texts)

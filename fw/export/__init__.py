@@ -3,7 +3,6 @@
 | file | what it does |
 | --- | --- |
 | `manifest` | what is in the folder, and whether it still is |
-| `tensors` | arrays in files |
 | `function` | model record → StableHLO with symbolic sizes |
 | `golden` | a batch, and what the model made of it |
 | `save` | that, weights, tokenizer and golden outputs → folder |

@@ -14,7 +14,7 @@ from fw.data.tokenizer import Tokenizer
 from fw.errors import FwError
 from fw.export import manifest as files
 from fw.export.predict import inputs, pack_items, read_items, row_length
-from fw.export.tensors import read_tensors
+from fw.tensors import read_tensors
 
 if TYPE_CHECKING:
     from fw.export.load import Artifact

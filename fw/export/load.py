@@ -20,7 +20,7 @@ from fw.export import manifest as files
 from fw.export.function import batch_specs, check_function, form
 from fw.export.golden import check_golden
 from fw.export.predict import predict
-from fw.export.tensors import read_tensors
+from fw.tensors import read_tensors
 
 
 @dataclass(frozen=True, eq=False)

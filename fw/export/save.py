@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 
 from fw.data.splits import TASKS
 from fw.data.tokenizer import Tokenizer, load_tokenizer
@@ -29,8 +28,8 @@ from fw.export import manifest as files
 from fw.export.function import batch_specs, check_function, form, functional, trace
 from fw.export.golden import golden_batch, largest_id, tolerance
 from fw.export.load import load
-from fw.export.tensors import read_tensors
 from fw.metrics.entities import entity_types
+from fw.tensors import read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from compress import Record
@@ -136,9 +135,9 @@ def save(
     part.mkdir()
     try:
         (part / files.STABLEHLO).write_bytes(exported.serialize())
-        safetensors.numpy.save_file(weights, part / files.WEIGHTS)
+        write_tensors(part / files.WEIGHTS, weights)
         (part / files.TOKENIZER).write_text(tokenizer.fast.to_str(), encoding="utf-8")
-        safetensors.numpy.save_file(batch | {"logits": logits}, part / files.GOLDEN)
+        write_tensors(part / files.GOLDEN, batch | {"logits": logits})
         files.write(part, manifest)
         load(part)
         _put(part, folder)

@@ -8,7 +8,7 @@ fit its file.
 import json
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from fw.data.files import read_text
 from fw.errors import FwError
@@ -107,6 +106,7 @@ def open_tensors(folder: Path) -> Iterator[dict[str, Tensor]]:
       FwError: no such file; a broken one; an index that does not fit its files.
 
     >>> import tempfile
+    >>> from fw.tensors import write_tensors
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = Path(folder, WEIGHTS)
     ...     write_tensors(path, {"x": np.arange(6, dtype=np.float32).reshape(2, 3)})
@@ -130,21 +130,6 @@ def open_tensors(folder: Path) -> Iterator[dict[str, Tensor]]:
             if name not in found or found[name].file.name != place:
                 raise FwError(f"{folder / INDEX}: expected tensor {name!r} in {place}; it is not")
         yield found
-
-
-def write_tensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes arrays as one safetensors file that transformers accepts.
-
-    Raises:
-      FwError: the file cannot be written.
-    """
-    # The library writes an array's buffer whatever its strides are.
-    flat = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    with _errors(path):
-        path.touch()
-        usual = path.stat().st_mode
-        save_file(flat, path, metadata={"format": "pt"})  # transformers refuses files without it
-        path.chmod(usual)  # the library leaves files that only their owner can read
 
 
 @contextmanager

@@ -30,9 +30,9 @@ from fw.hub.files import (
     new_folder,
     open_tensors,
     read_json,
-    write_tensors,
 )
 from fw.model import Model, Variables
+from fw.tensors import write_tensors
 from sharding import Rules, build, create, gather, paths, shardings
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}

@@ -123,13 +123,16 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     if key is None or rate == 0:
         return x
     seed = jax.random.key_data(key).reshape(-1)
+    # Mixed first: `key(0)` and `key(1)` differ in one bit, and would have correlated masks.
+    before = _hash(seed[0], seed[-1], seed[-1])
+    within = _hash(seed[-1], before, before)
     position = jnp.zeros(x.shape, jnp.uint32)
     stride = 1
     for axis in reversed(range(x.ndim)):
         step = jnp.uint32(stride % 2**32)
         position += lax.broadcasted_iota(jnp.uint32, x.shape, axis) * step
         stride *= x.shape[axis]
-    bits = _hash(position, seed[0], seed[-1])
+    bits = _hash(position, before, within)
     keep = bits >= jnp.uint32(round(rate * 2**32))
     return x * jnp.where(keep, jnp.asarray(1 / (1 - rate), x.dtype), jnp.zeros((), x.dtype))
 
