@@ -37,11 +37,11 @@ from tests import tiny
 
 ONE, EIGHT = "data=1", "data=2,fsdp=2,tensor=2"
 COMMON = ("--length", "32", "--learning-rate", "1e-2", "--precision", "f32")
-STEPS = {"ner": 24, "classify": 12}
+STEPS = {"ner": 24, "classify": 32}
 OPTIONS = {
     "ner": ("--task", "ner", "--steps", "24", "--evaluate-every", "4", "--log-every", "2"),
     "classify": (
-        *("--task", "classify", "--columns", "text,liked", "--epochs", "3", "--accumulate", "2"),
+        *("--task", "classify", "--columns", "text,liked", "--epochs", "8", "--accumulate", "2"),
         *("--skip-bad-rows", "--schedule", "constant", "--warmup", "0"),
         *("--keep-last", "2", "--log-every", "1"),
     ),
@@ -108,7 +108,7 @@ def test_a_run_explains_itself(runs, world, task):
         assert field.name in config
     given = {"task": task, "length": 32, "learning_rate": 1e-2, "data": str(world / task)}
     assert given.items() <= config.items()
-    assert config["steps"] == STEPS[task]  # for classify, 3 epochs of 4 steps
+    assert config["steps"] == STEPS[task]  # for classify, 8 epochs of 4 steps
     assert config["labels"] == LABELS[task]
     assert config["records"] == {"train": 96, "dev": 24, "test": 24}
     assert config["skipped_rows"] == (task == "classify")
@@ -131,7 +131,7 @@ def test_the_best_checkpoint_is_delivered_and_the_last_is_kept(runs, task):
     scores = {r["step"]: r["value"] for r in run.metrics(folder) if r["kind"] == "eval"}
     best = max(scores, key=lambda step: (scores[step], step))
     assert result["best_step"] == best
-    last = {"ner": {24}, "classify": {8, 12}}[task]
+    last = {"ner": {24}, "classify": {28, 32}}[task]
     assert result["checkpoints"] == sorted({best, *last})
     assert sorted(int(p.name) for p in (folder / "checkpoints").iterdir()) == result["checkpoints"]
     if task == "classify":  # its dev set contradicts it, so that learning makes it worse
@@ -358,8 +358,8 @@ def test_killed_at_any_moment_of_every_save_it_ends_with_the_same_bits(
 
 def test_resumed_on_another_mesh(runs, world, tmp_path):
     """From the middle of a run on eight devices to its end on one."""
-    folder, middle = shutil.copytree(runs("classify", EIGHT), tmp_path / "run"), 8
-    shutil.rmtree(folder / "checkpoints" / "12")
+    folder, middle = shutil.copytree(runs("classify", EIGHT), tmp_path / "run"), 28
+    shutil.rmtree(folder / "checkpoints" / "32")
     assert main(words(world, "classify", folder, "--resume")) == 0
     assert run.starts(folder)[1]["changed"]["mesh"] == [EIGHT, ONE]
     want, got = losses(runs("classify", EIGHT)), losses(folder)
@@ -367,7 +367,7 @@ def test_resumed_on_another_mesh(runs, world, tmp_path):
     assert all(got[step] == want[step] for step in range(1, middle + 1))
     np.testing.assert_allclose(list(got.values()), list(want.values()), rtol=1e-4)
     latest = [
-        ocp.StandardCheckpointer().restore(f / "checkpoints" / "12" / "default")["variables"]
+        ocp.StandardCheckpointer().restore(f / "checkpoints" / "32" / "default")["variables"]
         for f in (folder, runs("classify", EIGHT))
     ]
     for path, a, b in zip(paths(latest[0]), *map(jax.tree.leaves, latest), strict=True):
@@ -457,7 +457,7 @@ def test_a_checkpoint_that_does_not_fit_or_is_damaged_is_named(tmp_path):
         other.variables["params"]["v"] = other.variables["params"].pop("w")
         with pytest.raises(FwError, match=r"/5: variables/params/v: .* found nothing"):
             checkpoints.restore(other, 5)
-    path = tmp_path / "5" / "default" / "manifest.ocdbt"
+    path = tmp_path / "5" / "default" / "_METADATA"
     path.write_bytes(path.read_bytes()[:-1])
     with Checkpoints(tmp_path, metric="f1") as checkpoints:
         with pytest.raises(FwError, match="/5: damaged: ") as raised:
