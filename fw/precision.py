@@ -125,6 +125,8 @@ def _evaluate(closed: Any, chosen: Policy, args) -> list:
             out = [_dot(lhs, rhs, eqn.params, chosen)]
         elif name in ("jit", "pjit"):
             out = _evaluate(eqn.params["jaxpr"], chosen, [*map(read, eqn.invars)])
+        elif name == "shard_map":
+            out = _shard_map(eqn.params, chosen)(*map(read, eqn.invars))
         else:
             again = eqn.replace(params=_rebuild(eqn.params, chosen)) if name in _CONTROL else eqn
             # As a program of one equation, JAX itself binds it, with its source line.
@@ -137,7 +139,20 @@ def _evaluate(closed: Any, chosen: Policy, args) -> list:
 
 
 # The equations that hold programs of their own, and are rebuilt around the transformed program.
-_CONTROL = ("scan", "while", "cond", "checkpoint", "remat2", "shard_map")
+_CONTROL = ("scan", "while", "cond", "checkpoint", "remat2")
+
+
+def _shard_map(params: Any, chosen: Policy) -> Callable:
+    """The same `shard_map` of the transformed function: only there are its axes bound."""
+    manual = "newly_manual_axes" if "newly_manual_axes" in params else "manual_axes"  # jax 0.11
+    return jax.shard_map(
+        lambda *args: _evaluate(ClosedJaxpr(params["jaxpr"], ()), chosen, args),
+        mesh=params["mesh"],
+        in_specs=tuple(params["in_specs"]),
+        out_specs=list(params["out_specs"]),
+        axis_names=set(params[manual]),
+        check_vma=params["check_vma"],
+    )
 
 
 def _rebuild(value: Any, chosen: Policy) -> Any:
@@ -160,14 +175,14 @@ def _dot(lhs, rhs, params, chosen: Policy):
     (lc, rc), (lb, rb) = params["dimension_numbers"]
     target = chosen.batched if lb else chosen.weights
     floating = all(jnp.issubdtype(x.dtype, jnp.floating) for x in (lhs, rhs))
-    if floating and not lb and target and len(lc) == 1:
+    if floating and not lb and target:
         out = (*_rest(lhs.shape, lc), *_rest(rhs.shape, rc))
         rows, columns = (math.prod(_rest(y.shape, c)) for y, c in ((lhs, lc), (rhs, rc)))
-        size = lhs.shape[lc[0]]
+        size = math.prod(lhs.shape[i] for i in lc)
         # A transpose is pinned: folded into a dot, of its gradient too, it would take that off the
         # fast path, where a bfloat16 dot fails at run time.
-        x = _moved(lhs, lc[0], lhs.ndim - 1).reshape(rows, size)
-        w = _moved(rhs, rc[0], 0).reshape(size, columns)
+        x = _moved(lhs, lc, range(lhs.ndim - len(lc), lhs.ndim)).reshape(rows, size)
+        w = _moved(rhs, rc, range(len(rc))).reshape(size, columns)
         return _matmul(x, w, target).reshape(out).astype(_result(lhs, rhs, params))
     regular = lb == rb == tuple(range(len(lb))) and lb and len(lc) == 1 == lhs.ndim - len(lb) - 1
     if floating and regular and rhs.ndim == lhs.ndim and lc[0] == lhs.ndim - 1:
@@ -183,7 +198,7 @@ def _dot(lhs, rhs, params, chosen: Policy):
 
 
 def _moved(x, source, to):
-    return x if source == to else _row_major(jnp.moveaxis(x, source, to))
+    return x if tuple(source) == tuple(to) else _row_major(jnp.moveaxis(x, source, to))
 
 
 def _rest(shape, axes):

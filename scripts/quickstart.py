@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from fw import host
+from fw.errors import FwError
 
 RUN = Path(__file__).resolve().parents[1] / "runs" / "quickstart"
 SENTENCES = (
@@ -112,4 +113,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except FwError as error:  # what the user can mend, in one line
+        sys.exit(f"quickstart: {error}")

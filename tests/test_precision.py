@@ -27,6 +27,7 @@ few = settings(derandomize=True, deadline=None, max_examples=3, phases=[Phase.ge
 DENSE = (
     "ik,kj->ij", "ki,kj->ij", "ik,jk->ij", "ki,jk->ji", "bik,kj->bij", "bki,jkl->bijl",
     "k,kj->j", "ik,k->i", "k,k->",
+    "ikl,klj->ij", "bilk,jkl->bij", "kl,kl->",
 )  # fmt: skip
 BATCHED = (
     "bik,bkj->bij", "bik,bjk->bij", "bki,bkj->bij", "ibk,bkj->bij", "bk,bkj->bj", "bk,bk->b",
@@ -170,6 +171,17 @@ def in_while(f):
     return run
 
 
+def in_shard_map(f):
+    """Rows over four devices, and a collective, for which the mesh's axis must be bound."""
+
+    def part(x, w):
+        assert lax.axis_size("data") == 4
+        return lax.psum(f(x, w), "tensor")
+
+    mesh, rows = make_mesh("data=4"), jax.P("data")
+    return jax.shard_map(part, mesh=mesh, in_specs=(rows, jax.P()), out_specs=rows)
+
+
 INSIDE = {
     "jit": jax.jit,
     "vmap": lambda f: jax.vmap(f, (0, None)),
@@ -178,6 +190,7 @@ INSIDE = {
     "cond": in_cond,
     "switch": in_switch,
     "while": in_while,
+    "shard_map": in_shard_map,
     "jit in scan in checkpoint": lambda f: jax.checkpoint(in_scan(jax.jit(f))),
     "scan in cond in jit": lambda f: jax.jit(in_cond(in_scan(f))),
 }
