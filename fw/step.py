@@ -79,25 +79,35 @@ def make_step(
         value, weight = loss(outputs, batch)
         return value, (weight, variables["state"])
 
-    differentiate = jax.value_and_grad(total, has_aux=True)
+    def mean(params, state, batch, key):
+        value, (weight, state) = total(params, state, batch, key)
+        return value / _at_least_one(weight), state
 
     def gradients(params, state, batch, key):
-        if accumulate == 1:
-            (value, (weight, state)), grads = differentiate(params, state, batch, key)
-            return value, weight, state, grads
+        """Of the mean loss: (loss, state, gradients)."""
+        if accumulate == 1:  # divided before the backward pass: after it, all gradients are
+            (value, state), grads = jax.value_and_grad(mean, has_aux=True)(
+                params, state, batch, key
+            )
+            return value, state, grads
 
         def micro(carry, xs):
             value, weight, state, grads = carry
             part, index = xs
             part = {k: constrain(x, "batch", *[None] * (x.ndim - 1)) for k, x in part.items()}
-            (v, (w, state)), g = differentiate(params, state, part, jax.random.fold_in(key, index))
+            (v, (w, state)), g = jax.value_and_grad(total, has_aux=True)(
+                params, state, part, jax.random.fold_in(key, index)
+            )
             return (value + v, weight + w, state, jax.tree.map(jnp.add, grads, g)), None
 
         zero = jnp.zeros((), jax.tree.leaves(params)[0].dtype)
         start = (zero, zero, state, jax.tree.map(jnp.zeros_like, params))
         parts = jax.tree.map(lambda x: _microbatches(x, accumulate), dict(batch))
-        carry, _ = jax.lax.scan(micro, start, (parts, jnp.arange(accumulate)))
-        return carry
+        (value, weight, state, grads), _ = jax.lax.scan(
+            micro, start, (parts, jnp.arange(accumulate))
+        )
+        weight = _at_least_one(weight)
+        return value / weight, state, jax.tree.map(lambda g: g / weight, grads)
 
     def step(state: TrainState, batch: Batch):
         with scope(mesh, rules):  # while tracing: `constrain` in the model means this mesh
@@ -106,11 +116,9 @@ def make_step(
     def _step(state: TrainState, batch: Batch):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         params = state.variables["params"]
-        value, weight, extra, grads = gradients(params, state.variables["state"], batch, key)
-        weight = jnp.maximum(weight, jnp.ones((), weight.dtype))
-        grads = jax.tree.map(lambda g: g / weight, grads)
+        value, extra, grads = gradients(params, state.variables["state"], batch, key)
         metrics = {
-            "loss": value / weight,
+            "loss": value,
             "grad_norm": optax.tree.norm(grads),
             "tokens": jnp.sum(batch.get("segment_ids", jnp.zeros((), jnp.int32)) > 0),
         }
@@ -126,6 +134,11 @@ def make_step(
     moments = state_shardings(tx, abstract["params"], variables["params"], mesh)
     lie = TrainState(step=everywhere, variables=variables, optimizer=moments)
     return jax.jit(step, donate_argnums=0, out_shardings=(lie, everywhere))
+
+
+def _at_least_one(weight: jax.Array) -> jax.Array:
+    """A batch without a label has loss 0, not NaN."""
+    return jnp.maximum(weight, jnp.ones((), weight.dtype))
 
 
 def _microbatches(x: jax.Array, count: int) -> jax.Array:
