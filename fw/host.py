@@ -11,7 +11,7 @@ import re
 import sys
 
 # XLA allocates a step's temporaries anew each time. glibc gives such blocks back to the kernel and
-# faults them in again in pages of 4 KiB: a quarter of a training step's time on a CPU. Kept in the
+# faults them in again in pages of 4 KiB: a fifth of a training step's time on a CPU. Kept in the
 # process, in huge pages, they cost nothing (scripts/bench/LOG.md). Read only when a process starts.
 MALLOC = ":".join(
     [
