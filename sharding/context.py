@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from sharding.layout import check_rank, fit
-from sharding.rules import Rules
+from sharding.rules import Rules, mesh_axes
 
 # A ContextVar would not do: jax.jit would not see it, and would reuse a trace made in another
 # scope, or in none. This is JAX's own context variable, part of the key of its caches.
@@ -20,7 +20,7 @@ _scope = jax.make_user_context(None)
 
 
 @contextmanager
-def scope(mesh: Mesh, rules: Rules) -> Iterator[None]:
+def scope(mesh: Mesh, rules: Rules, *, differentiate: bool = False) -> Iterator[None]:
     """Within it, `constrain` shards by this mesh and these rules.
 
     It must surround the call that traces: `with scope(mesh, rules): step(state, batch)`. A jitted
@@ -29,6 +29,7 @@ def scope(mesh: Mesh, rules: Rules) -> Iterator[None]:
     Args:
         mesh: where activations go.
         rules: where their axes' names go.
+        differentiate: what is traced is a step of training: `linear` writes its communication out.
 
     Yields:
         Nothing.
@@ -39,8 +40,48 @@ def scope(mesh: Mesh, rules: Rules) -> Iterator[None]:
     >>> tuple(y.sharding.spec)
     ('data', None)
     """
-    with _scope((mesh, rules)):
+    with _scope((mesh, rules, differentiate)):
         yield
+
+
+def current() -> tuple[Mesh, Rules] | None:
+    """The mesh and rules of the scope that surrounds the trace; None outside.
+
+    For operations that move data on purpose, such as `ring_attention`; models need it not.
+
+    >>> current() is None
+    True
+    """
+    return None if _scope.value is None else _scope.value[:2]
+
+
+def differentiated() -> tuple[Mesh, Rules] | None:
+    """`current()` within a scope for differentiation, None elsewhere.
+
+    >>> differentiated() is None
+    True
+    """
+    return current() if _scope.value is not None and _scope.value[2] else None
+
+
+def cutting(name: str) -> tuple[str, ...]:
+    """The mesh axes, longer than 1, that cut the axis `name` of activations in this scope.
+
+    Args:
+        name: a logical axis.
+
+    Returns:
+        Outermost first; () if nothing cuts it, or outside a scope.
+
+    >>> cutting("length")
+    ()
+    """
+    here = current()
+    if here is None:
+        return ()
+    mesh, rules = here
+    found = rules.spec((name,), activation=True, path="cutting")[0]
+    return tuple(axis for axis in mesh_axes(found) if mesh.shape[axis] > 1)
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
@@ -60,8 +101,9 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     (2, 3)
     """
     check_rank(names, x.shape, "constrain")
-    if _scope.value is None:
+    here = current()
+    if here is None:
         return x
-    mesh, rules = _scope.value
+    mesh, rules = here
     where = fit(names, x.shape, mesh, rules, activation=True, path="constrain")
     return jax.lax.with_sharding_constraint(x, where)

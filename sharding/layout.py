@@ -103,10 +103,12 @@ def shardings(
     reached = {axis for name in used for axis in mesh_axes(rules.table.get(name))}
     for axis, size in mesh.shape.items():
         if size > 1 and axis not in reached:
+            meant = sorted(n for n, target in rules.table.items() if axis in mesh_axes(target))
+            lacks = f"; the rules map {', '.join(meant)} to it, which the model lacks" * bool(meant)
             raise ShardingError(
                 f"mesh axis {axis!r} has size {size}, but rules {rules.preset!r} map no axis of "
-                f"the model to it: its devices would repeat the same work. Use {axis}=1, or map "
-                f"one of {sorted(used)} to it"
+                f"the model to it: its devices would repeat the same work{lacks}. Use {axis}=1, or "
+                f"map one of {sorted(used)} to it"
             )
     return fit_tree(axes, abstract, mesh, rules)
 
@@ -195,11 +197,15 @@ def fit(
             divisors = [n for n in range(1, mesh.size + 1) if size % n == 0]
             raise ShardingError(
                 f"{path}: axis {name!r} has size {size}, which "
-                f"{' x '.join(f'{axis}={mesh.shape[axis]}' for axis in axes)} does not divide; "
+                f"{_long(axes, mesh)} does not divide; "
                 f"up to {mesh.size} devices, {', '.join(map(str, divisors))} would. Choose such "
                 f"a mesh, a multiple of {ways} for {name!r}, or rules with {name!r} mapped to None"
             )
     return NamedSharding(mesh, spec)
+
+
+def _long(axes: tuple[str, ...], mesh: Mesh) -> str:
+    return " x ".join(f"{axis}={mesh.shape[axis]}" for axis in axes if mesh.shape[axis] > 1)
 
 
 def check_rank(names: Names, shape: tuple[int, ...], path: str) -> None:

@@ -10,18 +10,26 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from sharding.errors import ShardingError, nearest
 
 AXES: tuple[str, ...] = (
     "data",  # copies of the model, each with its own rows of the batch; gradients are summed
+    "pipe",  # stages of a stack of layers, one after another; activations pass between neighbours
     "fsdp",  # rows of the batch too, but parameters are cut over it and gathered where used
+    "expert",  # rows of the batch too; experts are cut over it, and tokens travel to theirs
+    "sequence",  # every text is cut along its length; keys and values go round in a ring
     "tensor",  # every matrix product is cut: the most traffic, so it is the innermost axis
 )
 """The mesh axes, from the least communication to the most."""
 
 REST = -1
+SLICES = "dcn."
+"""The prefix of a size over slices: `dcn.data=2` cuts `data` over two pods, between which the
+network is the data centre's (DCN) and not the chips' own."""
 
 
 def make_mesh(spec: str | Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
@@ -30,21 +38,26 @@ def make_mesh(spec: str | Mapping[str, int], devices: Sequence[Any] | None = Non
     With one process, a spec for fewer devices than there are takes the first of them. With
     several, it must use them all: a process without a device in the mesh could not take part.
 
+    Over several slices (TPU pods, or islands of fast network among GPU machines), `dcn.AXIS=n` says
+    which axes are cut over slices and how often; the axis is then n times as long, slices
+    outermost. Where devices do not tell their slice, they are n equal parts in order.
+
     Args:
-        spec: sizes by axis, `{"data": 2, "tensor": 4}` or `"data=2,tensor=4"`. An axis left out has
-            size 1; at most one size may be -1, all the devices that the others leave.
+        spec: sizes by axis, `{"data": 2, "tensor": 4}` or `"dcn.data=2,fsdp=4"`. An axis left out
+            has size 1; at most one size may be -1, all the devices that the others leave.
         devices: the `jax.Device`s to use, `jax.devices()` by default.
 
     Returns:
-        A mesh with the axes `AXES`, all of type `AxisType.Auto`, laid out by `jax.make_mesh`
-        along the machine's network.
+        A mesh with the axes `AXES`, all of type `AxisType.Auto`, laid out by
+        `mesh_utils.create_device_mesh` along the machine's network.
 
     Raises:
         ShardingError: an unknown axis, a size that is not a positive integer or -1, too few
-            devices, or a number of devices that the sizes do not divide.
+            devices, a number of devices that the sizes do not divide, or sizes over slices that
+            are not the slices there are.
 
-    >>> dict(make_mesh("data=1,tensor=1").shape)
-    {'data': 1, 'fsdp': 1, 'tensor': 1}
+    >>> dict(make_mesh("tensor=1").shape)
+    {'data': 1, 'pipe': 1, 'fsdp': 1, 'expert': 1, 'sequence': 1, 'tensor': 1}
     """
     sizes = _sizes(spec)
     devices = list(jax.devices() if devices is None else devices)
@@ -75,8 +88,33 @@ def make_mesh(spec: str | Mapping[str, int], devices: Sequence[Any] | None = Non
             f"mesh {_join(sizes)} uses {needed} of {len(devices)} devices, but {processes} "
             f"processes must use them all; let one axis be -1 to take the rest"
         )
-    shape = tuple(sizes[axis] for axis in AXES)
-    return jax.make_mesh(shape, AXES, (AxisType.Auto,) * len(AXES), devices=devices[:needed])
+    outer, inner = ([sizes[prefix + axis] for axis in AXES] for prefix in (SLICES, ""))
+    slices = _slices(devices[:needed], math.prod(outer), _join(sizes))
+    grids = [mesh_utils.create_device_mesh(inner, part) for part in slices]
+    grid = np.array(grids).reshape(*outer, *inner)
+    # [slices of axis 0, of axis 1 …, axis 0, axis 1 …] → each axis with its slices outermost.
+    rank = len(AXES)
+    grid = grid.transpose([k for axis in range(rank) for k in (axis, rank + axis)])
+    shape = [a * b for a, b in zip(outer, inner, strict=True)]
+    return Mesh(grid.reshape(shape), AXES, axis_types=(AxisType.Auto,) * rank)
+
+
+def _slices(devices: list[Any], count: int, spec: str) -> list[list[Any]]:
+    """The devices by slice; those that do not tell theirs in equal parts, in order."""
+    by_slice: dict[Any, list[Any]] = {}
+    if devices[0].platform == "tpu":
+        for device in devices:
+            by_slice.setdefault(getattr(device, "slice_index", 0), []).append(device)
+    if len(by_slice) <= 1:
+        size = len(devices) // count
+        return [devices[i : i + size] for i in range(0, len(devices), size)]
+    if len(by_slice) != count or len({*map(len, by_slice.values())}) > 1:
+        raise ShardingError(
+            f"mesh {spec}: the devices lie in slices of {[*map(len, by_slice.values())]}, but its "
+            f"{SLICES} sizes multiply to {count}; say {SLICES}AXIS={len(by_slice)} for the axis "
+            f"that is cut over slices, data as a rule"
+        )
+    return [by_slice[key] for key in sorted(by_slice)]
 
 
 def format_mesh(mesh: Mesh) -> str:
@@ -86,16 +124,16 @@ def format_mesh(mesh: Mesh) -> str:
         mesh: any mesh.
 
     Returns:
-        All its axes and sizes, as `"data=2,fsdp=2,tensor=1"`.
+        The axes that are longer than 1, slices counted in, as `"data=2,tensor=4"`.
 
-    >>> format_mesh(make_mesh({"data": 1}))
-    'data=1,fsdp=1,tensor=1'
+    >>> format_mesh(make_mesh("data=1,tensor=1"))
+    'data=1'
     """
     return _join(mesh.shape)
 
 
 def _join(sizes: Mapping[str, int]) -> str:
-    return ",".join(f"{axis}={size}" for axis, size in sizes.items())
+    return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1) or "data=1"
 
 
 def _sizes(spec: str | Mapping[str, int]) -> dict[str, int]:
@@ -103,14 +141,17 @@ def _sizes(spec: str | Mapping[str, int]) -> dict[str, int]:
     given = _parse(spec) if isinstance(spec, str) else dict(spec)
     if not given:
         raise ShardingError("empty mesh: name at least one axis; data=-1 uses every device")
+    every = (*(SLICES + axis for axis in AXES), *AXES)
     for axis, size in given.items():
-        if axis not in AXES:
-            raise ShardingError(f"unknown mesh axis {axis!r}: {nearest(axis, AXES)}")
-        if type(size) is not int or (size < 1 and size != REST):
+        if axis not in every:
+            raise ShardingError(f"unknown mesh axis {axis!r}: {nearest(axis, every)}")
+        rest = size == REST and not axis.startswith(SLICES)
+        if type(size) is not int or (size < 1 and not rest):
+            once = "" if axis.startswith(SLICES) else ", or -1 once"
             raise ShardingError(
-                f"mesh axis {axis!r} has size {size!r}; expected an integer from 1, or -1 once"
+                f"mesh axis {axis!r} has size {size!r}; expected an integer from 1{once}"
             )
-    sizes = dict.fromkeys(AXES, 1) | given
+    sizes = dict.fromkeys(every, 1) | given
     if list(sizes.values()).count(REST) > 1:
         raise ShardingError(f"mesh {_join(sizes)}: only one axis can take the rest (-1)")
     return sizes

@@ -26,22 +26,22 @@ BATCH = "batch"
 ACTIVATIONS = (BATCH, "length")
 """The names of the vocabulary that only batches and activations have, no parameter."""
 
-_WHOLE: dict[str, Target] = dict.fromkeys(
-    (*ACTIVATIONS, "vocab", "positions", "types", "embed", "heads", "mlp", "pooled", "labels")
-)
-_DATA = _WHOLE | {BATCH: "data"}
-_FSDP = _WHOLE | {BATCH: ("data", "fsdp"), "embed": "fsdp"}
+_PARAMETERS = ("vocab", "positions", "types", "embed", "heads", "mlp", "pooled", "labels")
+_WHOLE: dict[str, Target] = dict.fromkeys((*ACTIVATIONS, *_PARAMETERS, "experts", "layers"))
+# Axes that cut nothing unless the mesh has them: no preset need leave them out.
+_WIDE = _WHOLE | {"length": "sequence", "experts": "expert", "layers": "pipe"}
+_FSDP = _WIDE | {BATCH: ("data", "fsdp", "expert"), "embed": "fsdp"}
 
 PRESETS: Mapping[str, Mapping[str, Target]] = MappingProxyType(
     {
-        "data": _DATA,
+        "data": _WIDE | {BATCH: ("data", "expert")},
         "fsdp": _FSDP,
         # Not vocab: real vocabularies (30522, 50257) seldom divide.
         "fsdp_tensor": _FSDP | {"heads": "tensor", "mlp": "tensor"},
     }
 )
-"""Complete tables by name: `data` replicates every parameter on purpose, `fsdp` cuts them along
-`embed`, `fsdp_tensor` cuts `heads` and `mlp` over `tensor` as well."""
+"""Complete tables by name: `data` replicates every parameter on purpose but experts and stages,
+`fsdp` cuts them along `embed`, `fsdp_tensor` cuts `heads` and `mlp` over `tensor` as well."""
 
 DEFAULT = "fsdp_tensor"
 
@@ -95,7 +95,7 @@ class Rules:
         >>> tuple(rules("fsdp_tensor").spec(("embed", "mlp")))
         ('fsdp', 'tensor')
         >>> tuple(rules("fsdp_tensor").spec(("batch", "length", "embed"), activation=True))
-        (('data', 'fsdp'), None, None)
+        (('data', 'fsdp', 'expert'), 'sequence', None)
         """
         reserved = mesh_axes(self.table[BATCH]) if activation else ()
         taken: dict[str, str] = {}
