@@ -14,7 +14,8 @@ from fw import metrics
 from fw.data import Packed, eval_batches
 from fw.model import Batch
 from fw.tasks import Summary, Task
-from sharding import Rules, put, scope
+from sharding import Rules, constrain, put, scope
+from sharding.cluster import beat
 
 Forward = Callable[[Any, Batch], jax.Array]
 
@@ -26,7 +27,13 @@ def make_counter(forward: Forward, task: Task) -> Callable[[Any, Batch], Any]:
       forward: `forward(variables, batch) -> logits`.
       task: says what is counted.
     """
-    return jax.jit(lambda variables, batch: task.count(forward(variables, batch), batch))
+
+    def counter(variables: Any, batch: Batch) -> Any:
+        counts = task.count(forward(variables, batch), batch)
+        # Whole on every device, so that every process can read them.
+        return jax.tree.map(lambda x: constrain(x, *[None] * x.ndim), counts)
+
+    return jax.jit(counter)
 
 
 def count(
@@ -47,11 +54,13 @@ def count(
       size: rows in a batch; must divide over the mesh's batch axes.
       mesh, rules: where the batch goes.
     """
+    counts = []
     with scope(mesh, rules):
-        counts = [
-            counter(variables, put(batch, mesh, rules))
-            for batch in eval_batches(rows.arrays, size, empty=rows.empty)
-        ]
+        for batch in eval_batches(rows.arrays, size, empty=rows.empty):
+            there = put(batch, mesh, rules)
+            beat()
+            counts.append(counter(variables, there))
+    beat()
     return metrics.merge(*counts)
 
 

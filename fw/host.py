@@ -1,4 +1,4 @@
-"""What a process must settle about its machine before JAX starts: devices and memory.
+"""What a process must settle before JAX starts: memory, the other processes, devices.
 
 The `fw` command and the scripts call `prepare` first. A program that only imports fw decides for
 itself.
@@ -9,6 +9,10 @@ import os
 import platform
 import re
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # it imports JAX, which would be in vain before `restart`
+    from sharding.cluster import Cluster
 
 # XLA allocates a step's temporaries anew each time. glibc gives such blocks back to the kernel and
 # faults them in again in pages of 4 KiB: a fifth of a training step's time on a CPU. Kept in the
@@ -24,14 +28,20 @@ MALLOC = ":".join(
 """The `GLIBC_TUNABLES` that `prepare` sets."""
 
 
-def prepare(mesh: str = "") -> None:
-    """Prepares the process: `restart` for memory, `virtual_devices` for the mesh.
+def prepare(mesh: str = "") -> "Cluster":
+    """Prepares the process: `restart` for memory, `join` for the others and the mesh.
 
     Args:
       mesh: a mesh spec as for `sharding.make_mesh`.
+
+    Returns:
+      The cluster; what follows belongs under its `guard`.
+
+    Raises:
+      sharding.ShardingError: as `join` does.
     """
     restart()
-    virtual_devices(mesh)
+    return join(mesh)
 
 
 def restart() -> None:
@@ -49,17 +59,50 @@ def restart() -> None:
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-def virtual_devices(mesh: str) -> None:
+def join(mesh: str = "") -> "Cluster":
+    """Joins the other processes that a launcher has started, if any; then only rank 0 prints.
+
+    Args:
+      mesh: a mesh spec as for `sharding.make_mesh`, over the devices of all.
+
+    Raises:
+      sharding.ShardingError: there are others, but they cannot be joined.
+    """
+    from sharding.cluster import start
+
+    cluster = start()
+    virtual_devices(mesh, cluster.processes)
+    if cluster.processes > 1:
+        _hush(cluster.rank)
+    return cluster
+
+
+def virtual_devices(mesh: str, processes: int = 1) -> None:
     """If JAX runs on a CPU, gives it as many devices as a mesh has places.
 
     Call it before JAX is first used. A number of devices that the user has set stays.
 
     Args:
       mesh: a mesh spec as for `sharding.make_mesh`.
+      processes: how many share the mesh.
     """
     import jax
 
     forced = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    needed = math.prod(int(n) for n in re.findall(r"=\s*(\d+)", mesh))
+    needed = math.prod(int(n) for n in re.findall(r"=\s*(\d+)", mesh)) // processes
     if needed > 1 and not forced and "JAX_NUM_CPU_DEVICES" not in os.environ:
         jax.config.update("jax_num_cpu_devices", needed)
+
+
+def _hush(rank: int) -> None:
+    """Leaves stdout to what rank 0 prints in Python; gloo writes there from C++, in every rank."""
+    sys.stdout.flush()
+    if rank == 0:
+        old = sys.stdout
+        sys.stdout = os.fdopen(
+            os.dup(1), "w", encoding=old.encoding, errors=old.errors,
+            buffering=1 if old.isatty() else -1,
+        )  # fmt: skip
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.close(null)

@@ -17,11 +17,12 @@ from jax.sharding import Mesh
 
 from fw import run
 from fw.checkpoint import Checkpoints
-from fw.data import prefetch
+from fw.data import feed, prefetch
 from fw.errors import FwError
 from fw.step import TrainState
 from fw.tasks import Summary
-from sharding import Rules, put
+from sharding import Rules
+from sharding.cluster import beat
 
 
 @dataclass
@@ -109,7 +110,8 @@ def train(
       folder: the run's, for `metrics.jsonl`.
       state: at its step; its buffers are donated.
       step: from `fw.step.make_step`.
-      batches: `batches(i)` is the host batch of step i.
+      batches: `batches(i)` is the host batch of step i; of `fw.data.Batches`, each process takes
+        only its rows.
       steps: the last step.
       evaluate: `evaluate(variables) -> Summary`, called with a checkpoint every `evaluate_every`
         steps and after the last.
@@ -132,12 +134,14 @@ def train(
         for index, batch in zip(
             range(first, steps), _on_devices(batches, first, steps, mesh, rules), strict=True
         ):
+            now = index + 1
+            beat(now)  # if the other processes wait below, the one they wait for is above
             state, measured = step(state, batch)
             pending.append(measured)
-            now = index + 1
             due = now % evaluate_every == 0 or now == steps
             if now % log_every and not due:
                 continue
+            beat()
             host = jax.device_get(pending)  # waits for the devices
             record = _interval(host, now, time.perf_counter() - mark)
             run.log(folder, {**record, "learning_rate": float(learning_rate(index))})
@@ -150,6 +154,7 @@ def train(
                 _check_finite(folder, now, figures, figures, checkpoints)
                 run.log(folder, {"kind": "eval", "step": now, "split": "dev", **figures,
                                  "metric": summary.metric, "value": summary.value})  # fmt: skip
+                beat()
                 checkpoints.save(state, figures)
                 progress.say(f"step {now}/{steps}  dev {summary.metric} {summary.value:.4f}")
             pending, mark = [], time.perf_counter()
@@ -159,7 +164,7 @@ def train(
 
 
 def _on_devices(batches, first: int, stop: int, mesh: Mesh, rules: Rules) -> Iterator[Any]:
-    return prefetch(lambda i: put(batches(i), mesh, rules), first, stop=stop)
+    return prefetch(lambda i: feed(batches, i, mesh, rules), first, stop=stop)
 
 
 def _interval(host: Sequence[Mapping[str, Any]], now: int, seconds: float) -> dict[str, Any]:

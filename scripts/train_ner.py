@@ -9,6 +9,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+import jax
+
 from fw import export, host, report, run, stages
 from fw.errors import FwError
 from fw.finetune import finetune
@@ -25,6 +27,7 @@ sentences; tags in BIO or IOB1) or JSON lines: {"tokens": [...], "tags": [...]}.
 
   .venv/bin/python scripts/train_ner.py --data wnut17/ --run runs/wnut --learning-rate 2e-4
   ... --mesh data=2             two devices (on a CPU, virtual ones); the same numbers
+  mpirun -n 2 ... --mesh data=2   two processes, on one machine or several
   ... --steps 20                a quick look
   ... --resume                  go on where it was interrupted, on any mesh
 
@@ -50,11 +53,12 @@ def main() -> int:
     add_options(parser, Finetune, without=("task",))
     arguments = parser.parse_args()
 
-    # Devices and memory, which have to be settled before JAX starts.
-    host.prepare(getattr(arguments, "mesh", ""))
     try:
+        # Memory, other processes and devices, which have to be settled before JAX starts.
+        cluster = host.prepare(getattr(arguments, "mesh", ""))
         recipe = read_options(arguments, Finetune, task="ner")
-        train(recipe, resume=arguments.resume, texts=arguments.ask or TEXTS)
+        with cluster.guard():
+            train(recipe, resume=arguments.resume, texts=arguments.ask or TEXTS)
     except (FwError, ShardingError) as error:  # what the user can mend, in one line
         print(f"train_ner: {error}", file=sys.stderr)
         return 1
@@ -71,6 +75,10 @@ def train(recipe: Finetune, *, resume: bool, texts: Sequence[str]) -> None:
     # Evaluate. Whole entities count, as in seqeval; below them, every tag.
     split = "test" if "test" in run.config(folder)["records"] else "dev"
     print(f"\n{split}\n{stages.evaluate_run(folder, split, mesh=recipe.mesh).text}\n")
+
+    if jax.process_count() > 1:  # the rest is work for one machine
+        print(f"{folder}: go on with fw compress and fw export, in one process")
+        return
 
     # Compress. The kernels become int8 with a scale for each output; activations follow row by row
     # as they come, so the products are int8 × int8, and nothing needs to be calibrated.

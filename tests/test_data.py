@@ -25,6 +25,7 @@ from fw.data import (
     encode_labelled,
     encode_tagged,
     eval_batches,
+    feed,
     hold_out,
     iob1_to_bio,
     label_names,
@@ -42,6 +43,7 @@ from fw.data import (
     unpack_words,
 )
 from fw.errors import FwError
+from sharding import make_mesh, rules
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 TOKENS, SEQUENCES = "token_classification", "sequence_classification"
@@ -536,6 +538,11 @@ def test_a_batch_depends_on_seed_and_step_alone(rows, size, seed, random):
     again = Batches(arrays, size, seed)
     assert all(again(step)["x"].tobytes() == in_order[step]["x"].tobytes() for step in steps)
 
+    part = slice(*sorted(random.choices(range(size + 1), k=2)))
+    for step in steps[:5]:
+        for name, values in again.take(step, part).items():
+            np.testing.assert_array_equal(values, in_order[step][name][part])
+
 
 def test_the_order_is_kept_across_versions():
     """Golden: a change here makes every old run impossible to resume."""
@@ -555,6 +562,10 @@ def test_batches_refuse_what_they_cannot_deal():
         (lambda: Batches(arrays, 0), "size: expected at least one"),
         (lambda: Batches(arrays, 1, seed=-1), "seed: expected 0"),
         (lambda: Batches(arrays, 1)(-1), "step: expected 0 or more"),
+        (
+            lambda: feed(Batches({"x": np.arange(4)}, 2), 0, make_mesh("data=1"), rules()),
+            "x: JAX has no int64 of its own here; cast it on the host",
+        ),
         (lambda: list(eval_batches(arrays, 2, empty={})), "expected a value for x"),
         (lambda: next(prefetch(abs, depth=0)), "depth: expected at least 1"),
     ):

@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 from fw import host
 from fw.errors import FwError
@@ -37,13 +38,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:  # the command itself, not a test or a notebook
         host.restart()
     arguments = _parser().parse_args(argv)
-    if argv is None:
-        host.virtual_devices(getattr(arguments, "mesh", ""))
     from sharding import ShardingError
 
     logging.getLogger("absl").setLevel(logging.WARNING)  # orbax tells every step of a save
     try:
-        status = arguments.command(arguments)
+        guard = host.join(getattr(arguments, "mesh", "")).guard() if argv is None else nullcontext()
+        with guard:
+            status = arguments.command(arguments)
         sys.stdout.flush()
         return status
     except (FwError, ShardingError) as error:

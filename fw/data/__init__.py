@@ -2,6 +2,7 @@
 
 from fw.data.batches import Batches, count_tokens, eval_batches, prefetch
 from fw.data.encode import Encoded, encode_labelled, encode_tagged
+from fw.data.feed import feed
 from fw.data.pack import Packed, best_fit_decreasing, pack, unpack_texts, unpack_words
 from fw.data.readers import read_conll, read_json_lines, read_table
 from fw.data.records import Labelled, Record, Tagged, iob1_to_bio, label_names
@@ -34,6 +35,7 @@ __all__ = [
     "encode_labelled",
     "encode_tagged",
     "eval_batches",
+    "feed",
     "hold_out",
     "iob1_to_bio",
     "label_names",

@@ -3,8 +3,8 @@
 Rows are shuffled anew every epoch by random numbers that are themselves a function, of seed and
 epoch; step s takes the rows at places s·B … (s+1)·B of the endless stream of epochs. So resuming
 costs nothing, no row is dropped, and neither a mesh nor a number of processes can change what is
-read: whoever holds a part of the batch slices it. Any arrays with a common leading axis will do;
-`pack` makes those of text.
+read: whoever holds a part of the batch takes that part, see `feed`. Any arrays with a common
+leading axis will do; `pack` makes those of text.
 
 Grain's MapDataset offers the same random access, one element at a time in Python and with an
 iterator's state to keep; the rows here are arrays already, and one fancy index takes them all.
@@ -74,15 +74,27 @@ class Batches:
         Raises:
             FwError: a negative step.
         """
+        return self.take(step, slice(None))
+
+    def take(self, step: int, rows: slice) -> dict[str, np.ndarray]:
+        """Some rows of the batch of a step; no others are made.
+
+        Args:
+            step: from 0.
+            rows: which of the batch's.
+
+        Returns:
+            what `self(step)[name][rows]` is, for each array.
+
+        Raises:
+            FwError: a negative step.
+        """
         if step < 0:
             raise FwError(f"step: expected 0 or more; got {step}")
-        epoch, place = divmod(step * self.size + np.arange(self.size), self.rows)
-        chosen = np.concatenate(
-            [
-                _order(self.seed, int(e), self.rows)[place[epoch == e]]
-                for e in range(epoch[0], epoch[-1] + 1)
-            ]
-        )
+        epoch, place = divmod(step * self.size + np.arange(self.size)[rows], self.rows)
+        chosen = np.empty_like(place)
+        for e in np.unique(epoch):
+            chosen[epoch == e] = _order(self.seed, int(e), self.rows)[place[epoch == e]]
         return {name: values[chosen] for name, values in self.arrays.items()}
 
 
