@@ -2,7 +2,11 @@
 
 A checkpoint holds the whole `TrainState`. With a batch a function of (seed, step), nothing else is
 needed to go on bit for bit. Orbax writes beside and renames, so a killed process leaves either the
-checkpoint or nothing; it reads onto any mesh.
+checkpoint or nothing.
+
+It reads onto any mesh: arrays are stored in chunks far smaller than a device's part of them, and a
+process reads those of its own devices, a bounded number at a time. So a move takes no more memory
+than the state where it arrives, and writing takes a bounded amount beside the state.
 """
 
 from collections.abc import Mapping
@@ -16,6 +20,14 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 from fw.errors import FwError
 from fw.step import TrainState
 from sharding import paths
+
+_CHUNK = 8 * 2**20
+"""Bytes stored as one piece, and so read as one. Orbax would store whole shards: those of one
+device would be read, and decompressed, once for each of the eight devices that share them later."""
+
+_IN_FLIGHT = 1
+"""GB that are read or compressed for writing at a time; orbax's 96 would be twice the state. That
+is 128 chunks: as many as orbax has files' reads under way."""
 
 
 class Checkpoints:
@@ -36,10 +48,8 @@ class Checkpoints:
             best_mode="max",
             cleanup_tmp_directories=True,  # what a killed process left half-written
         )
-        self._folder = folder
-        self._manager = ocp.CheckpointManager(
-            folder.resolve(), options=options, item_handlers=ocp.StandardCheckpointHandler()
-        )
+        self._folder, self._options = folder, options
+        self._open(_IN_FLIGHT)
 
     def __enter__(self) -> "Checkpoints":
         """Nothing to do: it is open."""
@@ -56,9 +66,12 @@ class Checkpoints:
           state: at its step, under which it is kept.
           metrics: the evaluation's figures, the ranking one among them.
         """
+        tree = state._asdict()
+        self._admit(tree)
+        chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK), tree)
         self._manager.save(
             int(state.step),
-            args=ocp.args.StandardSave(state._asdict()),
+            args=ocp.args.StandardSave(tree, chunks),
             metrics=dict(metrics),
             force=True,
         )
@@ -99,6 +112,7 @@ class Checkpoints:
         where = f"{self._folder}/{step}"
         try:
             _check_same(abstract, self._manager.item_metadata(step).tree, where)
+            self._admit(abstract)
             tree = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
         except FwError:
             raise
@@ -108,6 +122,22 @@ class Checkpoints:
                 "to go on from the checkpoint before it"
             ) from error
         return TrainState(**tree)
+
+    def _open(self, in_flight: int) -> None:
+        self._in_flight = in_flight
+        handler = ocp.StandardCheckpointHandler(
+            save_concurrent_gb=in_flight, restore_concurrent_gb=in_flight
+        )
+        self._manager = ocp.CheckpointManager(
+            self._folder.resolve(), options=self._options, item_handlers=handler
+        )
+
+    def _admit(self, tree: Any) -> None:
+        """Raises the limit to the largest array, which orbax would refuse."""
+        needed = 1 + max(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) // 10**9
+        if needed > self._in_flight:
+            self._manager.close()
+            self._open(needed)
 
 
 def _check_same(want: Any, found: Any, where: str) -> None:
