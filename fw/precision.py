@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
-from jax.extend import core
+from jax.extend import core, source_info_util
 
 from fw.errors import FwError
 
@@ -120,20 +120,27 @@ def _evaluate(closed: Any, chosen: Policy, args) -> list:
 
     for eqn in closed.jaxpr.eqns:
         name = eqn.primitive.name
-        if name == "dot_general":
-            lhs, rhs = map(read, eqn.invars)
-            out = [_dot(lhs, rhs, eqn.params, chosen)]
-        elif name in ("jit", "pjit"):
-            out = _evaluate(eqn.params["jaxpr"], chosen, [*map(read, eqn.invars)])
-        elif name == "shard_map":
-            out = _shard_map(eqn.params, chosen)(*map(read, eqn.invars))
-        else:
-            again = eqn.replace(params=_rebuild(eqn.params, chosen)) if name in _CONTROL else eqn
-            # As a program of one equation, JAX itself binds it, with its source line.
-            used = list(dict.fromkeys(v for v in eqn.invars if not isinstance(v, core.Literal)))
-            names = closed.jaxpr.debug_info.with_unknown_names()
-            one = core.Jaxpr((), used, eqn.outvars, [again], eqn.effects, names)
-            out = core.jaxpr_as_fun(ClosedJaxpr(one, ()))(*map(read, used))
+        # Replayed where it was written: tracebacks and compiled programs name the model's lines.
+        stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
+        with source_info_util.user_context(eqn.source_info.traceback, name_stack=stack):
+            if name == "dot_general":
+                lhs, rhs = map(read, eqn.invars)
+                out = [_dot(lhs, rhs, eqn.params, chosen)]
+            elif name == "all_gather" and _rounded_afterwards(eqn, closed.jaxpr, chosen):
+                out = [_gather(read(eqn.invars[0]), tuple(eqn.params.items()), chosen.weights)]
+            elif name in ("jit", "pjit"):
+                out = _evaluate(eqn.params["jaxpr"], chosen, [*map(read, eqn.invars)])
+            elif name == "shard_map":
+                out = _shard_map(eqn.params, chosen)(*map(read, eqn.invars))
+            else:
+                again = (
+                    eqn.replace(params=_rebuild(eqn.params, chosen)) if name in _CONTROL else eqn
+                )
+                # As a program of one equation, JAX itself binds it, with its source line.
+                used = list(dict.fromkeys(v for v in eqn.invars if not isinstance(v, core.Literal)))
+                names = closed.jaxpr.debug_info.with_unknown_names()
+                one = core.Jaxpr((), used, eqn.outvars, [again], eqn.effects, names)
+                out = core.jaxpr_as_fun(ClosedJaxpr(one, ()))(*map(read, used))
         env.update(zip(eqn.outvars, out, strict=True))
     return [read(v) for v in closed.jaxpr.outvars]
 
@@ -153,6 +160,44 @@ def _shard_map(params: Any, chosen: Policy) -> Callable:
         axis_names=set(params[manual]),
         check_vma=params["check_vma"],
     )
+
+
+def _rounded_afterwards(eqn: Any, jaxpr: Any, chosen: Policy) -> bool:
+    """Whether a gathered operand goes into dense layers' dots alone, which round it."""
+    (x,) = eqn.invars
+    gathered = set(eqn.outvars)
+    used = [e for e in jaxpr.eqns if gathered & {v for v in e.invars if isinstance(v, core.Var)}]
+    return bool(
+        chosen.weights
+        and jnp.issubdtype(x.aval.dtype, jnp.floating)
+        and not gathered & set(jaxpr.outvars)
+        and all(e.primitive.name == "dot_general" for e in used)
+        and not any(any(e.params["dimension_numbers"][1]) for e in used)
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(x, params, dtype):
+    """Rounded before it travels, not after: half the bytes. Gradients come back as they are."""
+
+    def bits(x):  # XLA's CPU collectives widen bfloat16 to float32; bits are as wide as they are
+        whole = lax.all_gather_p.bind(lax.bitcast_convert_type(x, np.uint16), **dict(params))
+        return lax.bitcast_convert_type(whole, dtype)
+
+    rounded = x.astype(dtype)
+    if rounded.dtype.itemsize != 2:
+        return lax.all_gather_p.bind(rounded, **dict(params)).astype(x.dtype)
+    return lax.platform_dependent(
+        rounded, cpu=bits, default=lambda x: lax.all_gather_p.bind(x, **dict(params))
+    ).astype(x.dtype)
+
+
+def _gather_bwd(params, dtype, like, g):
+    (back,) = jax.linear_transpose(lambda x: lax.all_gather_p.bind(x, **dict(params)), like)(g)
+    return (back,)
+
+
+_gather.defvjp(lambda x, params, dtype: (_gather(x, params, dtype), x), _gather_bwd)
 
 
 def _rebuild(value: Any, chosen: Policy) -> Any:

@@ -43,6 +43,44 @@ def initial_state(variables: Variables, tx: optax.GradientTransformation, mesh: 
     return TrainState(zero, variables, jax.jit(tx.init, out_shardings=lie)(params))
 
 
+def abstract_state(
+    model: Model, tx: optax.GradientTransformation, mesh: Mesh, rules: Rules
+) -> TrainState:
+    """The shapes, dtypes and shardings of the state: what a step can be compiled for.
+
+    Args:
+      model: the record.
+      tx: the optimiser.
+      mesh, rules: where the state will lie. The devices may be those of a topology that is not
+        here, as `jax.experimental.topologies` describes it.
+
+    Returns:
+      The state, with `jax.ShapeDtypeStruct`s in place of arrays.
+
+    >>> from fw.optimizer import AdamW, optimizer
+    >>> from sharding import make_mesh, rules
+    >>> axes = {"params": {"w": ("embed", "mlp")}, "state": {}}
+    >>> init = lambda key: {"params": {"w": jnp.ones((2, 3))}, "state": {}}
+    >>> model = Model(None, init, lambda variables, batch: (None, variables), axes)
+    >>> state = abstract_state(model, optimizer(AdamW(), 10), make_mesh("data=1"), rules())
+    >>> w = state.variables["params"]["w"]
+    >>> w.shape, tuple(w.sharding.spec)
+    ((2, 3), ('fsdp', 'tensor'))
+    """
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    variables = shardings(model.axes, shapes, mesh, rules)
+    params = shapes["params"]
+    lie = TrainState(
+        step=NamedSharding(mesh, PartitionSpec()),
+        variables=variables,
+        optimizer=state_shardings(tx, params, variables["params"], mesh),
+    )
+    whole = TrainState(jax.ShapeDtypeStruct((), jnp.int32), shapes, jax.eval_shape(tx.init, params))
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), whole, lie
+    )
+
+
 def make_step(
     model: Model,
     loss: Loss,
@@ -110,7 +148,8 @@ def make_step(
         return value / weight, state, jax.tree.map(lambda g: g / weight, grads)
 
     def step(state: TrainState, batch: Batch):
-        with scope(mesh, rules):  # while tracing: `constrain` in the model means this mesh
+        # While tracing: `constrain` in the model means this mesh.
+        with scope(mesh, rules, differentiate=True):
             return _step(state, batch)
 
     def _step(state: TrainState, batch: Batch):
@@ -128,11 +167,8 @@ def make_step(
         return TrainState(state.step + 1, variables, moments), metrics
 
     # The state stays where it lies: left alone, the compiler may lay the new one out otherwise.
-    abstract = jax.eval_shape(model.init, jax.random.key(0))
-    variables = shardings(model.axes, abstract, mesh, rules)
+    lie = jax.tree.map(lambda x: x.sharding, abstract_state(model, tx, mesh, rules))
     everywhere = NamedSharding(mesh, PartitionSpec())
-    moments = state_shardings(tx, abstract["params"], variables["params"], mesh)
-    lie = TrainState(step=everywhere, variables=variables, optimizer=moments)
     return jax.jit(step, donate_argnums=0, out_shardings=(lie, everywhere))
 
 

@@ -1,28 +1,64 @@
 """Where arrays live: meshes, rules, placement. Useful with any JAX program; see README.md."""
 
-from sharding.context import constrain, scope
+from sharding.cluster import Cluster, beat, start
+from sharding.context import constrain, current, cutting, scope
 from sharding.errors import ShardingError
+from sharding.experts import experts
 from sharding.layout import paths, shardings, specs
+from sharding.linear import linear, lookup
 from sharding.mesh import AXES, format_mesh, make_mesh
+from sharding.names import names, unboxed
+from sharding.pipeline import bubble, pipeline
 from sharding.place import build, create, gather, put
+from sharding.program import Collective, ContractError, Memory, Report, contract, inspect
+from sharding.ring import ring_attention
+from sharding.routing import balance_loss, route, z_loss
 from sharding.rules import ACTIVATIONS, PRESETS, Rules, rules
+from sharding.shard import Sharded, shard
+from sharding.visualize import Picture, visualize
 
 __all__ = [
     "ACTIVATIONS",
     "AXES",
     "PRESETS",
+    "Cluster",
+    "Collective",
+    "ContractError",
+    "Memory",
+    "Picture",
+    "Report",
     "Rules",
+    "Sharded",
     "ShardingError",
+    "balance_loss",
+    "beat",
+    "bubble",
     "build",
     "constrain",
+    "contract",
     "create",
+    "current",
+    "cutting",
+    "experts",
     "format_mesh",
     "gather",
+    "inspect",
+    "linear",
+    "lookup",
     "make_mesh",
+    "names",
     "paths",
+    "pipeline",
     "put",
+    "ring_attention",
+    "route",
     "rules",
     "scope",
+    "shard",
     "shardings",
     "specs",
+    "start",
+    "unboxed",
+    "visualize",
+    "z_loss",
 ]

@@ -1,5 +1,6 @@
 """Meshes, rules and placement: the same values on every mesh, and an error for every accident."""
 
+import dataclasses
 import doctest
 import json
 import math
@@ -44,7 +45,12 @@ MESHES = ("data=1", "data=8", "fsdp=8", "tensor=8", "data=2,fsdp=2,tensor=2", "f
 PARAMETER_NAMES = sorted(set(PRESETS["data"]) - set(ACTIVATIONS))
 few = settings(derandomize=True, deadline=None, max_examples=40)
 
-sizes = st.tuples(*[st.integers(1, 8)] * 3).filter(lambda s: math.prod(s) <= 8)
+# At most three axes are longer than 1 on 8 devices; which ones is drawn, too.
+sizes = (
+    st.lists(st.sampled_from((2, 2, 2, 3, 4, 5, 7, 8)), max_size=3)
+    .flatmap(lambda long: st.permutations([*long, *[1] * (len(AXES) - len(long))]).map(tuple))
+    .filter(lambda s: math.prod(s) <= 8)
+)
 
 
 def cut_by(target):
@@ -62,7 +68,7 @@ def test_mesh_is_what_its_spec_says(shape):
     mesh = make_mesh(spec)
     assert dict(mesh.shape) == spec
     assert mesh.axis_names == AXES
-    assert mesh.axis_types == (AxisType.Auto,) * 3
+    assert mesh.axis_types == (AxisType.Auto,) * len(AXES)
     assert set(mesh.devices.flat) == set(jax.devices()[: math.prod(shape)])
     assert make_mesh(format_mesh(mesh)) == mesh
     sparse = ", ".join(f"{axis} = {n}" for axis, n in spec.items() if n > 1) or "data=1"
@@ -92,6 +98,9 @@ def test_minus_one_takes_the_rest(shape, axis):
         ("data=0", "size 0"),
         ({"data": True}, "size True"),
         ({"data": 2.0}, "size 2.0"),
+        ("dcn.data=-1", "mesh axis 'dcn.data' has size -1; expected an integer from 1$"),
+        ("dcn.dta=2", "unknown mesh axis 'dcn.dta': did you mean 'dcn.data'"),
+        ("dcn.data=3,fsdp=2,tensor=-1", "8 devices cannot be divided by 6"),
         ("data=-1,fsdp=-1", "only one axis"),
         ("", "empty mesh"),
         ("data=16", "needs 16 devices.*are 8.*--xla_force_host_platform_device_count=16"),
@@ -104,6 +113,44 @@ def test_mesh_refuses(spec, message):
 
 def test_mesh_on_chosen_devices():
     assert list(make_mesh("data=2", jax.devices()[4:6]).devices.flat) == jax.devices()[4:6]
+
+
+@few
+@given(sizes, st.sampled_from(AXES))
+def test_slices_are_the_outermost_part_of_their_axis(shape, axis):
+    assume(math.prod(shape) <= 4)
+    inner = dict(zip(AXES, shape, strict=True))
+    mesh = make_mesh(inner | {f"dcn.{axis}": 2})
+    assert dict(mesh.shape) == inner | {axis: 2 * inner[axis]}
+    half = math.prod(shape)  # virtual devices do not tell their slice: two halves, in order
+    slices = np.vectorize(lambda device: device.id // half)(mesh.devices)
+    place = AXES.index(axis)
+    by_slice = np.moveaxis(slices, place, 0).reshape(2, inner[axis], -1)
+    assert (by_slice == np.arange(2)[:, None, None]).all()
+    flat = make_mesh(inner).devices
+    first = np.take(mesh.devices, range(inner[axis]), axis=place)
+    assert (first == flat).all()
+
+
+def test_slices_must_be_those_of_the_devices():
+    @dataclasses.dataclass(frozen=True)
+    class Chip:
+        id: int
+        slice_index: int
+        platform: str = "tpu"
+        process_index: int = 0
+        device_kind: str = "TPU v4"
+        core_on_chip: int = 0
+
+        @property
+        def coords(self):
+            return (self.id % 2, self.id // 2 % 2, 0)
+
+    chips = [Chip(i, i // 4) for i in range(8)]
+    mesh = make_mesh("dcn.data=2,fsdp=-1", chips)
+    assert [chip.slice_index for chip in mesh.devices.flat] == [0] * 4 + [1] * 4
+    with pytest.raises(ShardingError, match=r"slices of \[4, 4\].*dcn.AXIS=2"):
+        make_mesh("fsdp=8", chips)
 
 
 # --- rules ----------------------------------------------------------------------------------------
@@ -210,6 +257,7 @@ def test_overrides_may_name_batch_axes_and_declared_activations():
 @few
 @given(st.lists(st.integers(1, 48), min_size=2, max_size=2), sizes)
 def test_shardings_divide_or_refuse(shape, mesh_shape):
+    assume(mesh_shape[AXES.index("pipe")] == 1)  # these parameters have no layers
     mesh = make_mesh(dict(zip(AXES, mesh_shape, strict=True)))
     axes, abstract = {"a": [("embed", "mlp")]}, {"a": [jax.ShapeDtypeStruct(shape, np.float32)]}
     ways = (mesh.shape["fsdp"], mesh.shape["tensor"])
@@ -237,10 +285,11 @@ def test_shardings_divide_or_refuse(shape, mesh_shape):
         ({"a": ()}, {"a": np.zeros(()), "b": np.zeros(8)}, "fsdp_tensor", "b: has no axis names"),
         ({"a": (), "ab": ()}, {"a": np.zeros(())}, "fsdp_tensor", "ab: has axis names but no"),
         ({"a": ("embed",)}, {"a": np.zeros(8)}, "fsdp", "'tensor' has size 2.*repeat the same"),
+        ({}, {}, "fsdp_tensor", "'pipe' has size 2.*map layers to it, which the model lacks"),
     ],
 )
 def test_shardings_refuse(axes, abstract, preset, message):
-    mesh = make_mesh("data=2,fsdp=2,tensor=2")
+    mesh = make_mesh("data=2,fsdp=2,tensor=2" if axes else "pipe=2")
     # A parameter with `mlp`, so that only the case's own fault remains.
     axes, abstract = axes | {"z": ("mlp",)}, abstract | {"z": np.zeros(8)}
     with pytest.raises(ShardingError, match=message):

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import re
 from typing import Any
 
 import jax
@@ -22,9 +23,9 @@ from fw.model import Model
 from fw.models.bert import BertConfig, bert
 from fw.models.layers import dropout
 from fw.optimizer import SCHEDULES, AdamW, learning_rate, optimizer
-from fw.step import initial_state, make_step
+from fw.step import abstract_state, initial_state, make_step
 from fw.tasks import cross_entropy, make_task
-from sharding import create, make_mesh, put, rules, shardings
+from sharding import ContractError, contract, create, make_mesh, put, rules, shardings
 
 RULES = rules()
 
@@ -286,7 +287,19 @@ def test_a_linen_module_with_batch_norm_trains():
 
 # --- the mesh never changes the result ------------------------------------------------------------
 
-MESHES = ("data=8", "fsdp=8", "tensor=4", "data=2,fsdp=2,tensor=2")
+# Every axis and the useful pairs of them, on 1, 2, 4 and 8 devices; those with `pipe` and experts
+# are in test_wide.py.
+MESHES = (
+    "data=8",
+    "fsdp=8",
+    "tensor=4",
+    "sequence=8",
+    "fsdp=2",
+    "sequence=2,tensor=2",
+    "data=2,fsdp=2,tensor=2",
+    "data=2,expert=2,sequence=2",
+    "fsdp=2,sequence=2,tensor=2",
+)
 ROWS, LENGTH, WORDS, STEPS = 8, 16, 48, 50
 
 
@@ -344,11 +357,50 @@ def test_fifty_steps_are_the_same_on_every_mesh(task, x64, layers):
             state, together = run(model, config, mesh, batches, start)
             query = state.variables["params"]["layers"]["0"]["attention"]["query"]["kernel"]
             assert query.dtype == (np.float64 if x64 else np.float32)
-            assert mesh == "data=8" or len({str(s.index) for s in query.addressable_shards}) > 1
+            assert (
+                not {"fsdp", "tensor"} & {*re.findall(r"\w+(?==)", mesh)}
+                or len({str(s.index) for s in query.addressable_shards}) > 1
+            )
             rtol = 1e-9 if x64 else 1e-4
             np.testing.assert_allclose(together["loss"], alone["loss"], rtol=rtol, err_msg=mesh)
             np.testing.assert_array_equal(together["tokens"], alone["tokens"])
             print(f"{mesh}: {np.abs(together['loss'] / alone['loss'] - 1).max():.1e} relative")
+
+
+def test_the_step_keeps_its_contract():
+    """What lies whole on several devices is small, and nothing travels where it should not."""
+    sizes = BertConfig(
+        vocab_size=WORDS, hidden_size=16, num_hidden_layers=1, num_attention_heads=4,
+        intermediate_size=32, num_labels=4, task="token_classification",
+        max_position_embeddings=LENGTH,
+    )  # fmt: skip
+    model, tx = bert(sizes), optimizer(AdamW(), 1)
+    whole = ["all-reduce"]
+    scattered = ["all-gather", "reduce-scatter", "all-to-all", "all-reduce"]
+    batch = text_batch("token_classification", 0)
+    for spec, allowed in {
+        "data=2,fsdp=2,tensor=2": {"data": whole, "fsdp": scattered, "tensor": whole},
+        "fsdp=2,sequence=4": {"fsdp": scattered, "sequence": ["collective-permute", *whole]},
+    }.items():
+        mesh = make_mesh(spec)
+        step = make_step(model, cross_entropy, tx, mesh=mesh, rules=RULES)
+        state = abstract_state(model, tx, mesh, RULES)
+        with quickly_compiled(True):
+            compiled = step.lower(state, put(batch, mesh, RULES)).compile()
+        kernel = 16 * 32 * 4
+        wire = {"fsdp": 8 * kernel}
+        limits: dict[str, Any] = {
+            "allowed": allowed,
+            "max_wire": wire,
+            "max_replicated": {"fsdp": 256},
+        }
+        contract(compiled, axes=model.axes["params"], rules=RULES, **limits)
+    # A rule that leaves kernels whole breaks it, and is named.
+    careless, mesh = rules(embed=None), make_mesh("data=2,fsdp=2,tensor=2")
+    step = make_step(model, cross_entropy, tx, mesh=mesh, rules=careless)
+    lowered = step.lower(abstract_state(model, tx, mesh, careless), put(batch, mesh, careless))
+    with pytest.raises(ContractError, match=r"up/kernel .*over fsdp.*map it with rules\(embed="):
+        contract(lowered.compile(), axes=model.axes["params"], rules=careless, **limits)
 
 
 # --- evaluation -----------------------------------------------------------------------------------

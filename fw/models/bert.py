@@ -19,9 +19,11 @@ from fw.models.layers import (
     Embedding,
     LayerNorm,
     attention,
+    denses,
     dropout,
+    embeddings,
     gelu,
-    segment_bias,
+    visible,
 )
 from sharding import constrain
 
@@ -85,7 +87,8 @@ class Embeddings(nnx.Module):
 
     def __call__(self, batch: Batch) -> jax.Array:
         types = batch.get("token_type_ids", jnp.zeros((), jnp.int32))
-        x = self.word(batch["input_ids"]) + self.position(batch["position_ids"]) + self.type(types)
+        ids = [batch["input_ids"], batch["position_ids"], types]
+        x = embeddings([self.word, self.position, self.type], ids)
         return self.norm(x)
 
 
@@ -101,13 +104,13 @@ class Attention(nnx.Module):
         self.heads = config.num_attention_heads
         self.rate = config.attention_probs_dropout_prob
 
-    def __call__(self, x: jax.Array, bias: jax.Array, key: jax.Array | None) -> jax.Array:
+    def __call__(self, x: jax.Array, seen: jax.Array, key: jax.Array | None) -> jax.Array:
         split = (*x.shape[:2], self.heads, x.shape[-1] // self.heads)
         q, k, v = (
-            constrain(f(x).reshape(split), "batch", "length", "heads", None)
-            for f in (self.query, self.key, self.value)
+            constrain(y.reshape(split), "batch", "length", "heads", None)
+            for y in denses(x, [self.query, self.key, self.value])
         )
-        return self.out(attention(q, k, v, bias, rate=self.rate, key=key).reshape(x.shape))
+        return self.out(attention(q, k, v, seen, rate=self.rate, key=key).reshape(x.shape))
 
 
 class Layer(nnx.Module):
@@ -122,9 +125,9 @@ class Layer(nnx.Module):
         self.norm = LayerNorm(size, epsilon=config.layer_norm_eps)
         self.rate = config.hidden_dropout_prob
 
-    def __call__(self, x: jax.Array, bias: jax.Array, key: jax.Array | None) -> jax.Array:
+    def __call__(self, x: jax.Array, seen: jax.Array, key: jax.Array | None) -> jax.Array:
         keys = (None,) * 3 if key is None else jax.random.split(key, 3)
-        attended = self.attention(x, bias, keys[0])
+        attended = self.attention(x, seen, keys[0])
         x = self.attention_norm(x + dropout(attended, self.rate, keys[1]))
         inner = constrain(gelu(self.up(x)), "batch", "length", "mlp")
         x = self.norm(x + dropout(self.down(inner), self.rate, keys[2]))
@@ -149,12 +152,14 @@ class Bert(nnx.Module):
         keys = (None,) * number if key is None else jax.random.split(key, number)
         x = dropout(self.embeddings(batch), rates.hidden_dropout_prob, keys[0])
         x = constrain(x, "batch", "length", "embed")
-        bias = segment_bias(batch["segment_ids"], x.dtype)
+        seen = visible(batch["segment_ids"], x.dtype)
         for layer, layer_key in zip(self.layers, keys[1:-1], strict=True):
-            x = layer(x, bias, layer_key)
+            x = layer(x, seen, layer_key)
         if rates.task == "sequence_classification":
             first = jnp.take_along_axis(x, batch["first"][..., None], axis=1)
-            x = jnp.tanh(self.pooler(first))
+            texts = ("batch", None)
+            x = dropout(jnp.tanh(self.pooler(first, texts)), rates.head_dropout, keys[-1])
+            return self.classifier(x, texts)
         return self.classifier(dropout(x, rates.head_dropout, keys[-1]))
 
 

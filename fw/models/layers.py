@@ -6,6 +6,7 @@ a quantiser. Each parameter names its axes (`axes=`), which is all that `shardin
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,12 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
+from sharding import cutting, linear, lookup
+from sharding.noise import dropout_mask
+from sharding.ring import ring_attention
+
 Axes = tuple[str, ...]
+Rows = tuple[str | None, ...]
 
 
 class Dense(nnx.Module):
@@ -23,9 +29,22 @@ class Dense(nnx.Module):
         normal = jax.random.normal(rngs.params(), (size_in, size_out)) * std
         self.kernel = nnx.Param(normal, axes=axes)
         self.bias = nnx.Param(jnp.zeros(size_out), axes=axes[1:])
+        self.axes = axes
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return jnp.matmul(x, self.kernel[...]) + self.bias[...]
+    def __call__(self, x: jax.Array, rows: Rows = ("batch", "length")) -> jax.Array:
+        return denses(x, [self], rows)[0]
+
+
+def denses(x: jax.Array, layers: Sequence[Dense], rows: Rows = ("batch", "length")):
+    """The outputs of dense layers of one input, whose kernels have the same names.
+
+    Args:
+      x: [..., in].
+      layers: at least one.
+      rows: the names of the leading axes of x.
+    """
+    ys = linear(x, [layer.kernel[...] for layer in layers], layers[0].axes, rows=rows)
+    return [y + layer.bias[...] for y, layer in zip(ys, layers, strict=True)]
 
 
 class Embedding(nnx.Module):
@@ -34,9 +53,20 @@ class Embedding(nnx.Module):
     def __init__(self, count: int, size: int, axes: Axes, *, std: float, rngs: nnx.Rngs):
         normal = jax.random.normal(rngs.params(), (count, size)) * std
         self.embedding = nnx.Param(normal, axes=axes)
+        self.axes = axes
 
     def __call__(self, ids: jax.Array) -> jax.Array:
-        return jnp.take(self.embedding[...], ids, axis=0, mode="clip")
+        return embeddings([self], [ids])
+
+
+def embeddings(tables: Sequence[Embedding], ids: Sequence[jax.Array]) -> jax.Array:
+    """The sum of the rows of several tables.
+
+    Args:
+      tables: of one size.
+      ids: [batch, length] each, or a scalar: one row everywhere.
+    """
+    return lookup([t.embedding[...] for t in tables], ids, [t.axes for t in tables])
 
 
 class LayerNorm(nnx.Module):
@@ -111,9 +141,7 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """Zeroes each element with probability `rate` and scales the rest by 1 / (1 - rate).
 
     The mask is a pure function of the key and of each element's global position, so it is
-    bit-identical on every mesh. It comes from a 32-bit integer hash of the position (`lowbias32`
-    of C. Wellons, the key mixed in before and within), not from threefry, in which a training step
-    of MiniLM spends more time than in its dots (scripts/bench/LOG.md).
+    bit-identical on every mesh; see `sharding.noise`.
 
     Args:
       x: any shape, floating.
@@ -122,26 +150,7 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """
     if key is None or rate == 0:
         return x
-    seed = jax.random.key_data(key).reshape(-1)
-    # Mixed first: `key(0)` and `key(1)` differ in one bit, and would have correlated masks.
-    before = _hash(seed[0], seed[-1], seed[-1])
-    within = _hash(seed[-1], before, before)
-    position = jnp.zeros(x.shape, jnp.uint32)
-    stride = 1
-    for axis in reversed(range(x.ndim)):
-        step = jnp.uint32(stride % 2**32)
-        position += lax.broadcasted_iota(jnp.uint32, x.shape, axis) * step
-        stride *= x.shape[axis]
-    bits = _hash(position, before, within)
-    keep = bits >= jnp.uint32(round(rate * 2**32))
-    return x * jnp.where(keep, jnp.asarray(1 / (1 - rate), x.dtype), jnp.zeros((), x.dtype))
-
-
-def _hash(x, before, within):
-    x = x ^ before
-    x = (x ^ (x >> jnp.uint32(16))) * jnp.uint32(0x7FEB352D) + within
-    x = (x ^ (x >> jnp.uint32(15))) * jnp.uint32(0x846CA68B)
-    return x ^ (x >> jnp.uint32(16))
+    return x * dropout_mask(key, rate, x.shape, x.dtype)
 
 
 def segment_bias(segments: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
@@ -165,20 +174,36 @@ def segment_bias(segments: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     return jnp.where(same, jnp.zeros((), dtype), jnp.asarray(jnp.finfo(dtype).min / 2, dtype))
 
 
-def attention(q, k, v, bias, *, rate: float = 0.0, key: jax.Array | None = None):
+def visible(segments: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """What `attention` needs to keep the texts of a row apart; made once for all layers.
+
+    Args:
+      segments: int [batch, length], as in `segment_bias`.
+      dtype: of the scores.
+
+    Returns:
+      The bias, or, where the mesh cuts length and nobody holds all of a row, the segments.
+    """
+    return segments if cutting("length") else segment_bias(segments, dtype)
+
+
+def attention(q, k, v, seen, *, rate: float = 0.0, key: jax.Array | None = None):
     """Softmax attention among the tokens of one text (Vaswani et al. 2017, arXiv:1706.03762).
 
     Args:
       q, k, v: [batch, length, heads, head_dim].
-      bias: added to the scores, broadcast to [batch, heads, length, length]; see `segment_bias`.
+      seen: as `visible` returns it, or any bias that broadcasts to [batch, heads, length, length]
+        where the mesh does not cut length.
       rate, key: dropout of the attention weights.
 
     Returns:
       [batch, length, heads, head_dim].
     """
+    if cutting("length"):
+        return ring_attention(q, k, v, seen, rate=rate, key=key)
     scale = np.asarray(1 / np.sqrt(q.shape[-1]), q.dtype)
     # [batch, heads, length, head_dim] in memory: dots over the last axes need no further copies.
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * scale, k, v))
-    scores = jnp.einsum("bhld,bhmd->bhlm", q, k) + bias
+    scores = jnp.einsum("bhld,bhmd->bhlm", q, k) + seen
     weights = dropout(jax.nn.softmax(scores, axis=-1), rate, key)
     return jnp.swapaxes(jnp.einsum("bhlm,bhmd->bhld", weights, v), 1, 2)

@@ -1,0 +1,227 @@
+"""Products with stored parameters, and look-ups in them, their communication written out.
+
+Left alone, the compiler cuts a program well on the way forward. On the way back some backends
+all-reduce a whole weight gradient of which each device keeps a part, all-reduce one by one the
+input gradients of several products of one input, or gather a whole table to look up a few rows.
+`linear` and `lookup` say which collectives there are, so there are no others on any platform:
+a kernel is gathered over the axes that cut it only where it is stored, and its gradient is
+reduce-scattered to there; what several products owe their common input is summed, then all-reduced;
+rows of tables that are cut along their length travel to those who asked, not the tables.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+from sharding.context import differentiated
+from sharding.errors import ShardingError
+from sharding.layout import fit
+from sharding.mesh import AXES
+from sharding.rules import Names, Rules, mesh_axes
+
+ROWS: Names = ("batch", "length")
+
+
+def linear(
+    x: jax.Array, kernels: Sequence[jax.Array], names: Names, *, rows: Names = ROWS
+) -> list[jax.Array]:
+    """x · kernel for each kernel: the products of a dense layer, or of several that share x.
+
+    In a `scope` for differentiation whose mesh cuts x or the kernels, as Megatron-LM (Shoeybi et
+    al. 2019, arXiv:1909.08053) and ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054) have it.
+    Everywhere else, `jnp.matmul`.
+
+    Args:
+        x: [..., K].
+        kernels: [K, N] each.
+        names: the two logical axes of every kernel.
+        rows: the names of the leading axes of x.
+
+    Returns:
+        [..., N] each.
+
+    Raises:
+        ShardingError: ranks that differ from the names, or sizes that the mesh does not divide.
+
+    >>> x, w = jnp.ones((2, 3, 4)), jnp.ones((4, 8))
+    >>> [y.shape for y in linear(x, [w, w], ("embed", "heads"))]
+    [(2, 3, 8), (2, 3, 8)]
+    """
+    if len(names) != 2 or len(rows) != x.ndim - 1:
+        raise ShardingError(
+            f"linear: x has rank {x.ndim}, kernels have rank 2: expected {x.ndim - 1} names of "
+            f"rows and two of a kernel's axes, got {rows} and {names}"
+        )
+    cuts = _Cuts.here()
+    if cuts is None:
+        return [jnp.matmul(x, kernel) for kernel in kernels]
+    inner, outer = names
+    where_x = cuts.flown((*rows, inner), x.shape, "linear: x")
+    where_ys = [
+        cuts.flown((*rows, outer), (*x.shape[:-1], kernel.shape[1]), "linear: y")
+        for kernel in kernels
+    ]
+    stored = [cuts.stored(names, kernel.shape, "linear: kernel") for kernel in kernels]
+    axes = cuts.of(where_x, *where_ys)
+    if not axes or cuts.of(*stored) - axes:  # whole, or kernels cut where no row is: unusual
+        return [jnp.matmul(x, kernel) for kernel in kernels]
+    inside = mesh_axes(where_x[-1])  # over these, a product of parts is a part of the sum
+
+    def body(x: jax.Array, *kernels: jax.Array) -> list[jax.Array]:
+        x = _vary(x, where_x, axes)
+        ys = []
+        for part, lies, goes in zip(kernels, stored, where_ys, strict=True):
+            kernel = _whole(_vary(part, lies, axes), _but(lies[0], inside), 0)
+            kernel = _whole(kernel, _but(lies[1], mesh_axes(goes[-1])), 1)
+            y = jnp.matmul(x, kernel)
+            ys.append(lax.psum(y, inside) if inside else y)
+        return ys
+
+    return cuts.shard_map(body, (where_x, *stored), where_ys, axes)(x, *kernels)
+
+
+def lookup(
+    tables: Sequence[jax.Array],
+    ids: Sequence[jax.Array],
+    names: Sequence[Names],
+    *,
+    rows: Names = ROWS,
+) -> jax.Array:
+    """Σ table[id] over one or several tables: an embedding, or a sum of embeddings.
+
+    In a `scope` for differentiation: each device looks up its part of the columns for all rows of
+    those who hold the other parts, the tables' rows are summed, and one all-to-all brings rows
+    and whole columns together. A table cut along its ids adds an all-reduce, as in Megatron-LM.
+    Everywhere else, `jnp.take`. Ids out of range take the nearest row.
+
+    Args:
+        tables: [count, size] each, of one size.
+        ids: int, `rows` each, or a scalar for one row everywhere.
+        names: the two logical axes of each table.
+        rows: the names of the axes of ids.
+
+    Returns:
+        [*rows, size].
+
+    Raises:
+        ShardingError: as `linear`.
+
+    >>> lookup([jnp.eye(3), jnp.ones((1, 3))], [jnp.array([[2, 0]]), jnp.array(0)],
+    ...        [("vocab", "embed"), ("types", "embed")])
+    Array([[[1., 1., 2.],
+            [2., 1., 1.]]], dtype=float32)
+    """
+    cuts = _Cuts.here()
+    if cuts is None:
+        return _sum([_take(table, i, ()) for table, i in zip(tables, ids, strict=True)])
+    shape = max((i.shape for i in ids), key=len)
+    size = tables[0].shape[1]
+    where_ids = [cuts.flown(rows if i.ndim else (), i.shape, "lookup: ids") for i in ids]
+    where_y = cuts.flown((*rows, names[0][1]), (*shape, size), "lookup: rows")
+    stored = [cuts.stored(n, t.shape, "lookup: table") for n, t in zip(names, tables, strict=True)]
+    axes = cuts.of(*where_ids, where_y)
+    columns = {mesh_axes(lies[1]) for lies in stored}
+    travel = _but(stored[0][1], mesh_axes(where_y[-1]))
+    by_ids = cuts.of(*[PartitionSpec(lies[0]) for lies in stored])
+    usual = (
+        len(columns) == 1
+        and len({mesh_axes(lies[0]) for lies in stored if lies[0]}) <= 1
+        and mesh_axes(where_y[-1]) == ()
+        and {*travel} <= {*mesh_axes(where_y[0])}
+        and not by_ids & axes  # ids are the same on all who hold other rows of a table
+    )
+    if not usual or not axes | by_ids:
+        return _sum([_take(table, i, ()) for table, i in zip(tables, ids, strict=True)])
+    axes |= by_ids
+
+    def body(*args: jax.Array) -> jax.Array:
+        here, apart = [], []  # rows that every device finds, and rows that one of several does
+        for lies, where, table, own in zip(
+            stored, where_ids, args[: len(tables)], args[len(tables) :], strict=True
+        ):
+            cut = mesh_axes(lies[0])
+            over = axes if cut else axes - by_ids
+            i = _whole(_vary(own, where, over), travel if own.ndim else (), 0)
+            found = _take(_vary(table, lies, over), i, cut)
+            (apart if cut else here).append(found)
+        if apart:
+            here.append(lax.psum(_sum(apart), tuple(a for a in AXES if a in by_ids)))
+        y = _sum(here)
+        if travel:
+            y = lax.all_to_all(y, travel, split_axis=0, concat_axis=y.ndim - 1, tiled=True)
+        return y
+
+    return cuts.shard_map(body, (*stored, *where_ids), where_y, axes)(*tables, *ids)
+
+
+def _sum(parts: list[jax.Array]) -> jax.Array:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+def _take(table: jax.Array, ids: jax.Array, cut: tuple[str, ...]) -> jax.Array:
+    """Rows of a table; zeros for the ids of others, where `cut` says who holds which."""
+    if not cut:
+        return jnp.take(table, ids, axis=0, mode="clip")
+    count = table.shape[0]
+    ids = jnp.clip(ids, 0, count * lax.axis_size(cut) - 1) - lax.axis_index(cut) * count
+    mine = (ids >= 0) & (ids < count)
+    rows = jnp.take(table, jnp.where(mine, ids, 0), axis=0, mode="clip")
+    return jnp.where(mine[..., None], rows, jnp.zeros((), rows.dtype))
+
+
+def _whole(x: jax.Array, axes: tuple[str, ...], place: int) -> jax.Array:
+    return lax.all_gather(x, axes, axis=place, tiled=True) if axes else x
+
+
+def _but(entry, kept: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(axis for axis in mesh_axes(entry) if axis not in kept)
+
+
+def _vary(x: jax.Array, spec: PartitionSpec, axes: set[str]) -> jax.Array:
+    """Lets x differ over all axes before its first use.
+
+    On the way back, sums over axes then come last: when the gradients of one input are added up,
+    and those of kernels are in parts.
+    """
+    missing = tuple(a for a in AXES if a in axes and all(a not in mesh_axes(e) for e in spec))
+    return lax.pcast(x, missing, to="varying") if missing else x
+
+
+@dataclass(frozen=True)
+class _Cuts:
+    """Where arrays lie in the scope for differentiation that surrounds the trace."""
+
+    mesh: Mesh
+    rules: Rules
+
+    @classmethod
+    def here(cls) -> "_Cuts | None":
+        found = differentiated()
+        return None if found is None else cls(*found)
+
+    def flown(self, names: Names, shape: tuple[int, ...], path: str) -> PartitionSpec:
+        return self._spec(names, shape, path, activation=True)
+
+    def stored(self, names: Names, shape: tuple[int, ...], path: str) -> PartitionSpec:
+        return self._spec(names, shape, path, activation=False)
+
+    def _spec(self, names, shape, path, *, activation) -> PartitionSpec:
+        found = fit(names, shape, self.mesh, self.rules, activation=activation, path=path).spec
+        long = [tuple(a for a in mesh_axes(e) if self.mesh.shape[a] > 1) for e in found]
+        return PartitionSpec(*[axes or None for axes in long])
+
+    @staticmethod
+    def of(*specs: PartitionSpec) -> set[str]:
+        return {axis for spec in specs for entry in spec for axis in mesh_axes(entry)}
+
+    def shard_map(self, body, in_specs, out_specs, axes: set[str]):
+        return jax.shard_map(
+            body, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, axis_names=axes
+        )
