@@ -104,10 +104,30 @@ def apply[R](fn: Callable[..., R], precision: str | Policy) -> Callable[..., R]:
             )
             return fn(*a, **k)
 
-        closed, out = jax.make_jaxpr(of_arrays, return_shape=True)(*arrays)
+        with _applied(chosen):
+            closed, out = jax.make_jaxpr(of_arrays, return_shape=True)(*arrays)
         return jax.tree.unflatten(jax.tree.structure(out), _evaluate(closed, chosen, arrays))
 
     return wrapped
+
+
+# JAX's own context variable, part of the key of its caches.
+_applied = jax.make_user_context(None)
+
+
+def here[R](fn: Callable[..., R]) -> Callable[..., R]:
+    """Returns `fn` under the policy that is being applied to the function which calls this.
+
+    For a function that is about to be mapped over an axis of weights: mapped, its dense layers look
+    like attention, which policies leave alone. Outside `apply`, `fn` itself.
+
+    Args:
+      fn: as for `apply`.
+
+    >>> here(len) is len
+    True
+    """
+    return fn if _applied.value is None else apply(fn, _applied.value)
 
 
 def _evaluate(closed: Any, chosen: Policy, args) -> list:

@@ -14,6 +14,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fw import precision
 from fw.errors import FwError
 from fw.model import from_nnx
 from fw.models.layers import Dense, LayerNorm, attention, dropout, gelu, visible
@@ -396,6 +397,26 @@ def test_a_stack_is_its_layers(rounds):
     lead = (4,) if rounds == 1 else (2, 2)
     close(kernel[...], jnp.stack([one.up.kernel[...] for one in layers]).reshape(*lead, 8, 16))
     assert kernel.get_metadata()["axes"] == (None, "layers", "embed", "mlp")[2 - rounds :]
+
+
+def test_a_precision_policy_reaches_the_stages():
+    """Mapped over stages, a dense layer's product has a batch axis; rounded it is all the same."""
+    with jax.enable_x64(False):
+        model, rng, found = tagger(microbatches=4), np.random.default_rng(0), {}
+        draw = lambda shape: (rng.normal(size=shape) * 0.5).astype(np.float32)  # noqa: E731
+        shapes = jax.eval_shape(model.init, jax.random.key(0))
+        variables = jax.tree.map(lambda s: draw(s.shape), shapes)
+        batch = {"x": draw((16, 4, 3)), "segment_ids": np.ones((16, 4), np.int32)}
+        for policy in ("f32", "bf16"):
+            for spec in ("data=1", "pipe=2"):
+                with scope(make_mesh(spec), rules()):
+                    run = jax.jit(precision.apply(model.apply, policy))
+                    found[policy, spec] = np.asarray(run(variables, batch)[0])
+        np.testing.assert_allclose(found["f32", "pipe=2"], found["f32", "data=1"], atol=1e-5)
+        away = np.abs(found["bf16", "data=1"] - found["f32", "data=1"]).max()
+        assert away > 1e-3
+        apart = np.abs(found["bf16", "pipe=2"] - found["bf16", "data=1"]).max()
+        assert apart < away / 10
 
 
 def test_a_stack_is_born_in_stages():

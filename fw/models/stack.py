@@ -12,8 +12,9 @@ from typing import Any
 import jax
 from flax import nnx
 
+from fw import precision
 from fw.errors import FwError
-from sharding.pipeline import LAYERS, pipeline
+from sharding.pipeline import LAYERS, pipeline, stage_count
 
 
 class Stack(nnx.Module):
@@ -98,7 +99,7 @@ class Stack(nnx.Module):
             return nnx.merge(graph, nnx.State(params))(x, *extras, key)
 
         return pipeline(
-            layer,
+            precision.here(layer) if stage_count() > 1 else layer,  # stages are mapped
             nnx.to_pure_dict(params),
             x,
             extra=extras,
