@@ -18,11 +18,14 @@ everywhere else, three environment variables do. See `find`.
 
 import atexit
 import os
+import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 
@@ -176,6 +179,8 @@ def start(
     # Registered after JAX's own, so it runs before that, which waits for the others.
     atexit.register(_leave, meeting)
     _initialize(settings, meeting.runtime)
+    if settings.found == "openmpi":
+        _outlive_mpirun()
     _started.append(
         Cluster(settings.rank, settings.processes, meeting.me.host, settings.found, meeting)
     )
@@ -208,6 +213,19 @@ def _initialize(settings: Settings, port: int) -> None:
         initialization_timeout=_FAR,
         shutdown_timeout_seconds=_FAR,
     )
+
+
+def _outlive_mpirun() -> None:
+    """When a process dies, mpirun ends the others in the same moment, before they can say whose
+    fault it is. A handler in Python does not run while the program waits for the others, so there
+    the watch has the last word; elsewhere it ends the program as always."""
+
+    def leave(*_: Any) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    usual = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if usual and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, leave)
 
 
 def _fail(meeting: Meeting, error: BaseException) -> None:

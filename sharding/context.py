@@ -38,7 +38,7 @@ def scope(mesh: Mesh, rules: Rules, *, differentiate: bool = False) -> Iterator[
     >>> with scope(make_mesh("data=1"), rules("data")):
     ...     y = constrain(jax.numpy.ones((2, 3)), "batch", "embed")
     >>> tuple(y.sharding.spec)
-    ('data', None)
+    (('data', 'expert'), None)
     """
     with _scope((mesh, rules, differentiate)):
         yield

@@ -265,8 +265,8 @@ class Meeting:
         if found is None or (found.rank == self.rank and self.me.state == FAILED):
             self.outcome.set_result(found)
         else:
-            text = watch.line(found, lost, self.me)
-            self._loop.call_later(0.2, end, text)  # when what was said is on its way
+            say(watch.line(found, lost, self.me))  # at once: a launcher may end this process, too
+            self._loop.call_later(0.2, end, "")  # when what was said is on its way
 
     def _send(self, said: dict) -> None:
         for writer in self._writers:
@@ -300,14 +300,19 @@ class Meeting:
         )
 
 
+def say(text: str) -> None:
+    """A line on stderr, past whoever holds its locks."""
+    fresh = "\n" if sys.stderr is not None and sys.stderr.isatty() else ""  # off a progress line
+    os.write(2, f"{fresh}{text}\n".encode("utf-8", "backslashreplace"))
+
+
 def end(text: str, status: int = EXIT) -> None:
     """Ends the process now, with a line on stderr; a handler at exit might wait for a peer."""
-    fresh = "\n" if sys.stderr is not None and sys.stderr.isatty() else ""  # off a progress line
     flusher = threading.Thread(target=_flush, daemon=True)  # the main thread may hold the locks
     flusher.start()
     flusher.join(1)
     if text:
-        os.write(2, f"{fresh}{text}\n".encode("utf-8", "backslashreplace"))
+        say(text)
     os._exit(status)
 
 

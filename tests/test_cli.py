@@ -289,7 +289,7 @@ def command(*words, stdout=subprocess.PIPE):
 def test_an_error_of_the_command_is_a_status_and_one_line(world, tmp_path):
     done = command(*finetune(world, tmp_path / "run", "--mesh", "data=3", "--batch", "4"))
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("fw: batch: axis 'batch' has size 4, which data=3 x fsdp=1")
+    assert done.stderr.startswith("fw: batch: axis 'batch' has size 4, which data=3")
     assert done.stderr.count("\n") == 1
 
 

@@ -404,7 +404,7 @@ def test_an_error_that_all_have_is_told_once(tmp_path):
 
 @needs_mpirun
 def test_under_mpirun_the_lost_one_is_named_too():
-    work = {"steps": 500, "victim": 1, "at": 12, "how": "SIGKILL"}
+    work = {"steps": 500, "victim": 1, "at": 40, "how": "SIGKILL"}  # after a sign of life or two
     done = subprocess.run(
         [*MPIRUN, "-n", "3", *worker(work=work)],
         capture_output=True, text=True, timeout=240, env=environment(), cwd=ROOT, check=False,

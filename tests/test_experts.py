@@ -618,7 +618,7 @@ def test_refuses(options, message):
             "expert=4",
             {},
             {"shape": (6, 4)},
-            "x: axis 'batch' has size 6, which data=1 x fsdp=1 x expert=4",
+            "x: axis 'batch' has size 6, which expert=4",
         ),
         ("sequence=3", {}, {}, "x: axis 'length' has size 16, which sequence=3 does not"),
         ("tensor=2", {"experts": "tensor", "mlp": None}, {}, "Map 'batch' to 'tensor' too"),
