@@ -33,7 +33,8 @@ def linear(
 
     In a `scope` for differentiation whose mesh cuts x or the kernels, as Megatron-LM (Shoeybi et
     al. 2019, arXiv:1909.08053) and ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054) have it.
-    Everywhere else, `jnp.matmul`.
+    Everywhere else, and where kernels are cut over axes that cut neither x nor the products, which
+    is then the compiler's to solve, `jnp.matmul`.
 
     Args:
         x: [..., K].
@@ -96,7 +97,8 @@ def lookup(
     In a `scope` for differentiation: each device looks up its part of the columns for all rows of
     those who hold the other parts, the tables' rows are summed, and one all-to-all brings rows
     and whole columns together. A table cut along its ids adds an all-reduce, as in Megatron-LM.
-    Everywhere else, `jnp.take`. Ids out of range take the nearest row.
+    Everywhere else, and for tables cut unlike each other or over axes that cut ids, `jnp.take`. Ids
+    out of range take the nearest row.
 
     Args:
         tables: [count, size] each, of one size.
