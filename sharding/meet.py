@@ -35,6 +35,7 @@ EXIT = 70
 
 LOOPBACK = "127.0.0.1"
 LINE = 1 << 16  # bytes in a line of JSON, at most
+GRACE = 0.2  # seconds
 
 
 class Meeting:
@@ -92,9 +93,12 @@ class Meeting:
             async with asyncio.timeout(self.within):
                 await (self._host() if self.rank == 0 else self._visit())
         except Exception as error:  # raised where the user waits for it
+            late = ShardingError(self._nobody()) if isinstance(error, TimeoutError) else error
             for thing in (*self._writers, *self._servers):
                 thing.close()
-            late = ShardingError(self._nobody()) if isinstance(error, TimeoutError) else error
+            with contextlib.suppress(OSError, TimeoutError):
+                async with asyncio.timeout(1):  # until it is closed rank 0 refuses a second try
+                    await asyncio.gather(*(writer.wait_closed() for writer in self._writers))
             self._met.set_exception(late)
             return
         self._judged = time.monotonic()
@@ -135,6 +139,8 @@ class Meeting:
         except (OSError, TimeoutError, ValueError, KeyError, TypeError, AttributeError, EOFError):
             writer.close()
             return
+        if member.rank in self.members:  # one that gave up and tries again may overtake its own end
+            await asyncio.sleep(GRACE)
         if wrong := self._refusal(member, processes):
             writer.write(_encode({"refused": wrong}))
             writer.close()

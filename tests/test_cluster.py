@@ -192,7 +192,7 @@ def test_who_does_not_belong_is_refused_and_a_stranger_does_no_harm():
             meeting(address, 3, 1, within=0.3).join()
     with pytest.raises(ShardingError, match="rank 0 is there already, as pid"):
         # As a second process with the same rank would.
-        twin = meeting(address, 3, 1)
+        twin = meeting(address, 3, 1, within=3)
         twin.rank = 0
         twin._host = twin._visit
         twin.join()
