@@ -23,7 +23,6 @@ def collect(
     mesh: Mesh,
     axes: Sequence[str],
     kept: Sequence[str],
-    mapped: Sequence[str] = (),
 ) -> tuple[Any, Any]:
     """Every device's own copy of its parameters, whole but for their first axis and XLA's axes.
 
@@ -33,8 +32,6 @@ def collect(
         mesh: where they are stored.
         axes: the mesh axes that the function which wants them cuts by hand.
         kept: those of `axes` that cut the first axis of every parameter, there too.
-        mapped: those of `axes` that are left to a `jax.vmap(spmd_axis_name=...)` around it all,
-            such as `pipe`: over these nothing is copied.
 
     Returns:
         A tree of arrays [copies, ...], one copy a device, so that nothing has to be summed or moved
@@ -48,7 +45,7 @@ def collect(
     >>> copies.shape, tuple(spec)
     ((8, 3, 6), (('data', 'fsdp'), None, None))
     """
-    copied = tuple(axis for axis in axes if axis not in {*kept, *mapped})
+    copied = tuple(axis for axis in axes if axis not in kept)
 
     def one(leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
         cut = [tuple(a for a in mesh_axes(entry) if mesh.shape[a] > 1) for entry in spec]

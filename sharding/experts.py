@@ -25,7 +25,6 @@ from sharding.rows import Fn
 from sharding.rules import BATCH, Names, Rules, mesh_axes
 
 EXPERTS, LENGTH = "experts", "length"
-PIPE = "pipe"
 
 
 def experts(
@@ -139,10 +138,8 @@ def _place(params: Any, names: Sequence[Names], x: jax.Array) -> _Place | None:
     batch, along = cutting(where.spec[0]), cutting(where.spec[1])
     over = cutting(rules.spec((EXPERTS,))[0])
     _check_over(over, batch, mesh, rules)
-    # A pipeline maps its stages over `pipe`: to the map that axis must be one of those in hand.
     # Sorting and counting are by hand over all that cuts tokens, so that no device waits.
-    pipe = (PIPE,) if mesh.shape.get(PIPE, 1) > 1 else ()
-    manual = tuple(dict.fromkeys((*batch, *along, *over, *pipe)))
+    manual = tuple(dict.fromkeys((*batch, *along, *over)))
     if not manual:
         return None
 
@@ -152,9 +149,7 @@ def _place(params: Any, names: Sequence[Names], x: jax.Array) -> _Place | None:
 
 def _on_mesh(run: Any, fn: Fn, params: Any, x: jax.Array, routing: Routing, place: _Place) -> Any:
     """`run` on every device's own tokens and experts."""
-    # A stage of a pipeline has its own parameters: its map says how they are cut over `pipe`.
-    mapped = [axis for axis in place.manual if axis == PIPE]
-    copies, doors = collect(params, place.params, place.mesh, place.manual, place.over, mapped)
+    copies, doors = collect(params, place.params, place.mesh, place.manual, place.over)
 
     def local(params, x, chosen, weights):
         params = jax.tree.map(lambda leaf: leaf[0], params)
