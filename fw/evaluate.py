@@ -15,7 +15,7 @@ from fw.data import Packed, eval_batches
 from fw.model import Batch
 from fw.tasks import Summary, Task
 from sharding import Rules, constrain, put, scope
-from sharding.cluster import beat
+from sharding.processes.cluster import beat
 
 Forward = Callable[[Any, Batch], jax.Array]
 

@@ -12,7 +12,7 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # it imports JAX, which would be in vain before `restart`
-    from sharding.cluster import Cluster
+    from sharding.processes.cluster import Cluster
 
 # XLA allocates a step's temporaries anew each time. glibc gives such blocks back to the kernel and
 # faults them in again in pages of 4 KiB: a fifth of a training step's time on a CPU. Kept in the
@@ -68,7 +68,7 @@ def join(mesh: str = "") -> "Cluster":
     Raises:
       sharding.ShardingError: there are others, but they cannot be joined.
     """
-    from sharding.cluster import start
+    from sharding.processes.cluster import start
 
     cluster = start()
     virtual_devices(mesh, cluster.processes)

@@ -22,7 +22,7 @@ from fw.errors import FwError
 from fw.step import TrainState
 from fw.tasks import Summary
 from sharding import Rules
-from sharding.cluster import beat
+from sharding.processes.cluster import beat
 
 
 @dataclass

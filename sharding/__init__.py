@@ -1,18 +1,18 @@
 """Where arrays live: meshes, rules, placement. Useful with any JAX program; see README.md."""
 
-from sharding.cluster import Cluster, beat, start
 from sharding.context import constrain, current, cutting, scope
 from sharding.errors import ShardingError
-from sharding.experts import experts
 from sharding.layout import paths, shardings, specs
-from sharding.linear import linear, lookup
 from sharding.mesh import AXES, format_mesh, make_mesh
 from sharding.names import names, unboxed
-from sharding.pipeline import bubble, pipeline
+from sharding.parallel.experts import experts
+from sharding.parallel.linear import linear, lookup
+from sharding.parallel.pipeline import bubble, pipeline
+from sharding.parallel.ring import ring_attention
+from sharding.parallel.routing import balance_loss, route, z_loss
 from sharding.place import build, create, gather, put
+from sharding.processes.cluster import Cluster, beat, start
 from sharding.program import Collective, ContractError, Memory, Report, contract, inspect
-from sharding.ring import ring_attention
-from sharding.routing import balance_loss, route, z_loss
 from sharding.rules import ACTIVATIONS, PRESETS, Rules, rules
 from sharding.shard import Sharded, shard
 from sharding.visualize import Picture, visualize

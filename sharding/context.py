@@ -5,8 +5,9 @@ constraint by the scope's mesh and rules (see `layout`); outside, it does nothin
 function runs on one device, is exported, or is used by people who never heard of a mesh.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -14,13 +15,23 @@ from jax.sharding import Mesh
 from sharding.layout import check_rank, fit
 from sharding.rules import Rules, mesh_axes
 
+
+class _Scope(NamedTuple):
+    mesh: Mesh
+    rules: Rules
+    differentiate: bool
+    mapped: tuple[str, ...]
+
+
 # A ContextVar would not do: jax.jit would not see it, and would reuse a trace made in another
 # scope, or in none. This is JAX's own context variable, part of the key of its caches.
 _scope = jax.make_user_context(None)
 
 
 @contextmanager
-def scope(mesh: Mesh, rules: Rules, *, differentiate: bool = False) -> Iterator[None]:
+def scope(
+    mesh: Mesh, rules: Rules, *, differentiate: bool = False, mapped: Sequence[str] = ()
+) -> Iterator[None]:
     """Within it, `constrain` shards by this mesh and these rules.
 
     It must surround the call that traces: `with scope(mesh, rules): step(state, batch)`. A jitted
@@ -30,6 +41,7 @@ def scope(mesh: Mesh, rules: Rules, *, differentiate: bool = False) -> Iterator[
         mesh: where activations go.
         rules: where their axes' names go.
         differentiate: what is traced is a step of training: `linear` writes its communication out.
+        mapped: mesh axes that a `jax.vmap(spmd_axis_name=...)` around the trace has taken.
 
     Yields:
         Nothing.
@@ -40,7 +52,7 @@ def scope(mesh: Mesh, rules: Rules, *, differentiate: bool = False) -> Iterator[
     >>> tuple(y.sharding.spec)
     (('data', 'expert'), None)
     """
-    with _scope((mesh, rules, differentiate)):
+    with _scope(_Scope(mesh, rules, differentiate, tuple(mapped))):
         yield
 
 
@@ -61,7 +73,19 @@ def differentiated() -> tuple[Mesh, Rules] | None:
     >>> differentiated() is None
     True
     """
-    return current() if _scope.value is not None and _scope.value[2] else None
+    return current() if _scope.value is not None and _scope.value.differentiate else None
+
+
+def mapped() -> tuple[str, ...]:
+    """The mesh axes that a map around the trace has taken, such as a pipeline's `pipe`.
+
+    A `jax.shard_map` with `axis_names` must have them among those: JAX 0.12 takes the mapped axis
+    for one of its own.
+
+    >>> mapped()
+    ()
+    """
+    return () if _scope.value is None else _scope.value.mapped
 
 
 def cutting(name: str) -> tuple[str, ...]:

@@ -18,10 +18,11 @@ import pytest
 
 from fw import run
 from fw.cli import main
-from sharding import ShardingError, cluster
-from sharding.find import Settings, find
-from sharding.meet import EXIT, Meeting
-from sharding.watch import COMPILING, DONE, FAILED, PAUSED, Member, Verdict, judge
+from sharding import ShardingError
+from sharding.processes import cluster
+from sharding.processes.find import Settings, find
+from sharding.processes.meet import EXIT, Meeting
+from sharding.processes.watch import COMPILING, DONE, FAILED, PAUSED, Member, Verdict, judge
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -352,7 +353,7 @@ def test_mpirun(processes, devices):
 
 @needs_mpirun
 def test_mpirun_of_one_is_alone():
-    code = "from sharding.cluster import start; print(start().found)"
+    code = "from sharding.processes.cluster import start; print(start().found)"
     done = subprocess.run(
         [*MPIRUN, "-n", "1", sys.executable, "-c", code],
         capture_output=True, text=True, timeout=60, env=environment(), cwd=ROOT, check=True,

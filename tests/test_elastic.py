@@ -21,7 +21,7 @@ from fw.optimizer import AdamW, optimizer, state_shardings
 from fw.step import TrainState, initial_state, make_step
 from fw.tasks import cross_entropy
 from sharding import ShardingError, create, gather, make_mesh, paths, rules, shardings
-from sharding.cluster import start
+from sharding.processes.cluster import start
 
 ROOT = Path(__file__).parents[1]
 RULES = rules()

@@ -18,9 +18,9 @@ from fw.errors import FwError
 from fw.model import from_nnx
 from fw.models.experts import Experts, ExpertsConfig, mlp, router_logits
 from sharding import ShardingError, create, gather, make_mesh, put, rules, scope, shardings
-from sharding.experts import experts
-from sharding.routing import balance_loss, queue, route, z_loss
-from sharding.rows import grouped
+from sharding.parallel.experts import experts
+from sharding.parallel.routing import balance_loss, queue, route, z_loss
+from sharding.parallel.rows import grouped
 
 NUMBER, K, SIZE, INNER = 8, 2, 6, 8
 AXES = {"up": ("experts", "embed", None, "mlp"), "down": ("experts", "mlp", "embed")}
@@ -395,7 +395,7 @@ def test_stages_of_a_pipeline(mode):
     with jax.enable_x64(True):
         placed = jax.device_put(params, shardings(axes, params, mesh, layout))
         x_on = put(x, mesh, layout, ("layers", "batch", "length", None))
-        with scope(mesh, layout):
+        with scope(mesh, layout, mapped=["pipe"]):
             step = jax.jit(jax.value_and_grad(total, (0, 1))).lower(placed, x_on).compile()
         value, (g_params, g_x) = gather(step(placed, x_on))
         alone = [expected(stages[s], skews[s], MODES[mode], x[s]) for s in range(2)]

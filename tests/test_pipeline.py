@@ -33,7 +33,7 @@ from sharding import (
     scope,
     shardings,
 )
-from sharding.pipeline import bubble, pipeline
+from sharding.parallel.pipeline import bubble, pipeline
 
 L, E, F, B, T = 8, 4, 6, 16, 2
 NAMES = {"up": ("layers", "embed", "mlp"), "down": ("layers", "mlp", "embed")}

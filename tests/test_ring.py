@@ -18,7 +18,7 @@ from fw.models.bert import BertConfig, bert
 from fw.models.layers import dropout
 from sharding import ShardingError, constrain, make_mesh, put, rules, scope
 from sharding.noise import dropout_mask, positional_bits
-from sharding.ring import ring_attention
+from sharding.parallel.ring import ring_attention
 
 RULES = rules()
 NAMES = ("batch", "length", "heads", None)
@@ -270,7 +270,7 @@ TRANSFORMS = {
 def test_mapped_over_stages_of_a_pipeline(name):
     mesh, number = make_mesh("pipe=2,sequence=2,tensor=2"), 2
     keys = jax.random.split(jax.random.key(0), number)
-    with jax.enable_x64(True), scope(mesh, RULES):
+    with jax.enable_x64(True), scope(mesh, RULES, mapped=["pipe"]):
         q, k, v, segments, g = draw(4, 2, shape=(number, ROWS, LENGTH))
 
         def one(q, k, v, segments, key):
@@ -293,7 +293,7 @@ def test_mapped_over_stages_of_a_pipeline(name):
 
 
 def test_arguments_that_are_not_mapped():
-    with jax.enable_x64(True), scope(make_mesh("pipe=2,sequence=2"), RULES):
+    with jax.enable_x64(True), scope(make_mesh("pipe=2,sequence=2"), RULES, mapped=["pipe"]):
         q, k, v, _, g = draw(6, shape=(2, ROWS, LENGTH))
         k, v = k[0], v[0]
         f = lambda q, k, v: staged(lambda q: ring_attention(q, k, v))(q)  # noqa: E731

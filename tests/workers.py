@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from sharding import build, make_mesh
-from sharding.cluster import start
+from sharding.processes.cluster import start
 
 
 def main() -> None:

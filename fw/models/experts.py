@@ -16,8 +16,8 @@ from jax import lax
 
 from fw.errors import FwError
 from fw.models.layers import gelu
-from sharding.experts import experts
-from sharding.routing import Load, balance_loss, route, z_loss
+from sharding.parallel.experts import experts
+from sharding.parallel.routing import Load, balance_loss, route, z_loss
 
 ACTIVATIONS = ("swiglu", "gelu")
 AXES = {"up": ("experts", "embed", None, "mlp"), "down": ("experts", "mlp", "embed")}

@@ -16,7 +16,7 @@ from jax import lax
 
 from sharding import cutting, linear, lookup
 from sharding.noise import dropout_mask
-from sharding.ring import ring_attention
+from sharding.parallel.ring import ring_attention
 
 Axes = tuple[str, ...]
 Rows = tuple[str | None, ...]

@@ -14,7 +14,7 @@ from flax import nnx
 
 from fw import precision
 from fw.errors import FwError
-from sharding.pipeline import LAYERS, pipeline, stage_count
+from sharding.parallel.pipeline import LAYERS, pipeline, stage_count
 
 
 class Stack(nnx.Module):

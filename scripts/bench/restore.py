@@ -29,7 +29,7 @@ from fw.errors import FwError
 from fw.options import add_options, read_options
 from fw.step import TrainState
 from sharding import build, make_mesh, rules, shardings
-from sharding.cluster import start
+from sharding.processes.cluster import start
 
 DEVICES = 8
 MB = 10**6

@@ -26,9 +26,9 @@ from concurrent.futures import Future
 from dataclasses import asdict, replace
 from typing import Any
 
-from sharding import watch
 from sharding.errors import ShardingError
-from sharding.watch import COMPILING, FAILED, RUNNING, Member, Verdict
+from sharding.processes import watch
+from sharding.processes.watch import COMPILING, FAILED, RUNNING, Member, Verdict
 
 EXIT = 70
 """The exit status of a process that ends because another is lost; EX_SOFTWARE of sysexits.h."""

@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
+from sharding.context import mapped
 from sharding.rules import mesh_axes
 
 
@@ -61,7 +62,7 @@ def collect(
             mesh=mesh,
             in_specs=PartitionSpec(*[own or None for own in cut]),
             out_specs=PartitionSpec(copied or None, *left),
-            axis_names={*axes, *(axis for own in cut for axis in own)},
+            axis_names={*axes, *mapped(), *(axis for own in cut for axis in own)},
             check_vma=False,
         )(wide)
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from sharding.context import differentiated
+from sharding.context import differentiated, mapped
 from sharding.errors import ShardingError
 from sharding.layout import fit
 from sharding.mesh import AXES
@@ -225,5 +225,9 @@ class _Cuts:
 
     def shard_map(self, body, in_specs, out_specs, axes: set[str]):
         return jax.shard_map(
-            body, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, axis_names=axes
+            body,
+            mesh=self.mesh,
+            in_specs=in_specs,
+            out_specs=out_specs,
+            axis_names={*axes, *mapped()},
         )

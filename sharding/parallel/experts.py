@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from sharding.collect import collect
-from sharding.context import current
+from sharding.context import current, mapped
 from sharding.errors import ShardingError
-from sharding.exchange import everything, some
 from sharding.layout import fit, is_names, paths
-from sharding.routing import Load, Priority, Routing, counts
-from sharding.rows import Fn
+from sharding.parallel.collect import collect
+from sharding.parallel.exchange import everything, some
+from sharding.parallel.routing import Load, Priority, Routing, counts
+from sharding.parallel.rows import Fn
 from sharding.rules import BATCH, Names, Rules, mesh_axes
 
 EXPERTS, LENGTH = "experts", "length"
@@ -74,7 +74,7 @@ def experts(
             or lengths that the mesh does not divide; rules that cut experts over an axis that
             does not cut the batch.
 
-    >>> from sharding.routing import route
+    >>> from sharding.parallel.routing import route
     >>> x = jnp.ones((1, 4, 2))
     >>> routing = route(jnp.array([[[9.0, 0.0], [9.0, 0.0], [9.0, 0.0], [0.0, 9.0]]]), 1)
     >>> fn = lambda scale, rows: rows * scale
@@ -160,7 +160,7 @@ def _on_mesh(run: Any, fn: Fn, params: Any, x: jax.Array, routing: Routing, plac
         mesh=place.mesh,
         in_specs=(doors, place.rows, place.rows, place.rows),
         out_specs=(place.rows, place.rows),
-        axis_names=set(place.manual),
+        axis_names={*place.manual, *mapped()},
         check_vma=False,
     )(copies, x, routing.experts, routing.weights)
 

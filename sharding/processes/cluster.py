@@ -29,10 +29,10 @@ from typing import Any
 
 import jax
 
-from sharding import watch
 from sharding.errors import ShardingError
-from sharding.find import Settings, find
-from sharding.meet import LOOPBACK, Meeting, end
+from sharding.processes import watch
+from sharding.processes.find import Settings, find
+from sharding.processes.meet import LOOPBACK, Meeting, end
 
 _NO_PROXY = ("no_grpc_proxy", "no_proxy", "NO_PROXY")  # gRPC reads the first that is set
 _FAR = 600  # seconds; JAX's own watch, which ends a process from C++, must come after this one

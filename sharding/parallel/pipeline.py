@@ -26,12 +26,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sharding import stages as along
-from sharding.context import current, scope
+from sharding.context import current, differentiated, scope
 from sharding.errors import ShardingError
 from sharding.layout import paths
+from sharding.parallel import stages as along
+from sharding.parallel.stages import Schedule, divisors
 from sharding.rules import BATCH, mesh_axes, rules
-from sharding.stages import Schedule, divisors
 
 PIPE = "pipe"
 LAYERS = "layers"
@@ -191,9 +191,7 @@ def _staged(
     # The microbatches that wait or are done, [stages, groups, rows, ...].
     queue = jax.tree.map(lambda a: a.reshape(stages, groups, *a.shape[1:]), x)
     queue = _pin(queue, PIPE, None, _rows_axes())
-    # Not with spmd_axis_name, which a shard_map over other axes cannot carry: the axis of stages is
-    # cut because all that comes in is.
-    chain = _chain(jax.vmap(one), again=remat == "layer")
+    chain = _chain(jax.vmap(one, spmd_axis_name=PIPE), again=remat == "layer")
 
     def stage(params, x, extra, tick):
         """One tick of all stages: x [stages, rows, ...]."""
@@ -273,8 +271,7 @@ def _without_pipe(stages: int) -> AbstractContextManager:
     mesh, outside = place
     kept = tuple(axis for axis in mesh_axes(outside.table[BATCH]) if axis != PIPE)
     inside = rules(outside.preset, dict(outside.overrides) | {BATCH: kept or None})
-    # Not for differentiation: a map over stages would take what `linear` cuts by hand for its own.
-    return scope(mesh, inside)
+    return scope(mesh, inside, differentiate=differentiated() is not None, mapped=(PIPE,))
 
 
 def _rows_axes() -> tuple[str, ...] | None:

@@ -18,11 +18,10 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from sharding.context import current, cutting
+from sharding.context import current, cutting, mapped
 from sharding.errors import ShardingError
 from sharding.layout import fit
-from sharding.manual import manual
-from sharding.pair import Pairs, Place, by_group, by_token, wide
+from sharding.parallel.pair import Pairs, Place, by_group, by_token, wide
 
 
 def ring_attention(
@@ -82,7 +81,7 @@ def ring_attention(
         names = (None, "length", None, None)
         fit(names, q.shape, mesh, rules, activation=True, path="ring_attention: queries")
     precision = jax.config.jax_default_matmul_precision or "highest"
-    ring = _Ring(mesh, axes, Pairs(size, causal, rate, precision))
+    ring = _Ring(mesh, axes, mapped(), Pairs(size, causal, rate, precision))
     return _attention(ring, q, k, v, segments, key if rate else None)
 
 
@@ -117,6 +116,7 @@ class _Ring:
 
     mesh: Mesh | None
     axes: tuple[str, ...]
+    mapped: tuple[str, ...]
     pairs: Pairs
 
     @property
@@ -176,7 +176,14 @@ def _on(ring, fn, ins, outs):
     def spec(axis):
         return PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, ring.axes)
 
-    return manual(fn, ring.mesh, ring.axes, [*map(spec, ins)], tuple(map(spec, outs)))
+    return jax.shard_map(
+        fn,
+        mesh=ring.mesh,
+        in_specs=tuple(map(spec, ins)),
+        out_specs=tuple(map(spec, outs)),
+        axis_names={*ring.axes, *ring.mapped},
+        check_vma=False,
+    )
 
 
 # Below, arrays are one device's parts. The rounds in the middle are a loop, so that a ring of 256

@@ -14,8 +14,8 @@ import numpy as np
 from jax import lax
 from jax.custom_batching import custom_vmap
 
-from sharding.routing import Priority, queue
-from sharding.rows import Fn, grouped, inverse, move, sort, starts
+from sharding.parallel.routing import Priority, queue
+from sharding.parallel.rows import Fn, grouped, inverse, move, sort, starts
 
 ROUNDS = 8
 """Rounds in which balanced choices would be sent; what is uneven is rounded up to a round."""
