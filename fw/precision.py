@@ -27,6 +27,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.extend import core, source_info_util
 
 from fw.errors import FwError
+from sharding.parallel.travel import moved
 
 # Since jax 0.12 the same as core.Jaxpr, which 0.11 still tells apart.
 ClosedJaxpr = core.ClosedJaxpr  # pyright: ignore[reportPrivateImportUsage]
@@ -104,7 +105,9 @@ def apply[R](fn: Callable[..., R], precision: str | Policy) -> Callable[..., R]:
             )
             return fn(*a, **k)
 
-        with _applied(chosen):
+        # For functions that bring their own derivative and ask JAX, such as ring attention.
+        others = "highest" if chosen.precision == lax.Precision.HIGHEST else "default"
+        with _applied(chosen), jax.default_matmul_precision(others):
             closed, out = jax.make_jaxpr(of_arrays, return_shape=True)(*arrays)
         return jax.tree.unflatten(jax.tree.structure(out), _evaluate(closed, chosen, arrays))
 
@@ -118,8 +121,9 @@ _applied = jax.make_user_context(None)
 def here[R](fn: Callable[..., R]) -> Callable[..., R]:
     """Returns `fn` under the policy that is being applied to the function which calls this.
 
-    For a function that is about to be mapped over an axis of weights: mapped, its dense layers look
-    like attention, which policies leave alone. Outside `apply`, `fn` itself.
+    For a function that is about to be mapped over an axis of weights, such as experts or stages:
+    mapped, its dense layers look like attention, which policies leave alone. And for one that is
+    given to a function with its own derivative. Outside `apply`, `fn` itself.
 
     Args:
       fn: as for `apply`.
@@ -128,6 +132,18 @@ def here[R](fn: Callable[..., R]) -> Callable[..., R]:
     True
     """
     return fn if _applied.value is None else apply(fn, _applied.value)
+
+
+def operands() -> str | None:
+    """The dtype of dense layers' operands, under the policy that is being applied to the caller.
+
+    None: as they are.
+
+    >>> apply(lambda x: print(operands()) or x, "bf16")(jnp.ones(1))
+    bfloat16
+    Array([1.], dtype=float32)
+    """
+    return None if _applied.value is None else _applied.value.weights
 
 
 def _evaluate(closed: Any, chosen: Policy, args) -> list:
@@ -200,16 +216,7 @@ def _rounded_afterwards(eqn: Any, jaxpr: Any, chosen: Policy) -> bool:
 def _gather(x, params, dtype):
     """Rounded before it travels, not after: half the bytes. Gradients come back as they are."""
 
-    def bits(x):  # XLA's CPU collectives widen bfloat16 to float32; bits are as wide as they are
-        whole = lax.all_gather_p.bind(lax.bitcast_convert_type(x, np.uint16), **dict(params))
-        return lax.bitcast_convert_type(whole, dtype)
-
-    rounded = x.astype(dtype)
-    if rounded.dtype.itemsize != 2:
-        return lax.all_gather_p.bind(rounded, **dict(params)).astype(x.dtype)
-    return lax.platform_dependent(
-        rounded, cpu=bits, default=lambda x: lax.all_gather_p.bind(x, **dict(params))
-    ).astype(x.dtype)
+    return moved(lambda x: lax.all_gather_p.bind(x, **dict(params)), x, dtype)
 
 
 def _gather_bwd(params, dtype, like, g):

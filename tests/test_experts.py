@@ -17,7 +17,7 @@ from fw import precision
 from fw.errors import FwError
 from fw.model import from_nnx
 from fw.models.experts import Experts, ExpertsConfig, mlp, router_logits
-from sharding import ShardingError, create, gather, make_mesh, put, rules, scope, shardings
+from sharding import ShardingError, create, gather, inspect, make_mesh, put, rules, scope, shardings
 from sharding.parallel.experts import experts
 from sharding.parallel.routing import balance_loss, queue, route, z_loss
 from sharding.parallel.rows import grouped
@@ -573,20 +573,57 @@ def test_gelu_experts_chosen_one_a_token():
     assert_close(y, np.einsum("blf,blfd->bld", hidden, down[best]) * p.max(-1)[..., None], 1e-12)
 
 
-def test_a_precision_policy_leaves_the_router_alone():
-    model = as_model(CONFIG)
+@pytest.mark.parametrize("capacity", [None, 1.0])
+def test_a_precision_policy_rounds_the_experts_and_not_the_router(capacity):
+    """Mapped over experts, a product has a batch axis; rounded it is as that of one expert."""
+    model = as_model(ExpertsConfig(**{**vars(CONFIG), "capacity": capacity}))
     variables, batch = model.init(jax.random.key(0)), {"x": X.astype(np.float32)}
+    p, x = variables["params"], batch["x"]
     (y, aux), _ = jax.jit(model.apply)(variables, batch)
-    mesh, layout = make_mesh("expert=4"), rules()
-    low = precision.apply(model.apply, precision.Policy("low", "bfloat16", "bfloat16"))
-    with scope(mesh, layout):
-        (y_low, aux_low), _ = jax.jit(low)(variables, put(batch, mesh, layout))
+    with scope(make_mesh("expert=4"), rules()):
+        (low, aux_low), _ = jax.jit(precision.apply(model.apply, "bf16"))(variables, batch)
     np.testing.assert_array_equal(aux_low.load.kept, aux.load.kept)
     assert_close((aux_low.balance, aux_low.z), (aux.balance, aux.z), 1e-6)
-    assert_close(y_low, y, 0.03)
+    rounded = jax.jit(precision.apply(mlp, "bf16"))
+    outs = [
+        rounded({"up": p["up"][e], "down": p["down"][e]}, x.reshape(-1, SIZE)) for e in range(8)
+    ]
+    routing = route(router_logits(x, p["router"]), K, renormalize=CONFIG.renormalize)
+    share = (
+        jax.nn.one_hot(routing.experts, NUMBER)
+        * jnp.where(aux.load.kept, routing.weights, 0.0)[..., None]
+    )
+    expected = jnp.einsum("blke,eblf->blf", share, jnp.stack(outs).reshape(NUMBER, *x.shape))
+    assert_close(low, expected, 1e-5)
+    assert np.abs(low - y).max() > 1e-3
 
 
-# --- refusals -------------------------------------------------------------------------------------
+@pytest.mark.parametrize("capacity", [None, 1.0])
+def test_what_is_rounded_travels_rounded(capacity):
+    """To the experts, and its gradient from them; the result is what it is on one device."""
+    model = as_model(ExpertsConfig(**{**vars(CONFIG), "capacity": capacity}))
+    start, x = model.init(jax.random.key(0)), X.astype(np.float32)
+    mesh, layout = make_mesh("fsdp=2,expert=4"), rules()
+
+    def loss(variables, x):
+        return jnp.sum(jnp.square(model.apply(variables, {"x": x})[0][0]))
+
+    def graded(policy, *args):
+        return jax.jit(jax.grad(precision.apply(loss, policy), (0, 1))).lower(*args).compile()
+
+    exact, rounded = (graded(policy, start, x)(start, x) for policy in ("f32", "bf16"))
+    placed = jax.device_put(start, shardings(model.axes, start, mesh, layout)), put(x, mesh, layout)
+    with scope(mesh, layout, differentiate=True):
+        step = graded("bf16", *placed)
+    for one, alone, best in zip(
+        *map(jax.tree.leaves, (step(*placed), rounded, exact)), strict=True
+    ):
+        away = np.abs(alone - best).max()
+        assert away > 0 and np.abs(one - alone).max() < away / 3
+    found = [c for c in inspect(step).collectives if c.known]  # others: rounds for uneven choices
+    exchanged = sorted(c.dtype for c in found if c.kind == "all-to-all")
+    assert exchanged == ["f32", "f32", "u16", "u16"]  # there, back; and so do gradients
+    assert sum((c.kind, c.dtype) == ("all-gather", "u16") for c in found) == 2  # up and down
 
 
 def call(number=NUMBER, *, axes=AXES, shape=(BATCH, LENGTH), k=K, tokens=None, **options):

@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
+from fw import precision
 from fw.errors import FwError
 from fw.models.layers import gelu
 from sharding.parallel.experts import experts
@@ -105,13 +106,14 @@ class Experts(nnx.Module):
         logits = router_logits(x, self.router[...])
         routing = route(logits, config.chosen, renormalize=config.renormalize, mask=mask)
         y, load = experts(
-            mlp,
+            precision.here(mlp),
             {"up": self.up[...], "down": self.down[...]},
             x,
             routing,
             axes=AXES,  # not the parameters' metadata: in a stack, that has "layers" before
             capacity=config.capacity,
             group=config.group,
+            operands=precision.operands(),
         )
         return y, ExpertsAux(balance_loss(routing), z_loss(routing), load)
 

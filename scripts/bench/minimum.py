@@ -34,8 +34,8 @@ Not counted is what only some models can have: if heads divide by n, exchanging 
 
 **expert** (GShard, Lepikhin et al. 2020, arXiv:2006.16668). Each of a token's k experts gets its
 row and returns one, and so do gradients: four exchanges of k t d a layer, if choices are even and
-a device has one expert. In float32: a policy leaves experts' products as they are. Experts'
-gradients are at home.
+a device has one expert. What goes to an expert, or its gradient, goes in the dtype of its products;
+what comes from one in float32. Experts' gradients are at home.
 
 Not in it: scalars (loss, norm, counts of tokens and of choices), a few bytes each.
 """
@@ -126,7 +126,7 @@ def minimum(step: Step, mesh: Mapping[str, int]) -> dict[str, float]:
         if names[0] in TABLES:
             tables += part * FLOAT
         else:
-            matrix = len(names) == 2 and "experts" not in names and None not in names
+            matrix = "experts" in names or (len(names) == 2 and None not in names)
             comes = step.kernel_bytes if matrix else FLOAT
             add(("fsdp",), (stored - 1) / stored * part * (comes + FLOAT))
         others = tuple(
@@ -149,5 +149,6 @@ def minimum(step: Step, mesh: Mapping[str, int]) -> dict[str, float]:
     add(("sequence",), step.layers * (s - 1) * (2 * row / t + min(keys, queries)))
     add(("sequence",), (s - 1) * tokens * INT)
 
-    add(("expert",), step.layers * 4 * (e - 1) / e * step.chosen * row)
+    both = (FLOAT + step.kernel_bytes) / FLOAT  # to an expert and from it
+    add(("expert",), step.layers * 2 * both * (e - 1) / e * step.chosen * row)
     return found

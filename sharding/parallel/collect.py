@@ -7,6 +7,7 @@ all axes: one gather, and in the backward pass one reduction that scatters.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from sharding.context import mapped
+from sharding.parallel.travel import moved
 from sharding.rules import mesh_axes
 
 
@@ -24,6 +26,7 @@ def collect(
     mesh: Mesh,
     axes: Sequence[str],
     kept: Sequence[str],
+    operands: Any = None,
 ) -> tuple[Any, Any]:
     """Every device's own copy of its parameters, whole but for their first axis and XLA's axes.
 
@@ -33,6 +36,8 @@ def collect(
         mesh: where they are stored.
         axes: the mesh axes that the function which wants them cuts by hand.
         kept: those of `axes` that cut the first axis of every parameter, there too.
+        operands: the dtype in which matrices travel, which have three axes at least; None for their
+            own. Gradients do not.
 
     Returns:
         A tree of arrays [copies, ...], one copy a device, so that nothing has to be summed or moved
@@ -56,9 +61,10 @@ def collect(
         dims = [(d, own) for d, own in enumerate(cut) if d and set(own) & set(axes)]
         gathered = dict(dims)
         left = [None if d in gathered else own or None for d, own in enumerate(cut)]
+        low = operands if leaf.ndim > 2 else None
         wide = leaf.astype(np.promote_types(leaf.dtype, np.float32))
         return jax.shard_map(
-            lambda part: _gather(part, dims, leaf.dtype)[None],
+            lambda part: _gather(part, dims, leaf.dtype, low)[None],
             mesh=mesh,
             in_specs=PartitionSpec(*[own or None for own in cut]),
             out_specs=PartitionSpec(copied or None, *left),
@@ -74,20 +80,26 @@ def collect(
     return copies, doors
 
 
-def _gather(part: jax.Array, dims: Sequence[tuple[int, tuple[str, ...]]], dtype: Any) -> jax.Array:
+def _gather(
+    part: jax.Array, dims: Sequence[tuple[int, tuple[str, ...]]], dtype: Any, operands: Any
+) -> jax.Array:
     """`part` in `dtype`, gathered; its gradient reduced and scattered in the dtype of `part`."""
 
     @jax.custom_vjp
     def gather(part):
         part = part.astype(dtype)
         for dim, axes in dims:
-            part = lax.all_gather(part, axes, axis=dim, tiled=True)
+            whole = partial(lax.all_gather, axis_name=axes, axis=dim, tiled=True)
+            part = moved(whole, part, operands)
         return part
 
     def backward(_, g):
         g = g.astype(part.dtype)
         for dim, axes in reversed(dims):
-            g = lax.psum_scatter(g, axes, scatter_dimension=dim, tiled=True)
+            # Flat behind: of a matrix in two parts, XLA:TPU would all-reduce the whole and cut it.
+            flat = g.reshape(*g.shape[: dim + 1], -1)
+            flat = lax.psum_scatter(flat, axes, scatter_dimension=dim, tiled=True)
+            g = flat.reshape(*flat.shape[: dim + 1], *g.shape[dim + 1 :])
         return (g,)
 
     gather.defvjp(lambda part: (gather(part), None), backward)

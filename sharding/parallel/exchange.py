@@ -16,6 +16,7 @@ from jax.custom_batching import custom_vmap
 
 from sharding.parallel.routing import Priority, queue
 from sharding.parallel.rows import Fn, grouped, inverse, move, sort, starts
+from sharding.parallel.travel import moved
 
 ROUNDS = 8
 """Rounds in which balanced choices would be sent; what is uneven is rounded up to a round."""
@@ -36,6 +37,7 @@ def some(
     most: int,
     group: int,
     priority: Priority,
+    operands: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The experts' weighted sum, where each takes at most `most` tokens of a group.
 
@@ -51,6 +53,7 @@ def some(
         most: places that an expert has for a group.
         group: tokens a group, of the whole length.
         priority: who comes first.
+        operands: the dtype in which rows and their gradients travel to their experts.
 
     Returns:
         y like x, and bool [batch, length, k], whether each choice had a place.
@@ -80,8 +83,8 @@ def some(
     back = jnp.where(kept, (lines * groups + line) * places + place, slots).reshape(-1)
     there = inverse(back, slots)
     rows = move(x.reshape(batch * length, -1), there, back).reshape(number, groups * places, -1)
-    rows = _swap(rows, over, 0, 1)  # [experts / n, n · groups · places, embed]
-    rows = _swap(jax.vmap(fn)(params, rows), over, 1, 0)
+    rows = _swap(rows, over, 0, 1, operands)  # [experts / n, n · groups · places, embed]
+    rows = _swap(jax.vmap(fn)(params, rows), over, 1, 0, None, operands)
     out = move(rows.reshape(slots, -1), back, there)
     return _weighted(out, weights, x), kept.reshape(experts.shape)
 
@@ -95,6 +98,8 @@ def everything(
     number: int,
     over: Axes,
     along: Axes,
+    *,
+    operands: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The experts' weighted sum, of every choice.
 
@@ -112,6 +117,7 @@ def everything(
         number: as for `some`.
         over: as for `some`.
         along: as for `some`.
+        operands: as for `some`.
 
     Returns:
         As `some` does.
@@ -142,7 +148,7 @@ def everything(
     place = index - plan.begin[to]
     slot = jnp.where((ordered < number) & (place < even), to * even + place, devices * even)
     back = jnp.zeros(total, jnp.int32).at[source].set(slot, unique_indices=True)
-    ship = partial(_ship, fn, over=over)
+    ship = partial(_ship, fn, over=over, operands=operands)
     out = ship(params, move(rows, there, back).reshape(devices, even, -1), plan.ids(0, even))
     out = move(out.reshape(devices * even, -1), back, there)
     # No token chooses an expert twice, so a pair never has more than this.
@@ -180,12 +186,14 @@ def _rounds(fullest: jax.Array, even: int, late: int) -> jax.Array:
     return (jnp.maximum(fullest - even, 0) + late - 1) // late
 
 
-def _ship(fn: Fn, params: Any, rows: jax.Array, ids: jax.Array, *, over: Axes) -> jax.Array:
+def _ship(
+    fn: Fn, params: Any, rows: jax.Array, ids: jax.Array, *, over: Axes, operands: Any
+) -> jax.Array:
     """rows [n, size, embed] to their experts and back."""
     devices, size, _ = rows.shape
-    arrived = _swap(rows, over, 0, 0).reshape(devices * size, -1)
+    arrived = _swap(rows, over, 0, 0, operands).reshape(devices * size, -1)
     out = grouped(fn, params, arrived, ids.reshape(-1))
-    return _swap(out.reshape(devices, size, -1), over, 0, 0)
+    return _swap(out.reshape(devices, size, -1), over, 0, 0, None, operands)
 
 
 def _follow(ship, even: int, late: int, params, rows, out, plan: _Plan) -> jax.Array:
@@ -245,10 +253,22 @@ def _(_size, _batched, rounds):  # pyright: ignore[reportUnusedFunction]
     return _together(jnp.max(rounds)), False
 
 
-def _swap(x: jax.Array, over: Axes, split: int, join: int) -> jax.Array:
-    if not over:
-        return x
-    return lax.all_to_all(x, tuple(over), split, join, tiled=True)
+def _swap(
+    x: jax.Array, over: Axes, split: int, join: int, there: Any = None, back: Any = None
+) -> jax.Array:
+    """An all-to-all of x in the dtype `there`, of its gradient in the dtype `back`."""
+    return _exchange(x, tuple(over), (split, join), (there, back)) if over else x
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _exchange(x, over, dims, dtypes):
+    return moved(lambda x: lax.all_to_all(x, over, *dims, tiled=True), x, dtypes[0])
+
+
+_exchange.defvjp(
+    lambda x, *static: (_exchange(x, *static), None),
+    lambda over, dims, dtypes, _, g: (_exchange(g, over, dims[::-1], dtypes[::-1]),),
+)
 
 
 def _copies(rows: jax.Array, k: int) -> jax.Array:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
+from jax.typing import DTypeLike
 
 from sharding.context import current, mapped
 from sharding.errors import ShardingError
@@ -37,6 +38,7 @@ def experts(
     capacity: float | None = None,
     group: int | None = None,
     priority: Priority = "order",
+    operands: DTypeLike | None = None,
 ) -> tuple[jax.Array, Load]:
     """y = Σᵢ weightᵢ · fn(params of expertᵢ, x), over the k experts of each token.
 
@@ -65,6 +67,9 @@ def experts(
             groups of many more than experts / k tokens, for it is rounded up; and groups that lie
             on one device where `length` is cut, else room for a whole group is sent from each.
         priority: who is dropped last: see `Priority`.
+        operands: the dtype to which `fn` rounds the operands of its products, its own gradients'
+            among them. So tokens, gradients and parameters [experts, in, out, ...] are rounded
+            before they travel to it, and not after; what it returns travels as it is.
 
     Returns:
         y [batch, length, embed] of x's dtype, and the load.
@@ -89,18 +94,18 @@ def experts(
     group = length if group is None else group
     _check(params, x, routing, capacity, group)
     number, k = routing.number, routing.experts.shape[-1]
-    run: Any = everything
+    run: Any = partial(everything, operands=operands)
     if capacity is not None:
         # Rounded first: 1.1 · 10 is no 12.
         most = math.ceil(round(k * group / number * capacity, 6))
         if most < group:  # an expert is chosen once a token, so more would drop nothing
-            run = partial(some, most=most, group=group, priority=priority)
+            run = partial(some, most=most, group=group, priority=priority, operands=operands)
     names = _names(params, axes)
     place = _place(params, names, x)
     if place is None:
         y, kept = run(fn, params, x, routing.experts, routing.weights, number, (), ())
     else:
-        y, kept = _on_mesh(run, fn, params, x, routing, place)
+        y, kept = _on_mesh(run, fn, params, x, routing, place, operands)
     real = counts(routing.experts, number)
     tokens = counts(routing.experts, number, kept)
     total = jnp.maximum(jnp.sum(real), 1).astype(routing.weights.dtype)
@@ -147,9 +152,11 @@ def _place(params: Any, names: Sequence[Names], x: jax.Array) -> _Place | None:
     return _Place(mesh, manual, rows, structure.unflatten(stored), over, along)
 
 
-def _on_mesh(run: Any, fn: Fn, params: Any, x: jax.Array, routing: Routing, place: _Place) -> Any:
+def _on_mesh(
+    run: Any, fn: Fn, params: Any, x: jax.Array, routing: Routing, place: _Place, operands: Any
+) -> Any:
     """`run` on every device's own tokens and experts."""
-    copies, doors = collect(params, place.params, place.mesh, place.manual, place.over)
+    copies, doors = collect(params, place.params, place.mesh, place.manual, place.over, operands)
 
     def local(params, x, chosen, weights):
         params = jax.tree.map(lambda leaf: leaf[0], params)
