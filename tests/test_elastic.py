@@ -11,8 +11,11 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from fw.checkpoint import Checkpoints
 from fw.data import Batches, feed
@@ -265,3 +268,22 @@ def test_a_move_takes_the_memory_of_the_parts_that_arrive(tmp_path):
         # Beside the parts: chunks being read and unpacked, and what orbax imports, about 10 MB.
         most = {"restore": 1.25 * part, "save": 1.1 * part, "save and step": 2.1 * part}
         assert found["peak"] < most[found["what"]] + 16e6, found
+
+
+@pytest.mark.slow
+def test_an_array_larger_than_what_is_in_flight(tmp_path):
+    mesh = make_mesh("fsdp=2")
+    rows, everywhere = NamedSharding(mesh, P("fsdp")), NamedSharding(mesh, P())
+    step = jax.device_put(np.int32(0), everywhere)
+    big = jax.jit(lambda: jnp.zeros((2200, 10**6), np.int8).at[::7, 5].set(3), out_shardings=rows)()
+    with Checkpoints(tmp_path, metric="f1") as checkpoints:
+        checkpoints.save(TrainState(step, {"x": big}, {}), {"f1": 0.5})
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+        TrainState(step, {"x": big}, {}),
+    )
+    with Checkpoints(tmp_path, metric="f1") as checkpoints:
+        found = checkpoints.restore(like, 0).variables["x"]
+    assert found.sharding.is_equivalent_to(rows, 2)
+    assert jnp.array_equal(found, big)
+    assert int(np.asarray(found[:, 5], np.int64).sum()) == 3 * len(range(0, 2200, 7))

@@ -29,6 +29,8 @@ of the length at once, and each computes its own tokens' outputs. Forward, every
 values visit n - 1 others, 2 t d. Backward either they visit again and their gradients come home,
 4 t d, or queries and the gradient of the output do, 2 t d, with two numbers a token and head, and
 the gradient of queries comes home, t d: the cheaper counts. So do the ids of texts, once a step.
+What visits goes in the dtype of the products, which on a TPU is bfloat16 where precision is left to
+it; what comes home in float32.
 Not counted is what only some models can have: if heads divide by n, exchanging q, k, v and outputs
 (Ulysses, Jacobs et al. 2023, arXiv:2309.14509) moves 8 (n - 1)/n t d a layer, not 5 (n - 1) t d.
 
@@ -73,6 +75,7 @@ class Step:
       chosen: experts a token; 0 for an MLP.
       ids: integers by which a token's rows are looked up.
       kernel_bytes: of an element of a kernel in products.
+      visitor_bytes: of an element of queries, keys and values in products.
     """
 
     parameters: tuple[Parameter, ...]
@@ -83,6 +86,7 @@ class Step:
     chosen: int = 0
     ids: int = 2
     kernel_bytes: int = FLOAT
+    visitor_bytes: int = FLOAT
 
 
 def minimum(step: Step, mesh: Mapping[str, int]) -> dict[str, float]:
@@ -144,9 +148,10 @@ def minimum(step: Step, mesh: Mapping[str, int]) -> dict[str, float]:
     products = 1 if step.chosen else 2  # what tensor cuts: attention, and the MLP
     add(("tensor",), step.layers * products * 2 * 2 * (t - 1) / t * row)
 
-    keys = 4 * row / t
-    queries = 3 * row / t + 2 * tokens * step.heads / t * FLOAT
-    add(("sequence",), step.layers * (s - 1) * (2 * row / t + min(keys, queries)))
+    own = row / t
+    visits = 2 * own * step.visitor_bytes / FLOAT
+    queries = visits + own + 2 * tokens * step.heads / t * FLOAT
+    add(("sequence",), step.layers * (s - 1) * (visits + min(visits + 2 * own, queries)))
     add(("sequence",), (s - 1) * tokens * INT)
 
     both = (FLOAT + step.kernel_bytes) / FLOAT  # to an expert and from it

@@ -117,6 +117,7 @@ def compiled(
         layers=sizes.layers,
         chosen=sizes.chosen if sparse else 0,
         kernel_bytes=2 if precision == "bf16" else 4,
+        visitor_bytes=2 if (precision, platform) == ("bf16", "tpu") else 4,
     )
 
 

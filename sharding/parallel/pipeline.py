@@ -83,11 +83,14 @@ def pipeline(
 
     In a forward pass each device sends R M + S microbatches of `x` to the next stage, and M + S to
     move input and output; a backward pass sends as many back. Parameters do not move along `pipe`.
+    What `fsdp` cuts is gathered once a step, where a layer takes it by `linear` or `experts`; its
+    gradient is reduced and scattered once a tick.
     Where the rules also cut "batch" over `pipe`, rows are cut so before and after the stack, and
     what surrounds it is not computed by every stage again.
 
     Args:
-        layer: `layer(params, x, extra, key) -> x`, of one layer and one microbatch.
+        layer: `layer(params, x, extra, key) -> x`, of one layer and one microbatch. If it calls
+            `jax.shard_map` with `axis_names`, those of `sharding.context.mapped()` are among them.
         params: a tree of arrays [layers, ...], whose names begin with "layers". With `rounds` > 1
             [rounds, layers / rounds, ...], whose names begin with None, "layers": every round's
             layers are cut over the stages, so that none has to move.
