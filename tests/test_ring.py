@@ -105,7 +105,7 @@ GOLDEN = [[607133655, 849784148, 1811971130], [3139514478, 163458168, 3938678447
 ROWS, LENGTH, HEADS, SIZE = 2, 16, 4, 8
 
 
-def attention_np(q, k, v, segments, g, *, causal=False, mask: Any = 1.0):
+def attention_np(q, k, v, segments, g, *, causal=False, window=None, mask: Any = 1.0):
     """The output and, for its gradient g, those of q, k and v, with all weights in one array."""
     q, k, v, g = (np.asarray(x, np.float64) for x in (q, k, v, g))
     share, scale = q.shape[2] // k.shape[2], 1 / math.sqrt(q.shape[3])
@@ -116,6 +116,9 @@ def attention_np(q, k, v, segments, g, *, causal=False, mask: Any = 1.0):
         hidden |= (segments[:, :, None] != segments[:, None, :])[:, None]
     if causal:
         hidden |= np.triu(np.ones(scores.shape[2:], bool), 1)
+    if window is not None:
+        place = np.arange(scores.shape[3])
+        hidden |= abs(place[:, None] - place) > window
     scores[hidden] = -np.inf
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
@@ -198,6 +201,18 @@ def test_a_ring_is_softmax_attention_forward_and_backward(mesh, case):
             assert {x.dtype for x in got} == {np.dtype(dtype)}
             expected = attention_np(q, k, v, segments, g, causal=causal, mask=np.asarray(mask))
             close(got, expected, tolerance)
+
+
+@pytest.mark.parametrize("window", [1, 4, 7, 15])
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_window(window, causal):
+    """Within a part of 4 tokens, reaching into one neighbour, into two, over all."""
+    q, k, v, segments, g = draw(7, 2)
+    f = lambda q, k, v: ring_attention(q, k, v, segments, causal=causal, window=window)  # noqa: E731
+    expected = attention_np(q, k, v, segments, g, causal=causal, window=window)
+    for mesh in ("data=1", "sequence=4"):
+        with jax.enable_x64(True), scope(make_mesh(mesh), RULES):
+            close(jax.jit(outputs(f, g))(q, k, v), expected, 1e-12)
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -48,12 +48,14 @@ class Pairs:
         causal: whether a token sees only itself and those before it.
         rate: of the dropout of weights.
         precision: of dots of float32, as `jax.lax.dot` takes it.
+        window: how many places away a token sees, itself not counted; None for all.
     """
 
     parts: int
     causal: bool
     rate: float
     precision: str
+    window: int | None = None
 
     def start(self, q: jax.Array) -> State:
         """The state before any pair. The first one must be of the same part.
@@ -86,7 +88,7 @@ class Pairs:
             total = state.total * fade + weights.sum(-1)
             return State(highest, total, state.out * fade[..., None] + more)
 
-        return self._unless_future(place, seen, state)
+        return self._if_any(place, q.shape[-2], seen, state)
 
     def gradients(self, place: Place, queries, keys, key):
         """What one pair adds to the gradients.
@@ -114,13 +116,17 @@ class Pairs:
             return (dq,), (dk, dv)
 
         zero = jnp.zeros(q.shape, norm.dtype), jnp.zeros(k.shape, norm.dtype)
-        return self._unless_future(place, seen, (zero[:1], zero[1:] * 2))
+        return self._if_any(place, q.shape[-2], seen, (zero[:1], zero[1:] * 2))
 
-    def _unless_future(self, place, seen, otherwise):
-        """`otherwise` for a pair in which nobody sees anything: all keys come after all queries."""
-        if not self.causal or place.same:
+    def _if_any(self, place, size, seen, otherwise):
+        """`otherwise` for a pair in which nobody sees anything: too late for all, or too far."""
+        if place.same or (not self.causal and self.window is None):
             return seen()
-        return lax.cond(place.keys < place.queries, seen, lambda: otherwise)
+        anything = place.keys < place.queries if self.causal else place.keys == place.keys
+        if self.window is not None:
+            parts = jnp.abs(place.queries - place.keys)
+            anything &= (parts - 1) * size < self.window
+        return lax.cond(anything, seen, lambda: otherwise)
 
     def _scores(self, place, q, k, mine, theirs):
         """Those of keys out of sight are so low that no exponential brings them back."""
@@ -129,9 +135,13 @@ class Pairs:
         if mine is not None:
             together = mine[:, None, None, :, None] == theirs[:, None, None, None, :]
             scores = jnp.where(together, scores, low)
+        order = np.arange(q.shape[-2], dtype=np.int32)
         if self.causal and place.same:
-            order = np.arange(q.shape[-2])
             scores = jnp.where(order[:, None] >= order, scores, low)
+        if self.window is not None:
+            between = (place.queries - place.keys) * len(order) if not place.same else 0
+            away = jnp.abs(order[:, None] - order + between)
+            scores = jnp.where(away <= self.window, scores, low)
         return scores
 
     def _drop(self, key, place, weights):

@@ -31,6 +31,7 @@ def ring_attention(
     segments: jax.Array | None = None,
     *,
     causal: bool = False,
+    window: int | None = None,
     rate: float = 0.0,
     key: jax.Array | None = None,
 ) -> jax.Array:
@@ -55,6 +56,8 @@ def ring_attention(
         segments: integers [batch, length], the number of each token's text in its row; a token
             sees only its own text. None: a row is one text.
         causal: whether a token sees only itself and those before it.
+        window: how many places away a token sees, itself not counted; None for all. Pairs of parts
+            that are farther from each other are skipped.
         rate: of the dropout of attention weights, in [0, 1).
         key: of the dropout; None drops nothing (evaluation).
 
@@ -81,7 +84,7 @@ def ring_attention(
         names = (None, "length", None, None)
         fit(names, q.shape, mesh, rules, activation=True, path="ring_attention: queries")
     precision = jax.config.jax_default_matmul_precision or "highest"
-    ring = _Ring(mesh, axes, mapped(), Pairs(size, causal, rate, precision))
+    ring = _Ring(mesh, axes, mapped(), Pairs(size, causal, rate, precision, window))
     return _attention(ring, q, k, v, segments, key if rate else None)
 
 
