@@ -235,7 +235,7 @@ def pack(
 
 def _check_fit(recipe: Finetune, prepared: Data, config: Any) -> None:
     """Refuses ids and positions that the model has no row for; a lookup would take another's."""
-    positions = getattr(config, "max_position_embeddings", recipe.length)
+    positions = getattr(config, "positions", recipe.length)
     if recipe.length > positions:
         raise FwError(
             f"length is {recipe.length}, but {recipe.model} has {positions} positions; "

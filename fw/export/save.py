@@ -185,7 +185,7 @@ def _check_arguments(
     if task == "token_classification":
         entity_types(labels)
     special = len(tokenizer.prefix) + len(tokenizer.suffix)
-    most = getattr(model.config, "max_position_embeddings", math.inf)
+    most = getattr(model.config, "positions", math.inf)
     if not special < length <= most:
         raise FwError(
             f"length: expected more than the {special} special tokens and at most the model's "

@@ -9,11 +9,15 @@ import sys
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from reprlib import repr as shown  # a hostile file may hold a long value
 from typing import Any, get_args
 
+from fw.data.files import read_text
 from fw.errors import FwError
-from fw.hub.families import FAMILIES, Family
+from fw.hub.families import FAMILIES, OWN, Family
+from fw.hub.files import CONFIG, read_json
+from fw.models.heads import LABELLED
 
 SUPERSEDED = (
     "auto_map",  # code beside the source, which is not carried along
@@ -78,6 +82,10 @@ def choose_head(
         )
     if task not in family.architectures:
         raise FwError(f"task {task!r} is unknown; choose one of {', '.join(family.architectures)}")
+    if task not in LABELLED:
+        if labels:
+            raise FwError(f"labels: {task} has no classes to name")
+        return Head(task, (), task == stated)
     own = _own_labels(source, where, limit) if task == stated or not classes else None
     single = source.get("problem_type") in (None, "single_label_classification")
     if labels is not None:
@@ -94,7 +102,12 @@ def choose_head(
 
 
 def read_config(
-    family: Family, source: Mapping[str, Any], where: object, head: Head, limit: int
+    family: Family,
+    source: Mapping[str, Any],
+    where: object,
+    head: Head,
+    limit: int,
+    extra: Mapping[str, Any] = types.MappingProxyType({}),
 ) -> Any:
     """The config of the model from `config.json`.
 
@@ -104,6 +117,7 @@ def read_config(
       where: the path of that, for messages.
       head: gives `task` and `num_labels`.
       limit: the largest integer that the tensors bear out; nothing larger is believed.
+      extra: fields that other files say.
 
     Raises:
       FwError: a key is missing, of another type or range, or asks for what is not implemented.
@@ -113,9 +127,13 @@ def read_config(
             raise FwError(
                 f"{where}: {key} {shown(source[key])} is not supported; expected {only!r}"
             )
-    given: dict[str, Any] = {"task": head.task, "num_labels": len(head.labels)}
+    given: dict[str, Any] = {"task": head.task, "num_labels": len(head.labels), **extra}
+    try:
+        source = family.reads(source)
+    except FwError as error:
+        raise FwError(f"{where}: {error}") from None
     for field in dataclasses.fields(family.config):  # type: ignore[arg-type]
-        if field.name in given:
+        if field.name in given or field.name in OWN:
             continue
         if field.name in source:
             given[field.name] = _checked(field, source[field.name], where, limit)
@@ -138,23 +156,44 @@ def write_config(
     Raises:
       FwError: a model of no known family, or another number of labels than it has.
     """
-    own = {t: f for t, f in FAMILIES.items() if f.config is type(config)}
-    if not own:
+    family = FAMILIES.get(getattr(config, "model_type", ""))
+    if family is None or family.config is not type(config):
         raise FwError(f"a {type(config).__name__} is of no family with a folder format")
-    if len(check_labels(labels, "labels")) != config.num_labels:
-        raise FwError(f"the model has {config.num_labels} labels, got {len(labels)}")
-    [(model_type, family)] = own.items()
-    fields = dataclasses.asdict(config)
-    del fields["num_labels"], fields["task"]
+    named: dict[str, Any] = {}
+    if config.task in LABELLED:
+        if len(check_labels(labels, "labels")) != config.num_labels:
+            raise FwError(f"the model has {config.num_labels} labels, got {len(labels)}")
+        named = {
+            "id2label": {str(i): label for i, label in enumerate(labels)},
+            "label2id": {label: i for i, label in enumerate(labels)},
+        }
+    fields = {k: v for k, v in family.writes(config).items() if k not in OWN}
     return {
         **{key: value for key, value in source.items() if key not in SUPERSEDED},
         **fields,
+        **named,
         "architectures": [family.architectures[config.task]],
         "dtype": dtype,
-        "id2label": {str(i): label for i, label in enumerate(labels)},
-        "label2id": {label: i for i, label in enumerate(labels)},
-        "model_type": model_type,
+        "model_type": config.model_type,
     }
+
+
+def read_pooling(folder: Path) -> dict[str, Any]:
+    """`pooling` and `normalize` of an embedding, where a folder of sentence-transformers says them.
+
+    Raises:
+      FwError: it pools in another way than "mean" or "cls".
+    """
+    modules, path = folder / "modules.json", folder / "1_Pooling" / CONFIG
+    if not path.is_file():
+        return {}
+    found = read_json(path)
+    modes = [key for key, on in found.items() if key.startswith("pooling_mode_") and on is True]
+    names = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+    if len(modes) != 1 or modes[0] not in names:
+        raise FwError(f"{path}: pools by {shown(modes)}; expected one of {', '.join(names)}")
+    normalize = modules.is_file() and "sentence_transformers.models.Normalize" in read_text(modules)
+    return {"pooling": names[modes[0]], "normalize": normalize}
 
 
 def check_labels(labels: Sequence[str], where: object) -> tuple[str, ...]:
@@ -194,7 +233,8 @@ def _checked(field: dataclasses.Field, value: Any, where: object, limit: int) ->
         case None if types.NoneType in kinds:
             return None
         case bool():  # to Python, an int
-            pass
+            if bool in kinds:
+                return value
         # The bound refuses infinity, nan, and integers too large for a float.
         case int() | float() if float in kinds and 0 <= value <= sys.float_info.max:
             return float(value)
@@ -202,7 +242,7 @@ def _checked(field: dataclasses.Field, value: Any, where: object, limit: int) ->
             return value
         case str() if str in kinds:
             return value
-    wanted = "a string"
+    wanted = "true or false" if bool in kinds else "a string"
     if float in kinds:
         wanted = "a number, 0 or more"
     elif int in kinds:

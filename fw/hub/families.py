@@ -4,8 +4,9 @@ A row pairs fw's model and config with the class names, tensor names and fixed s
 Face transformers. `config` and `folder` do the rest, the same for all.
 """
 
+import dataclasses
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from reprlib import repr as shown
 from typing import Any
@@ -13,7 +14,8 @@ from typing import Any
 from fw.errors import FwError
 from fw.hub.files import Tensor
 from fw.model import Model
-from fw.models.bert import BertConfig, bert, hf_names
+from fw.models import bert, distilbert, modernbert, roberta
+from fw.models.names import Name
 
 
 @dataclass(frozen=True)
@@ -21,25 +23,37 @@ class Family:
     """A family of models, as transformers stores it.
 
     Attributes:
-      config: a dataclass; besides `task` and `num_labels`, its fields are keys of `config.json`.
+      config: a dataclass with a `model_type`; its fields are keys of `config.json`, but for those
+        that say what the model is for (`OWN`).
       model: makes the model of a config.
-      names: a config's parameters: (our path, their tensor, whether it is transposed).
+      names: how a config's parameters are called.
       architectures: transformers' class by task.
       prefix: what the names of the encoder's tensors begin with, except in folders of the encoder
         alone.
       head: beginnings of the names that a folder may lack, or have in vain.
       buffers: endings of names that hold no parameter.
       fixed: keys of `config.json` with the only value that the model implements.
+      reads: brings a `config.json` into the spelling of `config`'s fields.
+      writes: the keys of a `config.json`, and fields that are none.
     """
 
     config: Callable[..., Any]
     model: Callable[[Any], Model]
-    names: Callable[[Any], Iterable[tuple[str, str, bool]]]
+    names: Callable[[Any], Iterable[Name]]
     architectures: Mapping[str, str]
     prefix: str
     head: tuple[str, ...]
     buffers: tuple[str, ...] = ()
     fixed: Mapping[str, Any] = types.MappingProxyType({})
+    reads: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
+    writes: Callable[[Any], Mapping[str, Any]] = dataclasses.asdict
+
+    def stored(self, config: Any) -> Iterator[Name]:
+        """`names` as a folder of this config has them: without the prefix, if it has no head."""
+        alone = config.task == "embedding"
+        for name in self.names(config):
+            bare = name.tensor.removeprefix(self.prefix)
+            yield dataclasses.replace(name, tensor=bare) if alone else name
 
     def by_name(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of a folder by the names that `names` uses.
@@ -73,24 +87,74 @@ class Family:
         )
 
 
+OWN = ("task", "num_labels", "pooling", "normalize")
+"""Fields of a config that are no keys of `config.json`."""
+
+
+def _architectures(name: str) -> dict[str, str]:
+    return {
+        "token_classification": f"{name}ForTokenClassification",
+        "sequence_classification": f"{name}ForSequenceClassification",
+        "question_answering": f"{name}ForQuestionAnswering",
+        "masked_lm": f"{name}ForMaskedLM",
+        "embedding": f"{name}Model",
+    }
+
+
+_BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
+_ENCODER = {
+    "position_embedding_type": "absolute",
+    "is_decoder": False,
+    "add_cross_attention": False,
+}
+_ROBERTA = Family(
+    roberta.RobertaConfig,
+    roberta.roberta,
+    roberta.hf_names,
+    architectures=_architectures("Roberta"),
+    prefix="roberta.",
+    head=("roberta.pooler.", "classifier.", "lm_head.", "qa_outputs."),
+    buffers=_BUFFERS,
+    fixed=_ENCODER,
+)
+
 FAMILIES: Mapping[str, Family] = types.MappingProxyType(
     {
         "bert": Family(
-            BertConfig,
-            bert,
-            hf_names,
-            architectures={
-                "token_classification": "BertForTokenClassification",
-                "sequence_classification": "BertForSequenceClassification",
-            },
+            bert.BertConfig,
+            bert.bert,
+            bert.hf_names,
+            architectures=_architectures("Bert"),
             prefix="bert.",
-            head=("bert.pooler.", "classifier."),
-            buffers=("embeddings.position_ids", "embeddings.token_type_ids"),
-            fixed={
-                "position_embedding_type": "absolute",
-                "is_decoder": False,
-                "add_cross_attention": False,
-            },
+            head=("bert.pooler.", "classifier.", "cls.", "qa_outputs."),
+            buffers=_BUFFERS,
+            fixed=_ENCODER,
+        ),
+        "roberta": _ROBERTA,
+        "xlm-roberta": dataclasses.replace(
+            _ROBERTA,
+            config=roberta.XlmRobertaConfig,
+            architectures=_architectures("XLMRoberta"),
+        ),
+        "distilbert": Family(
+            distilbert.DistilBertConfig,
+            distilbert.distilbert,
+            distilbert.hf_names,
+            architectures=_architectures("DistilBert"),
+            prefix="distilbert.",
+            head=("pre_classifier.", "classifier.", "vocab_", "qa_outputs."),
+            buffers=_BUFFERS,
+            fixed={"sinusoidal_pos_embds": False},
+        ),
+        "modernbert": Family(
+            modernbert.ModernBertConfig,
+            modernbert.modernbert,
+            modernbert.hf_names,
+            architectures=_architectures("ModernBert"),
+            prefix="model.",
+            head=("head.", "classifier.", "decoder."),
+            reads=modernbert.read_config,
+            writes=modernbert.write_config,
         ),
     }
 )
@@ -103,7 +167,7 @@ def family_of(source: Mapping[str, Any], where: object) -> Family:
     >>> family_of({"model_type": "brt"}, "config.json")
     Traceback (most recent call last):
     ...
-    fw.errors.FwError: config.json: model_type is 'brt'; expected one of bert
+    fw.errors.FwError: config.json: model_type is 'brt'; expected one of bert, roberta, ...
     """
     name = source.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:

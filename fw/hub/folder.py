@@ -8,6 +8,7 @@ knows the files, `config` what to make of them, `families` the names, `sharding`
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -19,7 +20,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from fw.errors import FwError
-from fw.hub.config import choose_head, read_config, write_config
+from fw.hub.config import choose_head, read_config, read_pooling, write_config
 from fw.hub.families import Family, family_of
 from fw.hub.files import (
     CONFIG,
@@ -32,6 +33,7 @@ from fw.hub.files import (
     read_json,
 )
 from fw.model import Model, Variables
+from fw.models.names import Name
 from fw.tensors import write_tensors
 from sharding import Rules, build, create, gather, paths, shardings
 
@@ -116,10 +118,13 @@ def load(
     with open_tensors(folder) as tensors:
         limit = largest(tensors.values())
         head = choose_head(family, source, where, task=task, labels=labels, limit=limit)
-        config = read_config(family, source, where, head, limit)
+        extra = read_pooling(folder) if head.task == "embedding" else {}
+        config = read_config(family, source, where, head, limit, extra)
         named = family.by_name(tensors)
-        wanted = {f"params/{path}": (name, t) for path, name, t in family.names(config)}
-        _check_names(family, folder, named, {name for name, _ in wanted.values()})
+        wanted: dict[str, list[Name]] = {}
+        for name in family.names(config):
+            wanted.setdefault(f"params/{name.path}", []).append(name)
+        _check_names(family, folder, named, {n.tensor for own in wanted.values() for n in own})
 
         model = family.model(config)
         shapes = jax.eval_shape(model.init, jax.random.key(0))
@@ -129,12 +134,12 @@ def load(
         for path, leaf, names, place in zip(
             paths(shapes), jax.tree.leaves(shapes), axes, jax.tree.leaves(places), strict=True
         ):
-            name, transposed = wanted[path]
-            if name not in named or ("labels" in names and not head.kept):
+            lacks = any(name.tensor not in named for name in wanted[path])
+            if lacks or ("labels" in names and not head.kept):
                 fresh[path] = place
                 continue
-            used.add(name)
-            read = _reader(named[name], leaf.shape, transposed, dtype)
+            used |= {name.tensor for name in wanted[path]}
+            read = _reader(wanted[path], named, leaf.shape, dtype)
             leaves[path] = build(jax.ShapeDtypeStruct(leaf.shape, dtype), place, read, path=path)
     if fresh:
         leaves |= _init(model, key, fresh, dtype, folder)
@@ -167,16 +172,12 @@ def save(folder: str | Path, loaded: Loaded, *, tokenizer_from: str | Path | Non
     model, folder = loaded.model, Path(folder)
     host, dtype = _on_host(model, loaded.variables)
     config = write_config(model.config, loaded.labels, dtype, loaded.config)
-    names = family_of(config, folder).names(model.config)
+    names = list(family_of(config, folder).stored(model.config))
     tokenizer = loaded.folder if tokenizer_from is None else Path(tokenizer_from)
 
     def write() -> None:
         with new_folder(folder) as part:
-            arrays = {
-                name: host[f"params/{path}"].T if transposed else host[f"params/{path}"]
-                for path, name, transposed in names
-            }
-            write_tensors(part / WEIGHTS, arrays)
+            write_tensors(part / WEIGHTS, _tensors(names, host))
             text = json.dumps(config, indent=2, sort_keys=True)
             (part / CONFIG).write_text(f"{text}\n", encoding="utf-8")
             if tokenizer is not None:
@@ -204,10 +205,39 @@ def _list(names: Sequence[str], most: int = 5) -> str:
 
 
 def _reader(
-    tensor: Tensor, shape: tuple[int, ...], transposed: bool, dtype: np.dtype
+    names: Sequence[Name], tensors: Mapping[str, Tensor], shape: tuple[int, ...], dtype: np.dtype
 ) -> Callable[[tuple[slice, ...]], np.ndarray]:
-    """A function that reads a part of a parameter, in our layout, from the file."""
-    expected = shape[::-1] if transposed else shape
+    """A function that reads a part of a parameter, in our layout, from the files."""
+    lead = len(names[0].entry)
+    of = {name.entry: name for name in names}
+    for name in names:
+        _check_tensor(tensors[name.tensor], name, shape[lead:])
+
+    def one(name: Name, index: tuple[slice, ...]) -> np.ndarray:
+        tensor, (part, parts) = tensors[name.tensor], name.part
+        first, *rest = index[::-1] if name.transposed else index
+        size = tensor.shape[0] // parts
+        start, stop, _ = first.indices(size)
+        block = tensor.read((slice(part * size + start, part * size + stop), *rest))
+        return block.T if name.transposed else block
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        if not lead:
+            return np.array(one(names[0], index), dtype, order="C")
+        axes = [range(*s.indices(n)) for s, n in zip(index[:lead], shape[:lead], strict=True)]
+        rest = [len(range(*s.indices(n))) for s, n in zip(index[lead:], shape[lead:], strict=True)]
+        found = np.empty((*map(len, axes), *rest), dtype)
+        for place, entry in zip(np.ndindex(*map(len, axes)), product(*axes), strict=True):
+            found[place] = one(of[entry], index[lead:])
+        return found
+
+    return read
+
+
+def _check_tensor(tensor: Tensor, name: Name, shape: tuple[int, ...]) -> None:
+    """Refuses a tensor of another shape than the model's, or of no floating dtype."""
+    expected = shape[::-1] if name.transposed else shape
+    expected = (expected[0] * name.part[1], *expected[1:])
     if tensor.shape != expected:
         raise FwError(
             f"{tensor.file}: tensor {tensor.name!r}: expected shape {expected}, as {CONFIG} says, "
@@ -219,11 +249,17 @@ def _reader(
             f"{tensor.dtype}; a quantised model must be saved in one of these first"
         )
 
-    def read(index: tuple[slice, ...]) -> np.ndarray:
-        block = tensor.read(index[::-1]).T if transposed else tensor.read(index)
-        return np.array(block, dtype, order="C")
 
-    return read
+def _tensors(names: Sequence[Name], host: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The parameters as the files have them."""
+    parts: dict[str, dict[int, np.ndarray]] = {}
+    for name in names:
+        own = host[f"params/{name.path}"][name.entry]
+        parts.setdefault(name.tensor, {})[name.part[0]] = own.T if name.transposed else own
+    return {
+        tensor: np.concatenate([own[i] for i in sorted(own)]) if len(own) > 1 else own[0]
+        for tensor, own in parts.items()
+    }
 
 
 def _init(

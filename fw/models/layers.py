@@ -23,12 +23,21 @@ Rows = tuple[str | None, ...]
 
 
 class Dense(nnx.Module):
-    """y = x · kernel + bias, kernel [in, out]."""
+    """y = x · kernel (+ bias), kernel [in, out]."""
 
-    def __init__(self, size_in: int, size_out: int, axes: Axes, *, std: float, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        size_in: int,
+        size_out: int,
+        axes: Axes,
+        *,
+        std: float,
+        rngs: nnx.Rngs,
+        bias: bool = True,
+    ):
         normal = jax.random.normal(rngs.params(), (size_in, size_out)) * std
         self.kernel = nnx.Param(normal, axes=axes)
-        self.bias = nnx.Param(jnp.zeros(size_out), axes=axes[1:])
+        self.bias = nnx.Param(jnp.zeros(size_out), axes=axes[1:]) if bias else None
         self.axes = axes
 
     def __call__(self, x: jax.Array, rows: Rows = ("batch", "length")) -> jax.Array:
@@ -44,7 +53,10 @@ def denses(x: jax.Array, layers: Sequence[Dense], rows: Rows = ("batch", "length
       rows: the names of the leading axes of x.
     """
     ys = linear(x, [layer.kernel[...] for layer in layers], layers[0].axes, rows=rows)
-    return [y + layer.bias[...] for y, layer in zip(ys, layers, strict=True)]
+    return [
+        y if layer.bias is None else y + layer.bias[...]
+        for y, layer in zip(ys, layers, strict=True)
+    ]
 
 
 class Embedding(nnx.Module):
@@ -72,13 +84,15 @@ def embeddings(tables: Sequence[Embedding], ids: Sequence[jax.Array]) -> jax.Arr
 class LayerNorm(nnx.Module):
     """Layer normalisation over the last axis (Ba et al. 2016, arXiv:1607.06450)."""
 
-    def __init__(self, size: int, *, epsilon: float):
+    def __init__(self, size: int, *, epsilon: float, bias: bool = True):
         self.scale = nnx.Param(jnp.ones(size), axes=("embed",))
-        self.bias = nnx.Param(jnp.zeros(size), axes=("embed",))
+        self.bias = nnx.Param(jnp.zeros(size), axes=("embed",)) if bias else None
         self.epsilon = epsilon
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return layer_norm(x, self.scale[...], self.bias[...], self.epsilon)
+        scale = self.scale[...]
+        bias = jnp.zeros_like(scale) if self.bias is None else self.bias[...]
+        return layer_norm(x, scale, bias, self.epsilon)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -153,13 +167,21 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     return x * dropout_mask(key, rate, x.shape, x.dtype)
 
 
-def segment_bias(segments: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+def segment_bias(
+    segments: jax.Array,
+    dtype: jax.typing.DTypeLike,
+    *,
+    causal: bool = False,
+    window: int | None = None,
+) -> jax.Array:
     """What to add to attention scores so that a token sees only its own text.
 
     Args:
       segments: int [batch, length], the number of each token's text in its row; padding (0) sees
         padding, so no row is empty.
       dtype: of the scores.
+      causal: whether a token sees only itself and those before it.
+      window: how many places away a token sees, itself not counted; None for all.
 
     Returns:
       [batch, 1, length, length]: 0 within a text, else large and negative. Added, not selected:
@@ -171,39 +193,127 @@ def segment_bias(segments: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
            [False, False,  True]], dtype=bool)
     """
     same = segments[:, None, :, None] == segments[:, None, None, :]
+    place = np.arange(segments.shape[1])
+    if causal:
+        same &= place[:, None] >= place
+    if window is not None:
+        same &= abs(place[:, None] - place) <= window
     return jnp.where(same, jnp.zeros((), dtype), jnp.asarray(jnp.finfo(dtype).min / 2, dtype))
 
 
-def visible(segments: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+def visible(
+    segments: jax.Array,
+    dtype: jax.typing.DTypeLike,
+    *,
+    causal: bool = False,
+    window: int | None = None,
+) -> jax.Array:
     """What `attention` needs to keep the texts of a row apart; made once for all layers.
 
     Args:
       segments: int [batch, length], as in `segment_bias`.
       dtype: of the scores.
+      causal, window: as in `segment_bias`, and given to `attention` as well.
 
     Returns:
       The bias, or, where the mesh cuts length and nobody holds all of a row, the segments.
     """
-    return segments if cutting("length") else segment_bias(segments, dtype)
+    if cutting("length"):
+        return segments
+    return segment_bias(segments, dtype, causal=causal, window=window)
 
 
-def attention(q, k, v, seen, *, rate: float = 0.0, key: jax.Array | None = None):
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    seen: jax.Array,
+    *,
+    causal: bool = False,
+    window: int | None = None,
+    rate: float = 0.0,
+    key: jax.Array | None = None,
+) -> jax.Array:
     """Softmax attention among the tokens of one text (Vaswani et al. 2017, arXiv:1706.03762).
 
     Args:
-      q, k, v: [batch, length, heads, head_dim].
-      seen: as `visible` returns it, or any bias that broadcasts to [batch, heads, length, length]
-        where the mesh does not cut length.
+      q: [batch, length, heads, head_dim].
+      k, v: [batch, length, key heads, head_dim]; each serves heads / key heads neighbouring heads
+        of queries (Ainslie et al. 2023, arXiv:2305.13245).
+      seen: as `visible` returns it, or any bias that broadcasts to [batch, 1, length, length] where
+        the mesh does not cut length.
+      causal, window: those that `visible` was given.
       rate, key: dropout of the attention weights.
 
     Returns:
       [batch, length, heads, head_dim].
     """
     if cutting("length"):
-        return ring_attention(q, k, v, seen, rate=rate, key=key)
+        return ring_attention(q, k, v, seen, causal=causal, window=window, rate=rate, key=key)
     scale = np.asarray(1 / np.sqrt(q.shape[-1]), q.dtype)
+    heads, shared = q.shape[2], q.shape[2] // k.shape[2]
     # [batch, heads, length, head_dim] in memory: dots over the last axes need no further copies.
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * scale, k, v))
-    scores = jnp.einsum("bhld,bhmd->bhlm", q, k) + seen
+    if shared > 1:  # the queries of a group are rows of one product
+        q = q.reshape(q.shape[0], -1, shared * q.shape[2], q.shape[3])
+    scores = jnp.einsum("bhld,bhmd->bhlm", q, k)
+    scores = scores.reshape(q.shape[0], heads, -1, k.shape[2]) + seen
     weights = dropout(jax.nn.softmax(scores, axis=-1), rate, key)
-    return jnp.swapaxes(jnp.einsum("bhlm,bhmd->bhld", weights, v), 1, 2)
+    weights = weights.reshape(*q.shape[:3], k.shape[2])
+    out = jnp.einsum("bhlm,bhmd->bhld", weights, v)
+    return jnp.swapaxes(out.reshape(q.shape[0], heads, -1, v.shape[3]), 1, 2)
+
+
+class RMSNorm(nnx.Module):
+    """x / √(mean x² + epsilon) · scale over the last axis.
+
+    Zhang & Sennrich 2019 (arXiv:1910.07467).
+    """
+
+    def __init__(self, size: int, *, epsilon: float, axes: Rows = ("embed",)):
+        self.scale = nnx.Param(jnp.ones(size), axes=axes)
+        self.epsilon = epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        square = jnp.mean(jnp.square(x), -1, keepdims=True)
+        return x * lax.rsqrt(square + self.epsilon) * self.scale[...]
+
+
+def turns(size: int, theta: float) -> np.ndarray:
+    """How fast each pair of a head's elements turns: theta^(-2i / size), [size / 2], float64.
+
+    Su et al. 2021 (arXiv:2104.09864).
+
+    >>> turns(4, 10_000.0)
+    array([1.  , 0.01])
+    """
+    return theta ** (-np.arange(0, size, 2) / size)
+
+
+def rotary(positions: jax.Array, speed: np.ndarray, dtype: jax.typing.DTypeLike):
+    """The cosines and sines by which `rotate` turns, [batch, length, 1, size / 2] each.
+
+    Args:
+      positions: int [batch, length].
+      speed: radians a position, [size / 2].
+      dtype: of the result; angles are in float32 at least.
+    """
+    wide = np.promote_types(dtype, np.float32)
+    angle = positions.astype(wide)[..., None, None] * np.asarray(speed, wide)
+    return jnp.cos(angle).astype(dtype), jnp.sin(angle).astype(dtype)
+
+
+def rotate(x: jax.Array, turn: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Turns element i of every head with element i + size / 2, as transformers stores them.
+
+    Args:
+      x: [batch, length, heads, size].
+      turn: of `rotary`.
+
+    >>> turn = rotary(jnp.array([[1]]), np.array([np.pi / 2]), jnp.float32)
+    >>> rotate(jnp.array([[[[1.0, 2.0]]]]), turn).round(3)
+    Array([[[[-2.,  1.]]]], dtype=float32)
+    """
+    cos, sin = turn
+    a, b = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)

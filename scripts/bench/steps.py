@@ -17,9 +17,10 @@ from jax.sharding import Mesh
 from minimum import Parameter, Step
 
 from fw.model import Batch, Model, from_nnx
-from fw.models.bert import Attention, BertConfig, Embeddings, bert
+from fw.models.bert import BertConfig, Embeddings, bert
 from fw.models.experts import Experts, ExpertsConfig
 from fw.models.layers import Dense, LayerNorm, visible
+from fw.models.postnorm import Attention
 from fw.optimizer import AdamW, optimizer
 from fw.step import abstract_state, make_step
 from fw.tasks import cross_entropy
@@ -127,7 +128,7 @@ class _Layer(nnx.Module):
     def __init__(self, config: BertConfig, sizes: Sizes, rngs: nnx.Rngs):
         size = config.hidden_size
         self.norms = nnx.List([LayerNorm(size, epsilon=config.layer_norm_eps) for _ in range(2)])
-        self.attention = Attention(config, rngs)
+        self.attention = Attention(config.shape, rngs)
         inner = config.intermediate_size
         self.experts = Experts(ExpertsConfig(sizes.experts, sizes.chosen, size, inner), rngs)
 

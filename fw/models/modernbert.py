@@ -1,0 +1,307 @@
+"""ModernBERT (Warner et al. 2024, arXiv:2412.13663): rotary positions, GeGLU, few global layers.
+
+Norms come before (pre-norm), without biases. Every third layer sees the whole text, the others
+`local_attention / 2` tokens to either side; each kind turns its positions at its own speed.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import jax
+from flax import nnx
+
+from fw.errors import FwError
+from fw.model import Batch, Model, from_nnx
+from fw.models import heads, names
+from fw.models.layers import (
+    Dense,
+    Embedding,
+    LayerNorm,
+    attention,
+    denses,
+    dropout,
+    gelu,
+    rotary,
+    rotate,
+    turns,
+    visible,
+)
+from fw.models.names import Name
+from fw.models.postnorm import check
+from sharding import constrain
+
+
+@dataclass(frozen=True)
+class ModernBertConfig:
+    """The fields of a ModernBERT `config.json` that change the computation, under their own names.
+
+    And three that say what the model is for, as in `BertConfig`; for texts `classifier_pooling`
+    says it, in ModernBERT's own `config.json`.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    num_labels: int
+    task: str
+    max_position_embeddings: int = 8192
+    norm_eps: float = 1e-5
+    norm_bias: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    decoder_bias: bool = True
+    classifier_bias: bool = False
+    classifier_pooling: str = "cls"
+    global_attn_every_n_layers: int = 3
+    local_attention: int = 128
+    global_rope_theta: float = 160_000.0
+    local_rope_theta: float = 10_000.0
+    embedding_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    mlp_dropout: float = 0.0
+    classifier_dropout: float = 0.0
+    initializer_range: float = 0.02
+    hidden_activation: str = "gelu"
+    classifier_activation: str = "gelu"
+    pooling: str = "mean"
+    normalize: bool = True
+
+    model_type: ClassVar[str] = "modernbert"
+
+    def __post_init__(self):
+        """Checks what the arithmetic relies on."""
+        rates = ("embedding_dropout", "attention_dropout", "mlp_dropout", "classifier_dropout")
+        check(self, size="hidden_size", heads_="num_attention_heads", rates=rates)
+        for name in ("hidden_activation", "classifier_activation"):
+            if getattr(self, name) != "gelu":
+                raise FwError(f"{name} {getattr(self, name)!r} is not supported; expected 'gelu'")
+        if self.classifier_pooling not in heads.POOLINGS:
+            raise FwError(
+                f"classifier_pooling {self.classifier_pooling!r} is unknown; choose one of "
+                f"{', '.join(heads.POOLINGS)}"
+            )
+
+    @property
+    def positions(self) -> int:
+        """The tokens that a text may have."""
+        return self.max_position_embeddings
+
+    def is_global(self, layer: int) -> bool:
+        """Whether a layer sees the whole text."""
+        return layer % self.global_attn_every_n_layers == 0
+
+
+class Attention(nnx.Module):
+    """Self-attention with rotary positions, on the whole text or on a window of it."""
+
+    def __init__(self, config: ModernBertConfig, layer: int, rngs: nnx.Rngs):
+        size, options = config.hidden_size, {"std": config.initializer_range, "rngs": rngs}
+        options["bias"] = config.attention_bias
+        self.query = Dense(size, size, ("embed", "heads"), **options)
+        self.key = Dense(size, size, ("embed", "heads"), **options)
+        self.value = Dense(size, size, ("embed", "heads"), **options)
+        self.out = Dense(size, size, ("heads", "embed"), **options)
+        self.heads, self.rate = config.num_attention_heads, config.attention_dropout
+        self.window = None if config.is_global(layer) else config.local_attention // 2
+
+    def __call__(self, x: jax.Array, seen: jax.Array, turn: Any, key: jax.Array | None):
+        split = (*x.shape[:2], self.heads, x.shape[-1] // self.heads)
+        q, k, v = (
+            constrain(y.reshape(split), "batch", "length", "heads", None)
+            for y in denses(x, [self.query, self.key, self.value])
+        )
+        q, k = rotate(q, turn), rotate(k, turn)
+        y = attention(q, k, v, seen, window=self.window, rate=self.rate, key=key)
+        return self.out(y.reshape(x.shape))
+
+
+class Mlp(nnx.Module):
+    """GeGLU (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, config: ModernBertConfig, rngs: nnx.Rngs):
+        size, inner = config.hidden_size, config.intermediate_size
+        options = {"std": config.initializer_range, "rngs": rngs, "bias": config.mlp_bias}
+        self.up = Dense(size, inner, ("embed", "mlp"), **options)
+        self.gate = Dense(size, inner, ("embed", "mlp"), **options)
+        self.down = Dense(inner, size, ("mlp", "embed"), **options)
+        self.rate = config.mlp_dropout
+
+    def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        up, gate = denses(x, [self.up, self.gate])
+        hidden = constrain(gelu(up) * gate, "batch", "length", "mlp")
+        return self.down(dropout(hidden, self.rate, key))
+
+
+class Layer(nnx.Module):
+    """Attention and MLP, each of the normalised input and added to it."""
+
+    def __init__(self, config: ModernBertConfig, layer: int, rngs: nnx.Rngs):
+        norm = {"epsilon": config.norm_eps, "bias": config.norm_bias}
+        # What enters the first layer is normalised already.
+        self.attention_norm = LayerNorm(config.hidden_size, **norm) if layer else None
+        self.attention = Attention(config, layer, rngs)
+        self.mlp_norm = LayerNorm(config.hidden_size, **norm)
+        self.mlp = Mlp(config, rngs)
+
+    def __call__(self, x: jax.Array, seen: jax.Array, turn: Any, key: jax.Array | None):
+        keys = (None, None) if key is None else jax.random.split(key)
+        y = x if self.attention_norm is None else self.attention_norm(x)
+        x = x + self.attention(y, seen, turn, keys[0])
+        return constrain(x + self.mlp(self.mlp_norm(x), keys[1]), "batch", "length", "embed")
+
+
+class ModernBert(nnx.Module):
+    """Embedding, layers and a head, which is the same for all tasks but for its last layer."""
+
+    def __init__(self, config: ModernBertConfig, rngs: nnx.Rngs):
+        size, std = config.hidden_size, config.initializer_range
+        norm = {"epsilon": config.norm_eps, "bias": config.norm_bias}
+        self.config = config
+        self.word = Embedding(config.vocab_size, size, ("vocab", "embed"), std=std, rngs=rngs)
+        self.embedding_norm = LayerNorm(size, **norm)
+        self.layers = nnx.List([Layer(config, i, rngs) for i in range(config.num_hidden_layers)])
+        self.norm = LayerNorm(size, **norm)
+        if config.task == "embedding":
+            return
+        bias = config.classifier_bias
+        self.head = Dense(size, size, ("embed", "pooled"), std=std, rngs=rngs, bias=bias)
+        self.head_norm = LayerNorm(size, **norm)
+        if config.task == "masked_lm":
+            zeros = jax.numpy.zeros(config.vocab_size)
+            self.decoder_bias = nnx.Param(zeros, axes=("vocab",)) if config.decoder_bias else None
+        else:
+            labels = heads.SPAN if config.task == "question_answering" else config.num_labels
+            self.classifier = Dense(size, labels, ("embed", "labels"), std=std, rngs=rngs)
+
+    def __call__(self, batch: Batch, key: jax.Array | None) -> jax.Array:
+        config, number = self.config, len(self.layers) + 2
+        keys = (None,) * number if key is None else jax.random.split(key, number)
+        x = self.embedding_norm(self.word(batch["input_ids"]))
+        x = constrain(dropout(x, config.embedding_dropout, keys[0]), "batch", "length", "embed")
+        window, size = config.local_attention // 2, config.hidden_size // config.num_attention_heads
+        kinds = {
+            True: (None, config.global_rope_theta),
+            False: (window, config.local_rope_theta),
+        }
+        shared = {
+            kind: (
+                visible(batch["segment_ids"], x.dtype, window=window),
+                rotary(batch["position_ids"], turns(size, theta), x.dtype),
+            )
+            for kind, (window, theta) in kinds.items()
+        }
+        for i, (layer, own) in enumerate(zip(self.layers, keys[1:-1], strict=True)):
+            x = layer(x, *shared[config.is_global(i)], own)
+        x = self.norm(x)
+        if config.task == "embedding":
+            return heads.embed(x, batch, config.pooling, config.normalize)
+        rows = ("batch", "length")
+        if config.task == "sequence_classification":
+            rows, mean = ("batch", None), config.classifier_pooling == "mean"
+            x = heads.means(x, batch) if mean else heads.first_tokens(x, batch)
+        x = self.head_norm(gelu(self.head(x, rows)))
+        if config.task == "masked_lm":
+            bias = None if self.decoder_bias is None else self.decoder_bias[...]
+            return heads.word_logits(x, self.word, bias)
+        return self.classifier(dropout(x, config.classifier_dropout, keys[-1]), rows)
+
+
+def modernbert(config: ModernBertConfig) -> Model:
+    """The model record of a ModernBERT; its batches and outputs are those of `bert`.
+
+    >>> config = ModernBertConfig(30, 8, 2, 2, 16, num_labels=3, task="token_classification")
+    >>> model = modernbert(config)
+    >>> ids = jax.numpy.ones((2, 5), jax.numpy.int32)
+    >>> batch = {"input_ids": ids, "segment_ids": ids, "position_ids": ids}
+    >>> model.apply(model.init(jax.random.key(0)), batch)[0].shape
+    (2, 5, 3)
+    """
+    return from_nnx(
+        config,
+        lambda rngs: ModernBert(config, rngs),
+        lambda module, batch, key, _: module(batch, key),
+    )
+
+
+def hf_names(config: ModernBertConfig) -> Iterator[Name]:
+    """How transformers calls the parameters; some of ours are parts of one tensor."""
+    norm = {"bias": config.norm_bias}
+    yield from names.table("word", "model.embeddings.tok_embeddings")
+    yield from names.norm("embedding_norm", "model.embeddings.norm", **norm)
+    for i in range(config.num_hidden_layers):
+        ours, theirs = f"layers/{i}", f"model.layers.{i}"
+        if i:
+            yield from names.norm(f"{ours}/attention_norm", f"{theirs}.attn_norm", **norm)
+        bias = {"bias": config.attention_bias}
+        for part, name in enumerate(("query", "key", "value")):
+            path = f"{ours}/attention/{name}"
+            yield from names.dense(path, f"{theirs}.attn.Wqkv", part=(part, 3), **bias)
+        yield from names.dense(f"{ours}/attention/out", f"{theirs}.attn.Wo", **bias)
+        yield from names.norm(f"{ours}/mlp_norm", f"{theirs}.mlp_norm", **norm)
+        bias = {"bias": config.mlp_bias}
+        for part, name in enumerate(("up", "gate")):
+            yield from names.dense(f"{ours}/mlp/{name}", f"{theirs}.mlp.Wi", part=(part, 2), **bias)
+        yield from names.dense(f"{ours}/mlp/down", f"{theirs}.mlp.Wo", **bias)
+    yield from names.norm("norm", "model.final_norm", **norm)
+    if config.task == "embedding":
+        return
+    yield from names.dense("head", "head.dense", bias=config.classifier_bias)
+    yield from names.norm("head_norm", "head.norm", **norm)
+    if config.task != "masked_lm":
+        yield from names.dense("classifier", "classifier")
+    elif config.decoder_bias:
+        yield Name("decoder_bias", "decoder.bias")
+
+
+_FULL, _LOCAL = "full_attention", "sliding_attention"
+_THETAS = {_FULL: "global_rope_theta", _LOCAL: "local_rope_theta"}
+
+
+def read_config(source: Mapping[str, Any]) -> dict[str, Any]:
+    """A `config.json` of either generation of transformers, in the fields of the older one.
+
+    Raises:
+      FwError: layers whose kinds follow another rule, or rotary positions of another type.
+
+    >>> found = read_config({"rope_parameters": {"full_attention": {"rope_theta": 8.0}}})
+    >>> found["global_rope_theta"]
+    8.0
+    """
+    found = dict(source)
+    for kind, field in _THETAS.items():
+        turn = (source.get("rope_parameters") or {}).get(kind)
+        if isinstance(turn, Mapping):
+            if turn.get("rope_type", "default") != "default":
+                raise FwError(
+                    f"rope_parameters: {kind}: rope_type {turn['rope_type']!r} is not supported; "
+                    "expected 'default'"
+                )
+            if "rope_theta" in turn:
+                found[field] = turn["rope_theta"]
+    types, every = source.get("layer_types"), source.get("global_attn_every_n_layers", 3)
+    whole = isinstance(every, int) and every > 0
+    if isinstance(types, list) and whole and types != _layer_types(len(types), every):
+        raise FwError(
+            f"layer_types: expected {_FULL!r} for every {every}th layer, as "
+            f"global_attn_every_n_layers says, and {_LOCAL!r} for the others"
+        )
+    return found
+
+
+def write_config(config: ModernBertConfig) -> dict[str, Any]:
+    """The keys of a `config.json`, in the spelling of transformers 5."""
+    found = asdict(config)
+    return found | {
+        "rope_parameters": {
+            kind: {"rope_theta": found.pop(field), "rope_type": "default"}
+            for kind, field in _THETAS.items()
+        },
+        "layer_types": _layer_types(config.num_hidden_layers, config.global_attn_every_n_layers),
+    }
+
+
+def _layer_types(layers: int, every: int) -> list[str]:
+    return [_LOCAL if i % every else _FULL for i in range(layers)]

@@ -1,0 +1,59 @@
+"""How the parameters of a model are called in the files of Hugging Face transformers.
+
+A family lists its pairs of names, and `fw.hub` reads and writes by them. A tensor is one parameter,
+or one entry of a stacked one, or one of several that the files keep in one piece.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Name:
+    """A parameter, or an entry of it, and where it lies in the files.
+
+    Attributes:
+      path: of our parameter, below "params".
+      tensor: their name.
+      transposed: torch keeps a linear layer's weight as [out, in]; ours is [in, out].
+      entry: indices into the leading axes of ours, of which the tensor has none: a layer's, say.
+      part: (i, n) if theirs is n equal parts, one after another along its first axis, and this is
+        the i-th.
+    """
+
+    path: str
+    tensor: str
+    transposed: bool = False
+    entry: tuple[int, ...] = ()
+    part: tuple[int, int] = (0, 1)
+
+
+def dense(path: str, tensor: str, *, bias: bool = True, **more) -> Iterator[Name]:
+    """The names of a dense layer.
+
+    >>> [(n.path, n.tensor, n.transposed) for n in dense("up", "lin1")]
+    [('up/kernel', 'lin1.weight', True), ('up/bias', 'lin1.bias', False)]
+    """
+    yield Name(f"{path}/kernel", f"{tensor}.weight", True, **more)
+    if bias:
+        yield Name(f"{path}/bias", f"{tensor}.bias", **more)
+
+
+def norm(path: str, tensor: str, *, bias: bool = True, **more) -> Iterator[Name]:
+    """The names of a normalisation.
+
+    >>> [(n.path, n.tensor) for n in norm("norm", "LayerNorm", bias=False)]
+    [('norm/scale', 'LayerNorm.weight')]
+    """
+    yield Name(f"{path}/scale", f"{tensor}.weight", **more)
+    if bias:
+        yield Name(f"{path}/bias", f"{tensor}.bias", **more)
+
+
+def table(path: str, tensor: str) -> Iterator[Name]:
+    """The name of an embedding.
+
+    >>> [(n.path, n.tensor) for n in table("word", "embed_tokens")]
+    [('word/embedding', 'embed_tokens.weight')]
+    """
+    yield Name(f"{path}/embedding", f"{tensor}.weight")

@@ -1,0 +1,168 @@
+"""The encoder that BERT, RoBERTa and DistilBERT share: each sublayer's sum is normalised after.
+
+Devlin et al. 2018 (arXiv:1810.04805) took it from the Transformer (Vaswani et al. 2017,
+arXiv:1706.03762). A family adds its embeddings, its config and its names.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fw.errors import FwError
+from fw.model import Batch
+from fw.models import heads
+from fw.models.layers import Dense, LayerNorm, attention, denses, dropout, gelu, visible
+from sharding import constrain
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The numbers of the layers.
+
+    Attributes:
+      size: of a token.
+      layers: how many.
+      heads: of attention.
+      inner: size of the hidden layer of an MLP.
+      epsilon: of the norms.
+      std: of new parameters.
+      dropout: of what is added.
+      attention_dropout: of attention weights.
+    """
+
+    size: int
+    layers: int
+    heads: int
+    inner: int
+    epsilon: float
+    std: float
+    dropout: float
+    attention_dropout: float
+
+
+@dataclass(frozen=True)
+class Head:
+    """What the encoder is for.
+
+    Attributes:
+      task: one of `fw.models.heads.TASKS`.
+      labels: how many classes.
+      dropout: before the classifier.
+      pool_dropout: before the layer that sees a text's first token.
+      activation: after that layer.
+      pooling: of an embedding.
+      normalize: an embedding to length 1.
+    """
+
+    task: str
+    labels: int = 0
+    dropout: float = 0.0
+    pool_dropout: float = 0.0
+    activation: Callable[[jax.Array], jax.Array] = jnp.tanh
+    pooling: str = "mean"
+    normalize: bool = True
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention with its output projection."""
+
+    def __init__(self, shape: Shape, rngs: nnx.Rngs):
+        size, std = shape.size, shape.std
+        self.query = Dense(size, size, ("embed", "heads"), std=std, rngs=rngs)
+        self.key = Dense(size, size, ("embed", "heads"), std=std, rngs=rngs)
+        self.value = Dense(size, size, ("embed", "heads"), std=std, rngs=rngs)
+        self.out = Dense(size, size, ("heads", "embed"), std=std, rngs=rngs)
+        self.heads = shape.heads
+        self.rate = shape.attention_dropout
+
+    def __call__(self, x: jax.Array, seen: jax.Array, key: jax.Array | None) -> jax.Array:
+        split = (*x.shape[:2], self.heads, x.shape[-1] // self.heads)
+        q, k, v = (
+            constrain(y.reshape(split), "batch", "length", "heads", None)
+            for y in denses(x, [self.query, self.key, self.value])
+        )
+        return self.out(attention(q, k, v, seen, rate=self.rate, key=key).reshape(x.shape))
+
+
+class Layer(nnx.Module):
+    """Attention and MLP, each added to its input and normalised after."""
+
+    def __init__(self, shape: Shape, rngs: nnx.Rngs):
+        size, inner, std = shape.size, shape.inner, shape.std
+        self.attention = Attention(shape, rngs)
+        self.attention_norm = LayerNorm(size, epsilon=shape.epsilon)
+        self.up = Dense(size, inner, ("embed", "mlp"), std=std, rngs=rngs)
+        self.down = Dense(inner, size, ("mlp", "embed"), std=std, rngs=rngs)
+        self.norm = LayerNorm(size, epsilon=shape.epsilon)
+        self.rate = shape.dropout
+
+    def __call__(self, x: jax.Array, seen: jax.Array, key: jax.Array | None) -> jax.Array:
+        keys = (None,) * 3 if key is None else jax.random.split(key, 3)
+        attended = self.attention(x, seen, keys[0])
+        x = self.attention_norm(x + dropout(attended, self.rate, keys[1]))
+        inner = constrain(gelu(self.up(x)), "batch", "length", "mlp")
+        x = self.norm(x + dropout(self.down(inner), self.rate, keys[2]))
+        return constrain(x, "batch", "length", "embed")
+
+
+class Encoder(nnx.Module):
+    """Embeddings, layers and a head.
+
+    `embeddings` is a module of the family with a table `word`, `embeddings(batch) -> [B, L, size]`.
+    """
+
+    def __init__(self, embeddings: Any, shape: Shape, head: Head, rngs: nnx.Rngs):
+        size, std = shape.size, shape.std
+        self.embeddings = embeddings
+        self.layers = nnx.List([Layer(shape, rngs) for _ in range(shape.layers)])
+        labels = heads.SPAN if head.task == "question_answering" else head.labels
+        if head.task == "sequence_classification":
+            self.pooler = Dense(size, size, ("embed", "pooled"), std=std, rngs=rngs)
+        if head.task == "masked_lm":
+            words = embeddings.word.embedding.shape[0]
+            self.words = heads.WordHead(size, words, shape.epsilon, std=std, rngs=rngs)
+        elif head.task != "embedding":
+            self.classifier = Dense(size, labels, ("embed", "labels"), std=std, rngs=rngs)
+        self.rate, self.head = shape.dropout, head
+
+    def __call__(self, batch: Batch, key: jax.Array | None) -> jax.Array:
+        head, number = self.head, len(self.layers) + 2
+        keys = (None,) * number if key is None else jax.random.split(key, number)
+        x = dropout(self.embeddings(batch), self.rate, keys[0])
+        x = constrain(x, "batch", "length", "embed")
+        seen = visible(batch["segment_ids"], x.dtype)
+        for layer, layer_key in zip(self.layers, keys[1:-1], strict=True):
+            x = layer(x, seen, layer_key)
+        if head.task == "embedding":
+            return heads.embed(x, batch, head.pooling, head.normalize)
+        if head.task == "masked_lm":
+            return self.words(x, self.embeddings.word)
+        if head.task == "sequence_classification":
+            texts = ("batch", None)
+            last = keys[-1]
+            before = None if last is None else jax.random.fold_in(last, 1)
+            x = dropout(heads.first_tokens(x, batch), head.pool_dropout, before)
+            x = head.activation(self.pooler(x, texts))
+            return self.classifier(dropout(x, head.dropout, last), texts)
+        return self.classifier(dropout(x, head.dropout, keys[-1]))
+
+
+def check(config: object, *, size: str, heads_: str, rates: tuple[str, ...]) -> None:
+    """Raises FwError for a config that the arithmetic cannot follow; names are those of fields."""
+    width, number = getattr(config, size), getattr(config, heads_)
+    if width % number:
+        raise FwError(f"{size} {width} is not a multiple of {heads_} {number}")
+    known = {"task": heads.TASKS, "pooling": heads.POOLINGS}
+    for name, values in known.items():
+        if getattr(config, name) not in values:
+            raise FwError(
+                f"{name} {getattr(config, name)!r} is unknown; choose one of {', '.join(values)}"
+            )
+    for name in rates:
+        rate = getattr(config, name)
+        if rate is not None and not 0 <= rate < 1:
+            raise FwError(f"{name} {rate} is no rate; expected 0 or more, and less than 1")
