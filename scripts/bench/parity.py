@@ -1,0 +1,82 @@
+"""Every family and head against transformers, both ways: the same numbers, and folders it can load.
+
+Tiny models with random parameters are made by transformers (`peer_models.py`), read by fw on one
+device and on eight, answered, written back, and read by transformers again.
+
+    .venv/bin/python scripts/bench/parity.py
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+import jax
+import numpy as np
+
+from fw import hub, report
+from sharding import make_mesh, put, rules, scope
+
+BENCH = Path(__file__).parent
+MESHES = ("data=1", "data=2,fsdp=2,tensor=2")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", help="write the figures to this file")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        peer("make", root)
+        found = {str(path.parent.relative_to(root)): read(path.parent) for path in
+                 sorted(root.glob("*/*/io.npz"))}  # fmt: skip
+        peer("check", root)
+        again = json.loads((root / "again.json").read_text())
+    rows = [
+        (name, *(f"{found[name][mesh]:.1e}" for mesh in MESHES), f"{one['error']:.1e}",
+         ", ".join(one["missing"]) or "none", ", ".join(one["unexpected"]) or "none")
+        for name, one in sorted(again.items())
+    ]  # fmt: skip
+    print(report.table(rows, ("model", *MESHES, "written back", "missing", "unknown")))
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps({"read": found, "again": again}, indent=2))
+    return 0
+
+
+def peer(command: str, root: Path) -> None:
+    subprocess.run([BENCH / "peer", "peer_models.py", command, root], check=True)
+
+
+def read(folder: Path) -> dict[str, float]:
+    """The largest absolute error by mesh; what was read is written back beside it."""
+    io = np.load(folder / "io.npz")
+    mask, found = io["mask"].astype(np.int32), {}
+    for spec in MESHES:
+        mesh, layout = make_mesh(spec), rules()
+        loaded = hub.load(folder, mesh=mesh, rules=layout)
+        batch = {
+            "input_ids": io["ids"].astype(np.int32),
+            "segment_ids": mask,
+            "position_ids": np.broadcast_to(np.arange(mask.shape[1], dtype=np.int32), mask.shape),
+            "first": np.zeros((len(mask), 1), np.int32),
+        }
+        with scope(mesh, layout):
+            out: Any = jax.jit(loaded.model.apply)(loaded.variables, put(batch, mesh, layout))[0]
+        out = np.asarray(out)
+        per_token = loaded.model.config.task not in ("sequence_classification", "embedding")
+        got, want = (out[mask == 1], io["out"][mask == 1]) if per_token else (out[:, 0], io["out"])
+        found[spec] = float(np.abs(got - want).max())
+    hub.save(folder / "again", loaded)
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""The peer's side of parity.py: tiny models of transformers, what they answer, what they can load.
+
+scripts/bench/peer peer_models.py make FOLDER     # FOLDER/CASE: a model folder and io.npz
+scripts/bench/peer peer_models.py check FOLDER    # FOLDER/CASE/again, answering the same
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+TASKS = {
+    "token_classification": "ForTokenClassification",
+    "sequence_classification": "ForSequenceClassification",
+    "question_answering": "ForQuestionAnswering",
+    "masked_lm": "ForMaskedLM",
+    "embedding": "Model",
+}
+SHAPE = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+}
+ENCODERS = {
+    "bert": ("Bert", SHAPE),
+    "roberta": ("Roberta", SHAPE | {"pad_token_id": 1, "type_vocab_size": 1}),
+    "xlm-roberta": ("XLMRoberta", SHAPE | {"pad_token_id": 1, "type_vocab_size": 1}),
+    "distilbert": (
+        "DistilBert",
+        {"vocab_size": 99, "dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 48,
+         "max_position_embeddings": 64},
+    ),
+    "modernbert": (
+        "ModernBert",
+        SHAPE | {"pad_token_id": 0, "local_attention": 8, "num_hidden_layers": 4},
+    ),
+}  # fmt: skip
+
+
+def cases():
+    """(name, class, config) of every model."""
+    for family, (prefix, shape) in ENCODERS.items():
+        for task, suffix in TASKS.items():
+            config = getattr(transformers, f"{prefix}Config")
+            labels = 2 if task == "question_answering" else 3
+            yield (
+                f"{family}/{task}",
+                getattr(transformers, prefix + suffix),
+                config(**shape, num_labels=labels),
+            )
+    # What a config can ask for besides.
+    config = transformers.ModernBertConfig(
+        **ENCODERS["modernbert"][1], num_labels=3, classifier_pooling="mean", norm_bias=True,
+        attention_bias=True, mlp_bias=True, classifier_bias=True,
+    )  # fmt: skip
+    yield "modernbert/mean", transformers.ModernBertForSequenceClassification, config
+
+
+def answer(model, task, ids, mask):
+    """The output that fw's head is compared with."""
+    with torch.no_grad():
+        out = model(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask))
+    if task == "question_answering":
+        return torch.stack([out.start_logits, out.end_logits], -1).numpy()
+    if task == "embedding":  # as sentence-transformers pools and normalises
+        weight = torch.tensor(mask)[..., None].float()
+        mean = (out.last_hidden_state * weight).sum(1) / weight.sum(1)
+        return torch.nn.functional.normalize(mean, dim=-1).numpy()
+    return out.logits.numpy()
+
+
+def make(root):
+    """Writes every model, all parameters random so that each matters."""
+    for number, (name, kind, config) in enumerate(cases()):
+        torch.manual_seed(number)
+        model = kind(config).eval()
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, 0.1, 0.2)
+        random = np.random.default_rng(number)
+        ids = random.integers(3, 99, (4, 17))
+        mask = (np.arange(17) < np.array([17, 9, 12, 4])[:, None]).astype(np.int64)
+        ids = np.where(mask == 1, ids, config.pad_token_id)
+        model.save_pretrained(root / name)
+        task = name.split("/")[1]
+        np.savez(root / name / "io.npz", ids=ids, mask=mask, out=answer(model, task, ids, mask))
+
+
+def check(root):
+    """Loads what was written back: nothing missing, nothing unknown, the same answers."""
+    found = {}
+    for name, kind, _ in cases():
+        model, said = kind.from_pretrained(root / name / "again", output_loading_info=True)
+        io = np.load(root / name / "io.npz")
+        out = answer(model.eval(), name.split("/")[1], io["ids"], io["mask"])
+        seen = io["mask"] == 1 if out.shape[:2] == io["mask"].shape else slice(None)
+        found[name] = {
+            "missing": sorted(said["missing_keys"]),
+            "unexpected": sorted(said["unexpected_keys"]),
+            "error": float(np.abs(out - io["out"])[seen].max()),
+        }
+    (root / "again.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    {"make": make, "check": check}[sys.argv[1]](Path(sys.argv[2]))
