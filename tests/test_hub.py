@@ -93,16 +93,18 @@ def edit_tensors(folder, change):
 # --- the numbers of transformers ------------------------------------------------------------------
 
 
-ENCODERS = (
+FOLDERS = (
     "bert_token_classification",
     "bert_sequence_classification",
     "distilbert_token_classification",
     "modernbert_token_classification",
     "roberta_sequence_classification",
+    "llama_causal_lm",
+    "qwen3_causal_lm",
 )
 
 
-@pytest.fixture(params=ENCODERS)
+@pytest.fixture(params=FOLDERS)
 def golden(request):
     folder = GOLDEN / request.param
     if not folder.is_dir():
@@ -129,7 +131,7 @@ def test_golden_logits(golden, mesh):
         batch = put(batch, make_mesh(mesh), rules())
         logits = np.asarray(jax.jit(loaded.model.apply)(loaded.variables, batch)[0])
     expected = io["out_logits"]
-    if loaded.model.config.task == TOKENS:
+    if loaded.model.config.task != TEXTS:
         logits, expected = logits[mask == 1], expected[mask == 1]
     else:
         logits = logits[:, 0]

@@ -229,6 +229,8 @@ def _unnamed(count: int) -> tuple[str, ...]:
 
 def _checked(field: dataclasses.Field, value: Any, where: object, limit: int) -> Any:
     kinds = get_args(field.type) or (field.type,)
+    if field.metadata.get("unbounded"):  # it sizes no array
+        limit = 2**31 - 1
     match value:
         case None if types.NoneType in kinds:
             return None

@@ -14,7 +14,7 @@ from typing import Any
 from fw.errors import FwError
 from fw.hub.files import Tensor
 from fw.model import Model
-from fw.models import bert, distilbert, modernbert, roberta
+from fw.models import bert, distilbert, llama, modernbert, roberta
 from fw.models.names import Name
 
 
@@ -87,7 +87,7 @@ class Family:
         )
 
 
-OWN = ("task", "num_labels", "pooling", "normalize")
+OWN = ("task", "num_labels", "pooling", "normalize", "microbatches", "remat")
 """Fields of a config that are no keys of `config.json`."""
 
 
@@ -156,6 +156,21 @@ FAMILIES: Mapping[str, Family] = types.MappingProxyType(
             reads=modernbert.read_config,
             writes=modernbert.write_config,
         ),
+        **{
+            name: Family(
+                llama.LlamaConfig,
+                llama.llama,
+                llama.hf_names,
+                architectures={"causal_lm": architecture},
+                prefix="model.",
+                head=("lm_head.",),
+                buffers=(".rotary_emb.inv_freq",),
+                fixed={"pretraining_tp": 1},
+                reads=llama.read_config,
+                writes=llama.write_config,
+            )
+            for name, architecture in llama.ARCHITECTURES.items()
+        },
     }
 )
 """The families that fw knows, by `model_type`."""

@@ -285,7 +285,7 @@ def read_config(source: Mapping[str, Any]) -> dict[str, Any]:
     whole = isinstance(every, int) and every > 0
     if isinstance(types, list) and whole and types != _layer_types(len(types), every):
         raise FwError(
-            f"layer_types: expected {_FULL!r} for every {every}th layer, as "
+            f"layer_types: expected {_FULL!r} for one layer of {every}, as "
             f"global_attn_every_n_layers says, and {_LOCAL!r} for the others"
         )
     return found

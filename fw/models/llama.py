@@ -1,0 +1,368 @@
+"""Llama and what is built like it (Touvron et al. 2023, arXiv:2302.13971): Mistral, Qwen2, Qwen3.
+
+RMS norms before each sublayer, rotary positions, gated MLPs, keys and values shared by groups of
+heads. The families differ in a few switches, which their `config.json` or their name tells. Layers
+are one scanned stack; rows may hold several texts, and a token sees those before it in its own.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from fw.errors import FwError
+from fw.model import Batch, Model, from_nnx
+from fw.models import names
+from fw.models.heads import word_logits
+from fw.models.layers import (
+    Dense,
+    Embedding,
+    RMSNorm,
+    attention,
+    denses,
+    rotary,
+    rotate,
+    turns,
+    visible,
+)
+from fw.models.names import Name
+from fw.models.stack import Stack
+from sharding import constrain
+
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+"""transformers' class by `model_type`."""
+
+ROPES = ("default", "linear", "llama3")
+_FREE: Any = {"unbounded": True}  # a number that no tensor bears out
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The fields of a `config.json` that change the computation, under their own names.
+
+    `rope_type` and what follows it lie in `rope_parameters` there, or in `rope_scaling`. Three say
+    how the model is used: `task`; `microbatches` and `remat`, as in `sharding.pipeline`.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    num_labels: int = 0
+    task: str = "causal_lm"
+    model_type: str = "llama"
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    max_position_embeddings: int = field(default=2048, metadata=_FREE)
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    sliding_window: int | None = field(default=None, metadata=_FREE)
+    rope_theta: float = 10_000.0
+    rope_type: str = "default"
+    rope_factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = field(default=8192, metadata=_FREE)
+    initializer_range: float = 0.02
+    hidden_act: str = "silu"
+    microbatches: int = 1
+    remat: str | None = None
+
+    def __post_init__(self):
+        """Checks what the arithmetic relies on."""
+        for name, value, known in (
+            ("model_type", self.model_type, ARCHITECTURES),
+            ("task", self.task, ("causal_lm",)),
+            ("rope_type", self.rope_type, ROPES),
+            ("hidden_act", self.hidden_act, ("silu",)),
+        ):
+            if value not in known:
+                raise FwError(f"{name} {value!r} is unknown; choose one of {', '.join(known)}")
+        if self.num_attention_heads % self.key_heads:
+            raise FwError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {self.key_heads}"
+            )
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise FwError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
+                f"{self.num_attention_heads}, and there is no head_dim"
+            )
+        if self.size % 2:
+            raise FwError(f"head_dim {self.size} is odd: rotary positions turn pairs")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise FwError(f"sliding_window {self.sliding_window}: expected 1 or more, or none")
+        if self.rope_theta <= 0 or self.rope_factor <= 0:
+            raise FwError("rope_theta and factor: expected more than 0")
+        if self.rope_type == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
+            raise FwError(
+                f"low_freq_factor {self.low_freq_factor} and high_freq_factor "
+                f"{self.high_freq_factor}: expected the first less than the second"
+            )
+
+    @property
+    def positions(self) -> int:
+        """The tokens that a text may have."""
+        return self.max_position_embeddings
+
+    @property
+    def key_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def size(self) -> int:
+        """Of a head."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Qwen2 has them without saying so."""
+        return self.attention_bias or self.model_type == "qwen2"
+
+    @property
+    def out_bias(self) -> bool:
+        """Whether attention's last layer has one."""
+        return self.attention_bias and self.model_type != "qwen2"
+
+    @property
+    def head_norms(self) -> bool:
+        """Whether each head's query and key are normalised."""
+        return self.model_type == "qwen3"
+
+    @property
+    def window(self) -> int | None:
+        """How many tokens back one sees, itself not counted; transformers counts it."""
+        return None if self.sliding_window is None else self.sliding_window - 1
+
+
+def speeds(config: LlamaConfig) -> np.ndarray:
+    """Radians that each pair of a head's elements turns a position, [head_dim / 2].
+
+    "linear" turns all slower by a factor (Chen et al. 2023, arXiv:2306.15595). "llama3" only those
+    that turn less than once in the text that the model was first trained on, and those between
+    `low_freq_factor` and `high_freq_factor` times in part (Llama team 2024, arXiv:2407.21783).
+
+    >>> speeds(LlamaConfig(9, 8, 1, 2, 8, rope_type="linear", rope_factor=2.0))
+    array([0.5  , 0.005])
+    """
+    fast = turns(config.size, config.rope_theta)
+    if config.rope_type == "default":
+        return fast
+    slow = fast / config.rope_factor
+    if config.rope_type == "linear":
+        return slow
+    times = config.original_max_position_embeddings * fast / (2 * math.pi)
+    low, high = config.low_freq_factor, config.high_freq_factor
+    share = np.clip((times - low) / (high - low), 0, 1)
+    return (1 - share) * slow + share * fast
+
+
+class Attention(nnx.Module):
+    """Causal self-attention; neighbouring heads share keys and values."""
+
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+        size, std = config.hidden_size, config.initializer_range
+        wide, narrow = (n * config.size for n in (config.num_attention_heads, config.key_heads))
+        inputs = {"std": std, "rngs": rngs, "bias": config.qkv_bias}
+        self.query = Dense(size, wide, ("embed", "heads"), **inputs)
+        self.key = Dense(size, narrow, ("embed", "heads"), **inputs)
+        self.value = Dense(size, narrow, ("embed", "heads"), **inputs)
+        self.out = Dense(wide, size, ("heads", "embed"), std=std, rngs=rngs, bias=config.out_bias)
+        if config.head_norms:
+            norm = {"epsilon": config.rms_norm_eps, "axes": (None,)}
+            self.query_norm = RMSNorm(config.size, **norm)
+            self.key_norm = RMSNorm(config.size, **norm)
+        self.config = config
+
+    def __call__(self, x: jax.Array, seen: jax.Array, turn: Any) -> jax.Array:
+        config = self.config
+        q, k, v = (
+            constrain(y.reshape(*x.shape[:2], -1, config.size), "batch", "length", "heads", None)
+            for y in denses(x, [self.query, self.key, self.value])
+        )
+        if config.head_norms:
+            q, k = self.query_norm(q), self.key_norm(k)
+        q, k = rotate(q, turn), rotate(k, turn)
+        y = attention(q, k, v, seen, causal=True, window=config.window)
+        return self.out(y.reshape(*x.shape[:2], -1))
+
+
+class Mlp(nnx.Module):
+    """SwiGLU (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+        size, inner = config.hidden_size, config.intermediate_size
+        options = {"std": config.initializer_range, "rngs": rngs, "bias": config.mlp_bias}
+        self.gate = Dense(size, inner, ("embed", "mlp"), **options)
+        self.up = Dense(size, inner, ("embed", "mlp"), **options)
+        self.down = Dense(inner, size, ("mlp", "embed"), **options)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        gate, up = denses(x, [self.gate, self.up])
+        return self.down(constrain(jax.nn.silu(gate) * up, "batch", "length", "mlp"))
+
+
+class Layer(nnx.Module):
+    """Attention and MLP, each of the normalised input and added to it."""
+
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+        self.attention_norm = RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps)
+        self.attention = Attention(config, rngs)
+        self.mlp_norm = RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps)
+        self.mlp = Mlp(config, rngs)
+
+    def __call__(self, x: jax.Array, seen: jax.Array, turn: Any, key: Any = None) -> jax.Array:
+        x = x + self.attention(self.attention_norm(x), seen, turn)
+        return constrain(x + self.mlp(self.mlp_norm(x)), "batch", "length", "embed")
+
+
+class Llama(nnx.Module):
+    """Embedding, a stack of layers, and the logits of the next word."""
+
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+        size, std = config.hidden_size, config.initializer_range
+        self.word = Embedding(config.vocab_size, size, ("vocab", "embed"), std=std, rngs=rngs)
+        self.stack = Stack(
+            lambda rngs: Layer(config, rngs),
+            config.num_hidden_layers,
+            microbatches=config.microbatches,
+            remat=config.remat,
+            rngs=rngs,
+        )
+        self.norm = RMSNorm(size, epsilon=config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.head = Embedding(config.vocab_size, size, ("vocab", "embed"), std=std, rngs=rngs)
+        self.config = config
+
+    def __call__(self, batch: Batch) -> jax.Array:
+        config = self.config
+        x = constrain(self.word(batch["input_ids"]), "batch", "length", "embed")
+        seen = visible(batch["segment_ids"], x.dtype, causal=True, window=config.window)
+        turn = rotary(batch["position_ids"], speeds(config), x.dtype)
+        x = self.norm(self.stack(x, seen, turn))
+        return word_logits(x, self.word if config.tie_word_embeddings else self.head)
+
+
+def llama(config: LlamaConfig) -> Model:
+    """The model record of a Llama.
+
+    `apply` takes [B, L] `input_ids`, `segment_ids` and `position_ids`, and returns the logits of
+    each token's successor, [B, L, vocab_size].
+
+    >>> model = llama(LlamaConfig(30, 8, 2, 2, 16, num_key_value_heads=1))
+    >>> ids = jax.numpy.ones((2, 5), jax.numpy.int32)
+    >>> batch = {"input_ids": ids, "segment_ids": ids, "position_ids": ids}
+    >>> model.apply(model.init(jax.random.key(0)), batch)[0].shape
+    (2, 5, 30)
+    """
+    return from_nnx(
+        config, lambda rngs: Llama(config, rngs), lambda module, batch, key, _: module(batch)
+    )
+
+
+def hf_names(config: LlamaConfig) -> Iterator[Name]:
+    """How transformers calls the parameters; of a stacked one of ours, a tensor for each layer."""
+    yield from names.table("word", "model.embed_tokens")
+    for i in range(config.num_hidden_layers):
+        ours, theirs, at = "stack/layers", f"model.layers.{i}", {"entry": (i,)}
+        rms = {"bias": False, **at}
+        yield from names.norm(f"{ours}/attention_norm", f"{theirs}.input_layernorm", **rms)
+        for name, letter in (("query", "q"), ("key", "k"), ("value", "v")):
+            lin = f"{theirs}.self_attn.{letter}"
+            yield from names.dense(
+                f"{ours}/attention/{name}", f"{lin}_proj", bias=config.qkv_bias, **at
+            )
+            if config.head_norms and name != "value":
+                yield from names.norm(f"{ours}/attention/{name}_norm", f"{lin}_norm", **rms)
+        out = f"{theirs}.self_attn.o_proj"
+        yield from names.dense(f"{ours}/attention/out", out, bias=config.out_bias, **at)
+        yield from names.norm(f"{ours}/mlp_norm", f"{theirs}.post_attention_layernorm", **rms)
+        for name in ("gate", "up", "down"):
+            lin = f"{theirs}.mlp.{name}_proj"
+            yield from names.dense(f"{ours}/mlp/{name}", lin, bias=config.mlp_bias, **at)
+    yield from names.norm("norm", "model.norm", bias=False)
+    if not config.tie_word_embeddings:
+        yield from names.table("head", "lm_head")
+
+
+_SCALING = {
+    "factor": "rope_factor",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "original_max_position_embeddings": "original_max_position_embeddings",
+}
+_KEYS = {"linear": ("factor",), "llama3": tuple(_SCALING), "default": ()}
+
+
+def read_config(source: Mapping[str, Any]) -> dict[str, Any]:
+    """A `config.json` of either generation of transformers, in the fields of `LlamaConfig`.
+
+    Raises:
+      FwError: layers of different kinds, or rotary positions of an unknown type.
+
+    >>> found = read_config({"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 8.0})
+    >>> found["rope_type"], found["rope_factor"], found["rope_theta"]
+    ('linear', 2.0, 8.0)
+    """
+    found = dict(source)
+    rope = source.get("rope_parameters") or source.get("rope_scaling") or {}
+    if not isinstance(rope, Mapping):
+        raise FwError("rope_parameters: expected an object")
+    found["rope_type"] = kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in _KEYS:
+        raise FwError(f"rope_type {kind!r} is not supported; expected one of {', '.join(_KEYS)}")
+    if "rope_theta" in rope:
+        found["rope_theta"] = rope["rope_theta"]
+    for key in _KEYS[kind]:
+        if key not in rope:
+            raise FwError(f"rope_type {kind!r}: {key!r} is missing")
+        found[_SCALING[key]] = rope[key]
+    types = source.get("layer_types")
+    kinds = {str(t) for t in types} if isinstance(types, list) else set()
+    if len(kinds) > 1 or kinds - {"full_attention", "sliding_attention"}:
+        raise FwError(f"layer_types: layers of different kinds are not supported: {sorted(kinds)}")
+    slides = kinds == {"sliding_attention"} if kinds else source.get("model_type") == "mistral"
+    if not slides:
+        found["sliding_window"] = None
+        if source.get("use_sliding_window") and not kinds:
+            raise FwError("use_sliding_window: only some layers slide, which is not supported")
+    return found
+
+
+def write_config(config: LlamaConfig) -> dict[str, Any]:
+    """The keys of a `config.json`, in the spelling of transformers 5."""
+    kept = (
+        "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+        "intermediate_size", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
+        "initializer_range", "hidden_act",
+    )  # fmt: skip
+    found = {name: getattr(config, name) for name in kept}
+    found |= {"num_key_value_heads": config.key_heads, "head_dim": config.size}
+    rope = {"rope_theta": config.rope_theta, "rope_type": config.rope_type}
+    rope |= {key: getattr(config, _SCALING[key]) for key in _KEYS[config.rope_type]}
+    found["rope_parameters"] = rope
+    if config.model_type in ("llama", "qwen3"):
+        found["attention_bias"] = config.attention_bias
+    if config.model_type == "llama":
+        found["mlp_bias"] = config.mlp_bias
+    else:
+        found["sliding_window"] = config.sliding_window
+    if config.model_type.startswith("qwen"):
+        slides = config.sliding_window is not None
+        kind = "sliding_attention" if slides else "full_attention"
+        found["use_sliding_window"] = slides
+        found["layer_types"] = [kind] * config.num_hidden_layers
+    return found
