@@ -81,7 +81,9 @@ class LlamaConfig:
     remat: str | None = None
 
     def __post_init__(self):
-        """Checks what the arithmetic relies on."""
+        """Checks what the arithmetic relies on, and fills in what a `config.json` may leave out."""
+        if self.num_key_value_heads is None:
+            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
         for name, value, known in (
             ("model_type", self.model_type, ARCHITECTURES),
             ("task", self.task, ("causal_lm",)),
@@ -100,6 +102,8 @@ class LlamaConfig:
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
                 f"{self.num_attention_heads}, and there is no head_dim"
             )
+        if self.head_dim is None:
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
         if self.size % 2:
             raise FwError(f"head_dim {self.size} is odd: rotary positions turn pairs")
         if self.sliding_window is not None and self.sliding_window < 1:

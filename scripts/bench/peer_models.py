@@ -42,6 +42,33 @@ ENCODERS = {
     ),
 }  # fmt: skip
 
+DECODER = SHAPE | {
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+LINEAR = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0}
+SLIDES = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0}
+DECODERS = {
+    "llama": ("Llama", {}),
+    "llama-3": ("Llama", {"rope_parameters": LLAMA3, "head_dim": 16}),
+    "llama-linear": ("Llama", {"rope_parameters": LINEAR, "tie_word_embeddings": True}),
+    "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "mistral": ("Mistral", {"sliding_window": 4}),
+    "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen2-slides": ("Qwen2", SLIDES),
+    "qwen3": ("Qwen3", {"head_dim": 16}),
+}
+
 
 def cases():
     """(name, class, config) of every model."""
@@ -54,6 +81,9 @@ def cases():
                 getattr(transformers, prefix + suffix),
                 config(**shape, num_labels=labels),
             )
+    for name, (prefix, more) in DECODERS.items():
+        config = getattr(transformers, f"{prefix}Config")(**DECODER | more)
+        yield f"{name}/causal_lm", getattr(transformers, f"{prefix}ForCausalLM"), config
     # What a config can ask for besides.
     config = transformers.ModernBertConfig(
         **ENCODERS["modernbert"][1], num_labels=3, classifier_pooling="mean", norm_bias=True,
