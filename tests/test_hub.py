@@ -170,6 +170,8 @@ def test_folder_of_the_encoder_alone(copy):
     encoder = {n: x for n, x in by_path(load(copy).variables).items() if "classifier" not in n}
     edit_tensors(copy, bare)
     edit_config(copy, architectures=["BertModel"])
+    assert load(copy).model.config.task == "embedding"
+    edit_config(copy, architectures=["BertForPreTraining"])
     with pytest.raises(FwError, match="names no task; give one of token_classification"):
         load(copy)
     with pytest.raises(FwError, match="no labels for token_classification; give labels"):

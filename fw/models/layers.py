@@ -193,7 +193,7 @@ def segment_bias(
            [False, False,  True]], dtype=bool)
     """
     same = segments[:, None, :, None] == segments[:, None, None, :]
-    place = np.arange(segments.shape[1])
+    place = jnp.arange(segments.shape[1], dtype=jnp.int32)
     if causal:
         same &= place[:, None] >= place
     if window is not None:
