@@ -1,9 +1,10 @@
 """Every family and head against transformers, both ways: the same numbers, and folders it can load.
 
 Tiny models with random parameters are made by transformers (`peer_models.py`), read by fw on one
-device and on eight, answered, written back, and read by transformers again.
+device and on eight, answered, written back, and read by transformers again. With --sentences, the
+vectors that all-MiniLM-L6-v2 gives the first lines of a file are compared, too.
 
-    .venv/bin/python scripts/bench/parity.py
+    .venv/bin/python scripts/bench/parity.py --sentences README.md
 """
 
 import argparse
@@ -20,7 +21,7 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 import jax
 import numpy as np
 
-from fw import hub, report
+from fw import assets, data, hub, report
 from sharding import make_mesh, put, rules, scope
 
 BENCH = Path(__file__).parent
@@ -31,6 +32,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--sentences", help="a file of texts, one a line")
     parser.add_argument("--json", help="write the figures to this file")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -46,6 +48,9 @@ def main() -> int:
         for name, one in sorted(again.items())
     ]  # fmt: skip
     print(report.table(rows, ("model", *MESHES, "written back", "missing", "unknown")))
+    if arguments.sentences:
+        lines = Path(arguments.sentences).read_text(encoding="utf-8").splitlines()
+        vectors(list(filter(None, map(str.strip, lines)))[:200])
     if arguments.json:
         Path(arguments.json).write_text(json.dumps({"read": found, "again": again}, indent=2))
     return 0
@@ -76,6 +81,25 @@ def read(folder: Path) -> dict[str, float]:
         found[spec] = float(np.abs(got - want).max())
     hub.save(folder / "again", loaded)
     return found
+
+
+def vectors(texts: list[str]) -> None:
+    """Prints how far the vectors of fw, packed several a row, are from the peer's."""
+    source, mesh, layout = assets.fetch("all-MiniLM-L6-v2"), make_mesh("data=1"), rules()
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        (root / "model").symlink_to(source)
+        (root / "texts.json").write_text(json.dumps(texts))
+        peer("embed", root)
+        want = np.load(root / "vectors.npy")
+    loaded = hub.load(source, mesh=mesh, rules=layout)
+    records = [data.Labelled(text) for text in texts]
+    rows = data.pack(
+        data.encode_labelled(data.load_tokenizer(source), records, max_length=128), 128, max_texts=8
+    )
+    out: Any = jax.jit(loaded.model.apply)(loaded.variables, rows.arrays)[0]
+    error = np.abs(data.unpack_texts(rows, out) - want).max()
+    print(f"all-MiniLM-L6-v2, {len(texts)} texts in {rows.rows} rows: {error:.1e}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,9 @@ scripts/bench/peer peer_models.py make FOLDER     # FOLDER/CASE: a model folder 
 scripts/bench/peer peer_models.py check FOLDER    # FOLDER/CASE/again, answering the same
 """
 
+# pyright: reportMissingImports=false
+# (torch and transformers live in the peer's environment only)
+
 import json
 import sys
 from pathlib import Path
@@ -137,5 +140,14 @@ def check(root):
     (root / "again.json").write_text(json.dumps(found))
 
 
+def embed(root):
+    """A vector for every text."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(root / "model")
+    texts = json.loads((root / "texts.json").read_text())
+    given = tokenizer(texts, padding=True, truncation=True, max_length=128, return_tensors="np")
+    model = transformers.AutoModel.from_pretrained(root / "model").eval()
+    np.save(root / "vectors.npy", answer(model, "embedding", given.input_ids, given.attention_mask))
+
+
 if __name__ == "__main__":
-    {"make": make, "check": check}[sys.argv[1]](Path(sys.argv[2]))
+    {"make": make, "check": check, "embed": embed}[sys.argv[1]](Path(sys.argv[2]))
