@@ -20,8 +20,11 @@ from safetensors.numpy import load_file, save_file
 from fw import hub
 from fw.data import Encoded, pack, unpack_texts, unpack_words
 from fw.errors import FwError
+from fw.hub import FAMILIES
 from fw.hub.files import Tensor, new_folder
 from fw.models.bert import BertConfig, bert
+from fw.models.llama import LlamaConfig
+from fw.models.modernbert import ModernBertConfig
 from sharding import gather, make_mesh, paths, put, rules, scope
 
 ROOT = Path(__file__).parents[1]
@@ -504,17 +507,36 @@ values = st.recursive(
 )
 
 
+@pytest.fixture(scope="module", params=["bert", "modernbert", "llama"])
+def folder(request, tmp_path_factory):
+    names = {"num_labels": 2, "task": TOKENS} if request.param != "llama" else {}
+    config = {"bert": BertConfig, "modernbert": ModernBertConfig, "llama": LlamaConfig}
+    model = FAMILIES[request.param].model(config[request.param](60, 16, 2, 2, 32, **names))
+    made = hub.Loaded(model, model.init(jax.random.key(0)), ("a", "b") if names else ())
+    root = tmp_path_factory.mktemp("strange") / "m"
+    hub.save(root, made)
+    return root, made
+
+
 @hostile
 @given(data=st.data())
-def test_a_strange_config_is_refused_or_harmless(tagger, copy, data):
-    config = json.loads((tagger / "config.json").read_text())
-    key = data.draw(st.sampled_from([*sorted(config), "is_decoder", "problem_type", "num_labels"]))
-    (copy / "config.json").write_text(json.dumps(config | {key: data.draw(values)}))
+def test_a_strange_config_is_refused_or_harmless(folder, data):
+    path, made = folder
+    text = (path / "config.json").read_text()
+    config = json.loads(text)
+    more = ("is_decoder", "problem_type", "num_labels", "rope_scaling", "use_sliding_window")
+    key, value = data.draw(st.sampled_from([*sorted(config), *more])), data.draw(values)
+    inside = config.get("rope_parameters")
+    if inside and data.draw(st.booleans()):
+        key, value = "rope_parameters", {**inside, data.draw(st.sampled_from([*inside])): value}
     try:
-        loaded = load(copy)
+        (path / "config.json").write_text(json.dumps(config | {key: value}))
+        loaded = load(path)
     except FwError:
         return
-    assert_same(loaded.variables, load(tagger).variables)
+    finally:
+        (path / "config.json").write_text(text)
+    assert_same(loaded.variables, made.variables)
 
 
 # --- writing --------------------------------------------------------------------------------------

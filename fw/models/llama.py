@@ -8,6 +8,7 @@ are one scanned stack; rows may hold several texts, and a token sees those befor
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from reprlib import repr as shown
 from typing import Any
 
 import jax
@@ -326,8 +327,10 @@ def read_config(source: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(rope, Mapping):
         raise FwError("rope_parameters: expected an object")
     found["rope_type"] = kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in _KEYS:
-        raise FwError(f"rope_type {kind!r} is not supported; expected one of {', '.join(_KEYS)}")
+    if not isinstance(kind, str) or kind not in _KEYS:
+        raise FwError(
+            f"rope_type {shown(kind)} is not supported; expected one of {', '.join(_KEYS)}"
+        )
     if "rope_theta" in rope:
         found["rope_theta"] = rope["rope_theta"]
     for key in _KEYS[kind]:
@@ -337,7 +340,7 @@ def read_config(source: Mapping[str, Any]) -> dict[str, Any]:
     types = source.get("layer_types")
     kinds = {str(t) for t in types} if isinstance(types, list) else set()
     if len(kinds) > 1 or kinds - {"full_attention", "sliding_attention"}:
-        raise FwError(f"layer_types: layers of different kinds are not supported: {sorted(kinds)}")
+        raise FwError(f"layer_types: layers of different kinds are not supported: {shown(kinds)}")
     slides = kinds == {"sliding_attention"} if kinds else source.get("model_type") == "mistral"
     if not slides:
         found["sliding_window"] = None

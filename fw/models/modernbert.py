@@ -6,6 +6,7 @@ Norms come before (pre-norm), without biases. Every third layer sees the whole t
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from reprlib import repr as shown
 from typing import Any, ClassVar
 
 import jax
@@ -270,17 +271,18 @@ def read_config(source: Mapping[str, Any]) -> dict[str, Any]:
     >>> found["global_rope_theta"]
     8.0
     """
-    found = dict(source)
+    found, rope = dict(source), source.get("rope_parameters") or {}
     for kind, field in _THETAS.items():
-        turn = (source.get("rope_parameters") or {}).get(kind)
-        if isinstance(turn, Mapping):
-            if turn.get("rope_type", "default") != "default":
-                raise FwError(
-                    f"rope_parameters: {kind}: rope_type {turn['rope_type']!r} is not supported; "
-                    "expected 'default'"
-                )
-            if "rope_theta" in turn:
-                found[field] = turn["rope_theta"]
+        turn = rope.get(kind, {}) if isinstance(rope, Mapping) else None
+        if not isinstance(turn, Mapping):
+            raise FwError(f"rope_parameters: expected an object for {kind}, got {shown(turn)}")
+        if (name := turn.get("rope_type", "default")) != "default":
+            raise FwError(
+                f"rope_parameters: {kind}: rope_type {shown(name)} is not supported; expected "
+                "'default'"
+            )
+        if "rope_theta" in turn:
+            found[field] = turn["rope_theta"]
     types, every = source.get("layer_types"), source.get("global_attn_every_n_layers", 3)
     whole = isinstance(every, int) and every > 0
     if isinstance(types, list) and whole and types != _layer_types(len(types), every):
