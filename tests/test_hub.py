@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_dtypes
@@ -509,8 +510,8 @@ values = st.recursive(
 
 @pytest.fixture(scope="module", params=["bert", "modernbert", "llama"])
 def folder(request, tmp_path_factory):
-    names = {"num_labels": 2, "task": TOKENS} if request.param != "llama" else {}
-    config = {"bert": BertConfig, "modernbert": ModernBertConfig, "llama": LlamaConfig}
+    names: Any = {"num_labels": 2, "task": TOKENS} if request.param != "llama" else {}
+    config: Any = {"bert": BertConfig, "modernbert": ModernBertConfig, "llama": LlamaConfig}
     model = FAMILIES[request.param].model(config[request.param](60, 16, 2, 2, 32, **names))
     made = hub.Loaded(model, model.init(jax.random.key(0)), ("a", "b") if names else ())
     root = tmp_path_factory.mktemp("strange") / "m"
