@@ -11,7 +11,7 @@ ROWS = ((0, 1), (2, 3), (4,), (5,))  # the texts that share a row
 
 def batch_of(rows):
     """The texts in these rows, each text the same wherever it lies; and where each one is."""
-    found = {
+    found: dict[str, np.ndarray] = {
         name: np.zeros((len(rows), LENGTH), np.int32)
         for name in ("input_ids", "segment_ids", "position_ids")
     }
