@@ -103,6 +103,8 @@ def test_configs_of_both_generations_say_the_same():
     assert [read_config(old)[k] for k in keys] == [read_config(new)[k] for k in keys]
     assert read_config({"model_type": "mistral", "sliding_window": 9})["sliding_window"] == 9
     assert read_config({"model_type": "qwen2", "sliding_window": 9})["sliding_window"] is None
+    bare = read_config({"model_type": "mistral"})  # as transformers' own defaults
+    assert (bare["sliding_window"], bare["num_key_value_heads"]) == (4096, 8)
 
 
 @pytest.mark.parametrize(

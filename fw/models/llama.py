@@ -312,6 +312,18 @@ _SCALING = {
 _KEYS = {"linear": ("factor",), "llama3": tuple(_SCALING), "default": ()}
 
 
+_ASSUMED: dict[str, dict[str, Any]] = {
+    "mistral": {
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+        "max_position_embeddings": 131_072,
+    },
+    "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32_768},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32_768},
+}
+"""What transformers takes for keys that a `config.json` lacks, where it is not `LlamaConfig`'s."""
+
+
 def read_config(source: Mapping[str, Any]) -> dict[str, Any]:
     """A `config.json` of either generation of transformers, in the fields of `LlamaConfig`.
 
@@ -322,7 +334,7 @@ def read_config(source: Mapping[str, Any]) -> dict[str, Any]:
     >>> found["rope_type"], found["rope_factor"], found["rope_theta"]
     ('linear', 2.0, 8.0)
     """
-    found = dict(source)
+    found = _ASSUMED.get(str(source.get("model_type")), {}) | source
     rope = source.get("rope_parameters") or source.get("rope_scaling") or {}
     if not isinstance(rope, Mapping):
         raise FwError("rope_parameters: expected an object")
