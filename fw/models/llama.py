@@ -334,7 +334,7 @@ def read_config(source: Mapping[str, Any]) -> dict[str, Any]:
     >>> found["rope_type"], found["rope_factor"], found["rope_theta"]
     ('linear', 2.0, 8.0)
     """
-    found = _ASSUMED.get(str(source.get("model_type")), {}) | source
+    found = {**_ASSUMED.get(str(source.get("model_type")), {}), **source}
     rope = source.get("rope_parameters") or source.get("rope_scaling") or {}
     if not isinstance(rope, Mapping):
         raise FwError("rope_parameters: expected an object")
