@@ -3,7 +3,7 @@
 | in the order of the flow | |
 | --- | --- |
 | `recipe`, `finetune`, `stages` | the line from end to end, a function for each stage |
-| `assets`, `hub`, `model`, `models`, `precision` | what comes in, and what it becomes |
+| `assets`, `hub`, `gguf`, `model`, `models`, `precision` | what comes in, and what it becomes |
 | `data`, `tasks`, `metrics` | text to batches; what is minimised and counted |
 | `optimizer`, `step`, `train`, `evaluate`, `checkpoint` | training |
 | `run`, `report`, `export`, `compare` | what is left behind |
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         evaluate,
         export,
         finetune,
+        gguf,
         host,
         hub,
         metrics,
@@ -56,6 +57,7 @@ __all__ = [
     "evaluate",
     "export",
     "finetune",
+    "gguf",
     "host",
     "hub",
     "metrics",

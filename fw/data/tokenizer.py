@@ -4,12 +4,16 @@
 """
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
+from fw import gguf
 from fw.data.files import read_text
 from fw.errors import FwError
 
@@ -24,6 +28,7 @@ class Tokenizer:
         suffix: ids after it, [SEP] for BERT.
         pad: id for padding.
         unknown: id for a word without a single piece; None where the vocabulary has none.
+        settings: what `tokenizer_config.json` says.
     """
 
     fast: tokenizers.Tokenizer
@@ -31,13 +36,15 @@ class Tokenizer:
     suffix: tuple[int, ...]
     pad: int
     unknown: int | None
+    settings: Mapping[str, Any] = field(default=MappingProxyType({}), repr=False)
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """Read a tokenizer from a model folder.
 
-    `tokenizer.json` is taken if it is there, else `vocab.txt` as BERT's WordPiece, lower-casing
-    as `tokenizer_config.json` says (without one: yes, as transformers' BertTokenizer). Padding
+    `tokenizer.json` is taken if it is there, else a GGUF file's, else `vocab.txt` as BERT's
+    WordPiece, lower-casing as `tokenizer_config.json` says (without one: yes, as transformers'
+    BertTokenizer). Padding
     and truncation that the file carries are switched off, and text that spells a special token
     ("[SEP]") is read as text, so that no input can forge one.
 
@@ -61,12 +68,10 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     config = _read_config(folder / "tokenizer_config.json")
     if (folder / "tokenizer.json").is_file():
         path = folder / "tokenizer.json"
-        try:
-            fast = tokenizers.Tokenizer.from_str(read_text(path))
-        except FwError:
-            raise
-        except Exception as error:  # the library raises nothing narrower
-            raise FwError(f"{path}: not a tokenizer that can be read: {error}") from error
+        fast = _from_json(path, read_text(path))
+    elif (path := gguf.gguf_file(folder)) is not None:
+        text, config = gguf.read_tokenizer(path)
+        fast = _from_json(path, text)
     elif (folder / "vocab.txt").is_file():
         fast = _word_piece(folder / "vocab.txt", config)
     else:
@@ -87,7 +92,15 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         # Any id will do where the vocabulary has none: segment 0 hides it.
         pad=0 if pad is None else pad,
         unknown=_token_id(fast, config, "unk_token", "[UNK]", "<unk>"),
+        settings=config,
     )
+
+
+def _from_json(path: Path, text: str) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the library raises nothing narrower
+        raise FwError(f"{path}: not a tokenizer that can be read: {error}") from error
 
 
 def _read_config(path: Path) -> dict:

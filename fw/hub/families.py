@@ -12,7 +12,7 @@ from reprlib import repr as shown
 from typing import Any
 
 from fw.errors import FwError
-from fw.hub.files import Tensor
+from fw.hub.files import AnyTensor, Tensors
 from fw.model import Model
 from fw.models import bert, distilbert, llama, modernbert, roberta
 from fw.models.names import Name
@@ -55,14 +55,14 @@ class Family:
             bare = name.tensor.removeprefix(self.prefix)
             yield dataclasses.replace(name, tensor=bare) if alone else name
 
-    def by_name(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def by_name(self, tensors: Tensors) -> dict[str, AnyTensor]:
         """The tensors of a folder by the names that `names` uses.
 
         Raises:
           FwError: two tensors for one name.
         """
         bare = not any(name.startswith(self.prefix) for name in tensors)
-        found: dict[str, Tensor] = {}
+        found: dict[str, AnyTensor] = {}
         for name, tensor in tensors.items():
             full = self.prefix + name if bare else name
             # From TensorFlow's first checkpoints; bert-base-uncased has them to this day.

@@ -8,7 +8,7 @@ fit its file.
 import json
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from fw.data.files import read_text
 from fw.errors import FwError
+from fw.gguf import GgufTensor, gguf_file, open_gguf, write_tokenizer
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -65,7 +66,11 @@ class Tensor:
             return self.handle.get_slice(self.name)[index]
 
 
-def largest(tensors: Iterable[Tensor]) -> int:
+AnyTensor = Tensor | GgufTensor
+Tensors = Mapping[str, AnyTensor]
+
+
+def largest(tensors: Iterable[AnyTensor]) -> int:
     """The largest size that a folder's tensors bear out: that of an axis, or their number."""
     tensors = tuple(tensors)
     # An empty tensor may state any size for its other axes, for it takes no room in the file.
@@ -93,6 +98,25 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise FwError(f"{path}: expected a JSON object, got {type(found).__name__}")
     return found
+
+
+@contextmanager
+def open_model(place: Path) -> Iterator[tuple[Path, Mapping[str, Any], Tensors]]:
+    """Opens a model folder, or a GGUF file, or a folder that holds one.
+
+    Yields:
+      What says the config, the config in the form of `config.json`, and every tensor by name.
+
+    Raises:
+      FwError: as `read_json`, `open_tensors` and `fw.gguf.open_gguf` do.
+    """
+    if (file := gguf_file(place)) is not None:
+        opened = open_gguf(file)
+        yield file, opened.config, opened.tensors
+        return
+    source = read_json(place / CONFIG)
+    with open_tensors(place) as tensors:
+        yield place / CONFIG, source, tensors
 
 
 @contextmanager
@@ -161,7 +185,10 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def copy_tokenizer(source: Path, into: Path) -> None:
-    """Copies the files of a tokenizer, those that there are."""
+    """Copies the files of a tokenizer, those that there are, or writes those of a GGUF file."""
+    if (file := gguf_file(source)) is not None:
+        write_tokenizer(file, into)
+        return
     for name in TOKENIZER:
         if (source / name).is_file():
             shutil.copyfile(source / name, into / name)

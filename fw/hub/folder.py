@@ -25,12 +25,12 @@ from fw.hub.families import Family, family_of
 from fw.hub.files import (
     CONFIG,
     WEIGHTS,
-    Tensor,
+    AnyTensor,
+    Tensors,
     copy_tokenizer,
     largest,
     new_folder,
-    open_tensors,
-    read_json,
+    open_model,
 )
 from fw.model import Model, Variables
 from fw.models.names import Name
@@ -80,7 +80,8 @@ def load(
     or unnamed (LABEL_0, LABEL_1 …) and as many; otherwise it gets a new one.
 
     Args:
-      folder: holds `config.json` and `model.safetensors`, or an index and several such files.
+      folder: holds `config.json` and `model.safetensors`, or an index and several such files; or
+        a GGUF file, or its path.
       mesh, rules: where the parameters go.
       key: for parameters that the folder lacks; each gets what `model.init(key)` gives it. None
         requires a complete folder.
@@ -112,10 +113,8 @@ def load(
     folder, dtype = Path(folder), np.dtype(dtype)
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise FwError(f"dtype {dtype} needs jax.config.update('jax_enable_x64', True)")
-    where = folder / CONFIG
-    source = read_json(where)
-    family = family_of(source, where)
-    with open_tensors(folder) as tensors:
+    with open_model(folder) as (where, source, tensors):
+        family = family_of(source, where)
         limit = largest(tensors.values())
         head = choose_head(family, source, where, task=task, labels=labels, limit=limit)
         extra = read_pooling(folder) if head.task == "embedding" else {}
@@ -186,9 +185,7 @@ def save(folder: str | Path, loaded: Loaded, *, tokenizer_from: str | Path | Non
     _on_first_process(write, folder)
 
 
-def _check_names(
-    family: Family, folder: Path, named: Mapping[str, Tensor], wanted: set[str]
-) -> None:
+def _check_names(family: Family, folder: Path, named: Tensors, wanted: set[str]) -> None:
     """Refuses a folder with another encoder than its config describes."""
     missing = sorted(n for n in wanted - named.keys() if not family.may_lack(n))
     if missing:
@@ -205,7 +202,7 @@ def _list(names: Sequence[str], most: int = 5) -> str:
 
 
 def _reader(
-    names: Sequence[Name], tensors: Mapping[str, Tensor], shape: tuple[int, ...], dtype: np.dtype
+    names: Sequence[Name], tensors: Tensors, shape: tuple[int, ...], dtype: np.dtype
 ) -> Callable[[tuple[slice, ...]], np.ndarray]:
     """A function that reads a part of a parameter, in our layout, from the files."""
     lead = len(names[0].entry)
@@ -234,7 +231,7 @@ def _reader(
     return read
 
 
-def _check_tensor(tensor: Tensor, name: Name, shape: tuple[int, ...]) -> None:
+def _check_tensor(tensor: AnyTensor, name: Name, shape: tuple[int, ...]) -> None:
     """Refuses a tensor of another shape than the model's, or of no floating dtype."""
     expected = shape[::-1] if name.transposed else shape
     expected = (expected[0] * name.part[1], *expected[1:])
