@@ -10,6 +10,7 @@ from sharding.parallel.linear import linear, lookup
 from sharding.parallel.pipeline import bubble, pipeline
 from sharding.parallel.ring import ring_attention
 from sharding.parallel.routing import balance_loss, route, z_loss
+from sharding.parallel.words import word_losses
 from sharding.place import build, create, gather, put
 from sharding.processes.cluster import Cluster, beat, start
 from sharding.program import Collective, ContractError, Memory, Report, contract, inspect
@@ -60,5 +61,6 @@ __all__ = [
     "start",
     "unboxed",
     "visualize",
+    "word_losses",
     "z_loss",
 ]

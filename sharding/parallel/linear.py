@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from sharding.context import differentiated, mapped
+from sharding.context import current, differentiated, mapped
 from sharding.errors import ShardingError
 from sharding.layout import fit
 from sharding.mesh import AXES
@@ -57,7 +57,7 @@ def linear(
             f"linear: x has rank {x.ndim}, kernels have rank 2: expected {x.ndim - 1} names of "
             f"rows and two of a kernel's axes, got {rows} and {names}"
         )
-    cuts = _Cuts.here()
+    cuts = Cuts.here()
     if cuts is None:
         return [jnp.matmul(x, kernel) for kernel in kernels]
     inner, outer = names
@@ -73,11 +73,11 @@ def linear(
     inside = mesh_axes(where_x[-1])  # over these, a product of parts is a part of the sum
 
     def body(x: jax.Array, *kernels: jax.Array) -> list[jax.Array]:
-        x = _vary(x, where_x, axes)
+        x = vary(x, where_x, axes)
         ys = []
         for part, lies, goes in zip(kernels, stored, where_ys, strict=True):
-            kernel = _whole(_vary(part, lies, axes), _but(lies[0], inside), 0)
-            kernel = _whole(kernel, _but(lies[1], mesh_axes(goes[-1])), 1)
+            kernel = whole(vary(part, lies, axes), _but(lies[0], inside), 0)
+            kernel = whole(kernel, _but(lies[1], mesh_axes(goes[-1])), 1)
             y = jnp.matmul(x, kernel)
             ys.append(lax.psum(y, inside) if inside else y)
         return ys
@@ -117,7 +117,7 @@ def lookup(
     Array([[[1., 1., 2.],
             [2., 1., 1.]]], dtype=float32)
     """
-    cuts = _Cuts.here()
+    cuts = Cuts.here()
     if cuts is None:
         return _sum([_take(table, i, ()) for table, i in zip(tables, ids, strict=True)])
     shape = max((i.shape for i in ids), key=len)
@@ -147,8 +147,8 @@ def lookup(
         ):
             cut = mesh_axes(lies[0])
             over = axes if cut else axes - by_ids
-            i = _whole(_vary(own, where, over), travel if own.ndim else (), 0)
-            found = _take(_vary(table, lies, over), i, cut)
+            i = whole(vary(own, where, over), travel if own.ndim else (), 0)
+            found = _take(vary(table, lies, over), i, cut)
             (apart if cut else here).append(found)
         if apart:
             here.append(lax.psum(_sum(apart), tuple(a for a in AXES if a in by_ids)))
@@ -178,7 +178,8 @@ def _take(table: jax.Array, ids: jax.Array, cut: tuple[str, ...]) -> jax.Array:
     return jnp.where(mine[..., None], rows, jnp.zeros((), rows.dtype))
 
 
-def _whole(x: jax.Array, axes: tuple[str, ...], place: int) -> jax.Array:
+def whole(x: jax.Array, axes: tuple[str, ...], place: int) -> jax.Array:
+    """The parts of x along an axis, gathered."""
     return lax.all_gather(x, axes, axis=place, tiled=True) if axes else x
 
 
@@ -186,7 +187,7 @@ def _but(entry, kept: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(axis for axis in mesh_axes(entry) if axis not in kept)
 
 
-def _vary(x: jax.Array, spec: PartitionSpec, axes: set[str]) -> jax.Array:
+def vary(x: jax.Array, spec: PartitionSpec, axes: set[str]) -> jax.Array:
     """Lets x differ over all axes before its first use.
 
     On the way back, sums over axes then come last: when the gradients of one input are added up,
@@ -197,21 +198,30 @@ def _vary(x: jax.Array, spec: PartitionSpec, axes: set[str]) -> jax.Array:
 
 
 @dataclass(frozen=True)
-class _Cuts:
-    """Where arrays lie in the scope for differentiation that surrounds the trace."""
+class Cuts:
+    """Where arrays lie in the scope that surrounds the trace."""
 
     mesh: Mesh
     rules: Rules
 
     @classmethod
-    def here(cls) -> "_Cuts | None":
+    def here(cls) -> "Cuts | None":
+        """In a scope for differentiation; None elsewhere."""
         found = differentiated()
         return None if found is None else cls(*found)
 
+    @classmethod
+    def current(cls) -> "Cuts | None":
+        """In any scope."""
+        found = current()
+        return None if found is None else cls(*found)
+
     def flown(self, names: Names, shape: tuple[int, ...], path: str) -> PartitionSpec:
+        """The cuts of an activation."""
         return self._spec(names, shape, path, activation=True)
 
     def stored(self, names: Names, shape: tuple[int, ...], path: str) -> PartitionSpec:
+        """The cuts of a parameter."""
         return self._spec(names, shape, path, activation=False)
 
     def _spec(self, names, shape, path, *, activation) -> PartitionSpec:
@@ -221,9 +231,11 @@ class _Cuts:
 
     @staticmethod
     def of(*specs: PartitionSpec) -> set[str]:
+        """The mesh axes that cut any of these."""
         return {axis for spec in specs for entry in spec for axis in mesh_axes(entry)}
 
     def shard_map(self, body, in_specs, out_specs, axes: set[str]):
+        """`body` for each device's part along `axes`."""
         return jax.shard_map(
             body,
             mesh=self.mesh,
