@@ -3,13 +3,16 @@
 | in the order of the flow | |
 | --- | --- |
 | `recipe`, `finetune`, `stages` | the line from end to end, a function for each stage |
-| `assets`, `hub`, `gguf`, `model`, `models`, `precision` | what comes in, and what it becomes |
+| `assets`, `pretrained`, `hub`, `gguf` | what comes in |
+| `model`, `models`, `precision` | what it becomes |
 | `data`, `tasks`, `metrics` | text to batches; what is minimised and counted |
 | `optimizer`, `step`, `train`, `evaluate`, `checkpoint` | training |
+| `generation` | text from a decoder |
 | `run`, `report`, `export`, `compare` | what is left behind |
 | `host`, `options`, `cli`, `errors` | around it |
 
-A module is imported when it is first used, so `import fw` costs nothing.
+`load`, `save` and `generate` are functions: `fw.generate(fw.load("SmolLM2-135M-Instruct"), text)`. A
+module is imported when it is first used, so `import fw` costs nothing.
 """
 
 from importlib import import_module
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
         evaluate,
         export,
         finetune,
+        generation,
         gguf,
         host,
         hub,
@@ -35,6 +39,7 @@ if TYPE_CHECKING:
         optimizer,
         options,
         precision,
+        pretrained,
         recipe,
         report,
         run,
@@ -43,8 +48,12 @@ if TYPE_CHECKING:
         tasks,
         train,
     )
+    from fw.generation import generate
+    from fw.pretrained import load, save
 
     __version__: str
+
+_FUNCTIONS = {"generate": "fw.generation", "load": "fw.pretrained", "save": "fw.pretrained"}
 
 __all__ = [
     "__version__",
@@ -57,18 +66,23 @@ __all__ = [
     "evaluate",
     "export",
     "finetune",
+    "generate",
+    "generation",
     "gguf",
     "host",
     "hub",
+    "load",
     "metrics",
     "model",
     "models",
     "optimizer",
     "options",
     "precision",
+    "pretrained",
     "recipe",
     "report",
     "run",
+    "save",
     "stages",
     "step",
     "tasks",
@@ -81,6 +95,8 @@ def __getattr__(name: str) -> Any:
         from importlib import metadata
 
         return metadata.version("fw")
+    if name in _FUNCTIONS:
+        return getattr(import_module(_FUNCTIONS[name]), name)
     if name in __all__:
         return import_module(f"fw.{name}")
     raise AttributeError(f"module 'fw' has no attribute {name!r}")

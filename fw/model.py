@@ -15,7 +15,7 @@ Variables = dict[str, Any]
 Batch = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Model:
     """A model as pure functions over plain trees.
 
@@ -25,12 +25,15 @@ class Model:
       apply: `apply(variables, batch, *, key=None, train=False) -> (outputs, variables)`; `key`
         drives dropout, the returned variables carry updated state (batch-norm averages).
       axes: a tree like `variables`; for each leaf, a tuple with the logical name of each axis.
+      cache: `cache(batch, slots, dtype) -> tree` for a model that generates: what it has read,
+        which is nothing yet; goes into a batch and comes out of `apply`. None for others.
     """
 
     config: Any
     init: Callable[[jax.Array], Variables]
     apply: Callable[..., tuple[Any, Variables]]
     axes: Variables
+    cache: Callable[..., Any] | None = None
 
 
 def from_nnx(config: Any, build: Callable[[nnx.Rngs], nnx.Module], forward: Callable) -> Model:

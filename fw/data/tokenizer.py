@@ -13,9 +13,11 @@ from typing import Any
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
-from fw import gguf
 from fw.data.files import read_text
 from fw.errors import FwError
+
+CHAT_TEMPLATE = "chat_template.jinja"
+"""The file that newer models keep it in."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Tokenizer:
         suffix: ids after it, [SEP] for BERT.
         pad: id for padding.
         unknown: id for a word without a single piece; None where the vocabulary has none.
-        settings: what `tokenizer_config.json` says.
+        settings: what `tokenizer_config.json` says, the chat template included.
     """
 
     fast: tokenizers.Tokenizer
@@ -64,8 +66,12 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     >>> tokenizer.prefix, tokenizer.suffix, tokenizer.fast.encode("Hello").ids
     ((2,), (3,), [2, 4, 3])
     """
+    from fw import gguf
+
     folder = Path(folder)
     config = _read_config(folder / "tokenizer_config.json")
+    if (folder / CHAT_TEMPLATE).is_file():
+        config["chat_template"] = read_text(folder / CHAT_TEMPLATE)
     if (folder / "tokenizer.json").is_file():
         path = folder / "tokenizer.json"
         fast = _from_json(path, read_text(path))

@@ -87,7 +87,7 @@ class Family:
         )
 
 
-OWN = ("task", "num_labels", "pooling", "normalize", "microbatches", "remat")
+OWN = ("task", "num_labels", "pooling", "normalize", "microbatches", "remat", "scan")
 """Fields of a config that are no keys of `config.json`."""
 
 

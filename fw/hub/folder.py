@@ -53,6 +53,7 @@ class Loaded:
       unused: the folder's tensors that the model has no place for.
       folder: where it came from, None for a model made here.
       config: that folder's `config.json`.
+      mesh, rules: where the variables are; None for one device.
     """
 
     model: Model
@@ -62,6 +63,8 @@ class Loaded:
     unused: tuple[str, ...] = ()
     folder: Path | None = None
     config: Mapping[str, Any] = field(default=MappingProxyType({}), repr=False)
+    mesh: Mesh | None = field(default=None, repr=False)
+    rules: Rules | None = field(default=None, repr=False)
 
 
 def load(
@@ -149,7 +152,9 @@ def load(
         tuple(_short(path) for path in fresh),
         tuple(sorted(tensor.name for name, tensor in named.items() if name not in used)),
         folder,
-        MappingProxyType(source),
+        MappingProxyType(dict(source)),
+        mesh,
+        rules,
     )
 
 

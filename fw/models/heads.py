@@ -5,7 +5,7 @@
 | token_classification | [B, L, labels] | logits of every token |
 | sequence_classification | [B, S, labels] | logits of every text of a row |
 | question_answering | [B, L, 2] | logits of every token as an answer's first and its last |
-| masked_lm | [B, L, vocab] | logits of every token's word |
+| masked_lm | [B, L, vocab] | logits of every token's word, or what `words` says of them |
 | embedding | [B, S, size] | a vector for every text of a row |
 
 B rows of L tokens hold at most S texts each; text s of a row is segment s + 1, and begins at
@@ -19,7 +19,8 @@ from flax import nnx
 
 from fw.model import Batch
 from fw.models.layers import Dense, Embedding, LayerNorm, gelu
-from sharding import constrain, linear
+from sharding import constrain, linear, word_losses
+from sharding.context import differentiated
 
 LABELLED = ("token_classification", "sequence_classification")
 """The tasks whose classes have names."""
@@ -80,9 +81,37 @@ def embed(x: jax.Array, batch: Batch, pooling: str, normalize: bool) -> jax.Arra
 
 def word_logits(x: jax.Array, word: Embedding, bias: jax.Array | None = None) -> jax.Array:
     """x · tableᵀ: how well each word of the table fits, [..., D] → [..., vocab]."""
-    [y] = linear(x, [word.embedding[...].T], word.axes[::-1])
+    # As an einsum where `linear` has nothing to say: transposed first, one row takes four times as
+    # long on a CPU.
+    table = word.embedding[...]
+    if differentiated() is None:
+        y = jnp.einsum("...d,vd->...v", x, table)
+    else:
+        [y] = linear(x, [table.T], word.axes[::-1])
     y = y if bias is None else y + bias
     return constrain(y, "batch", "length", "vocab")
+
+
+def words(
+    x: jax.Array, word: Embedding, batch: Batch, bias: jax.Array | None = None
+) -> jax.Array | dict[str, jax.Array]:
+    """The words of a language model: their logits, or how well it knows those it is told.
+
+    Args:
+      x: [B, L, D].
+      word: the table.
+      batch: may hold `targets`, int32 [B, L], `IGNORE` where a token does not count.
+      bias: [vocab].
+
+    Returns:
+      Logits [B, L, vocab]; with targets, {"losses": [B, L], "hits": bool [B, L]} of
+      `sharding.word_losses`, and no logits anywhere.
+    """
+    if "targets" not in batch:
+        return word_logits(x, word, bias)
+    names = word.axes
+    losses, hits = word_losses(x, word.embedding[...], batch["targets"], bias, names=names)
+    return {"losses": losses, "hits": hits}
 
 
 class WordHead(nnx.Module):
@@ -96,5 +125,7 @@ class WordHead(nnx.Module):
         self.norm = LayerNorm(size, epsilon=epsilon)
         self.bias = nnx.Param(jnp.zeros(words), axes=("vocab",))
 
-    def __call__(self, x: jax.Array, word: Embedding) -> jax.Array:
-        return word_logits(self.norm(gelu(self.dense(x))), word, self.bias[...])
+    def __call__(
+        self, x: jax.Array, word: Embedding, batch: Batch
+    ) -> jax.Array | dict[str, jax.Array]:
+        return words(self.norm(gelu(self.dense(x))), word, batch, self.bias[...])

@@ -250,6 +250,25 @@ def attention(
     """
     if cutting("length"):
         return ring_attention(q, k, v, seen, causal=causal, window=window, rate=rate, key=key)
+    return attend(q, k, v, seen, rate, key)
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    bias: jax.Array,
+    rate: float = 0.0,
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """`attention` on one device, of queries and keys that may differ in number.
+
+    Args:
+      q: [batch, length, heads, head_dim].
+      k, v: [batch, keys, key heads, head_dim].
+      bias: added to the scores; broadcasts to [batch, 1, length, keys].
+      rate, key: as in `attention`.
+    """
     scale = np.asarray(1 / np.sqrt(q.shape[-1]), q.dtype)
     heads, shared = q.shape[2], q.shape[2] // k.shape[2]
     # [batch, heads, length, head_dim] in memory: dots over the last axes need no further copies.
@@ -257,7 +276,7 @@ def attention(
     if shared > 1:  # the queries of a group are rows of one product
         q = q.reshape(q.shape[0], -1, shared * q.shape[2], q.shape[3])
     scores = jnp.einsum("bhld,bhmd->bhlm", q, k)
-    scores = scores.reshape(q.shape[0], heads, -1, k.shape[2]) + seen
+    scores = scores.reshape(q.shape[0], heads, -1, k.shape[2]) + bias
     weights = dropout(jax.nn.softmax(scores, axis=-1), rate, key)
     weights = weights.reshape(*q.shape[:3], k.shape[2])
     out = jnp.einsum("bhlm,bhmd->bhld", weights, v)

@@ -5,6 +5,7 @@ heads. The families differ in a few switches, which their `config.json` or their
 are one scanned stack; rows may hold several texts, and a token sees those before it in its own.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,17 +13,20 @@ from reprlib import repr as shown
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from fw.errors import FwError
 from fw.model import Batch, Model, from_nnx
 from fw.models import names
-from fw.models.heads import word_logits
+from fw.models.cache import Cache, empty_cache
+from fw.models.heads import word_logits, words
 from fw.models.layers import (
     Dense,
     Embedding,
     RMSNorm,
+    attend,
     attention,
     denses,
     rotary,
@@ -51,7 +55,8 @@ class LlamaConfig:
     """The fields of a `config.json` that change the computation, under their own names.
 
     `rope_type` and what follows it lie in `rope_parameters` there, or in `rope_scaling`. Three say
-    how the model is used: `task`; `microbatches` and `remat`, as in `sharding.pipeline`.
+    how the model is used: `task`; `microbatches` and `remat`, as in `sharding.pipeline`; `scan`, as
+    in `Stack`.
     """
 
     vocab_size: int
@@ -80,6 +85,7 @@ class LlamaConfig:
     hidden_act: str = "silu"
     microbatches: int = 1
     remat: str | None = None
+    scan: bool = True
 
     def __post_init__(self):
         """Checks what the arithmetic relies on, and fills in what a `config.json` may leave out."""
@@ -192,7 +198,7 @@ class Attention(nnx.Module):
             self.key_norm = RMSNorm(config.size, **norm)
         self.config = config
 
-    def __call__(self, x: jax.Array, seen: jax.Array, turn: Any) -> jax.Array:
+    def __call__(self, x: jax.Array, seen: jax.Array, turn: Any, cache: Any = None) -> Any:
         config = self.config
         q, k, v = (
             constrain(y.reshape(*x.shape[:2], -1, config.size), "batch", "length", "heads", None)
@@ -201,8 +207,12 @@ class Attention(nnx.Module):
         if config.head_norms:
             q, k = self.query_norm(q), self.key_norm(k)
         q, k = rotate(q, turn), rotate(k, turn)
-        y = attention(q, k, v, seen, causal=True, window=config.window)
-        return self.out(y.reshape(*x.shape[:2], -1))
+        if cache is None:
+            y = attention(q, k, v, seen, causal=True, window=config.window)
+            return self.out(y.reshape(*x.shape[:2], -1))
+        read, layer = cache
+        k, v, read = read.extend(layer, k, v)
+        return self.out(attend(q, k, v, seen).reshape(*x.shape[:2], -1)), read
 
 
 class Mlp(nnx.Module):
@@ -229,9 +239,14 @@ class Layer(nnx.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps)
         self.mlp = Mlp(config, rngs)
 
-    def __call__(self, x: jax.Array, seen: jax.Array, turn: Any, key: Any = None) -> jax.Array:
-        x = x + self.attention(self.attention_norm(x), seen, turn)
-        return constrain(x + self.mlp(self.mlp_norm(x)), "batch", "length", "embed")
+    def __call__(
+        self, x: jax.Array, seen: jax.Array, turn: Any, key: Any = None, cache: Any = None
+    ) -> Any:
+        y = self.attention(self.attention_norm(x), seen, turn, cache)
+        y, cache = (y, None) if cache is None else y
+        x = x + y
+        x = constrain(x + self.mlp(self.mlp_norm(x)), "batch", "length", "embed")
+        return x if cache is None else (x, cache)
 
 
 class Llama(nnx.Module):
@@ -245,6 +260,7 @@ class Llama(nnx.Module):
             config.num_hidden_layers,
             microbatches=config.microbatches,
             remat=config.remat,
+            scan=config.scan,
             rngs=rngs,
         )
         self.norm = RMSNorm(size, epsilon=config.rms_norm_eps)
@@ -252,20 +268,28 @@ class Llama(nnx.Module):
             self.head = Embedding(config.vocab_size, size, ("vocab", "embed"), std=std, rngs=rngs)
         self.config = config
 
-    def __call__(self, batch: Batch) -> jax.Array:
-        config = self.config
+    def __call__(self, batch: Batch) -> Any:
+        config, positions = self.config, batch["position_ids"]
+        table = self.word if config.tie_word_embeddings else self.head
         x = constrain(self.word(batch["input_ids"]), "batch", "length", "embed")
-        seen = visible(batch["segment_ids"], x.dtype, causal=True, window=config.window)
-        turn = rotary(batch["position_ids"], speeds(config), x.dtype)
-        x = self.norm(self.stack(x, seen, turn))
-        return word_logits(x, self.word if config.tie_word_embeddings else self.head)
+        turn = rotary(jnp.maximum(positions, 0), speeds(config), x.dtype)
+        if (cache := batch.get("cache")) is None:
+            seen = visible(batch["segment_ids"], x.dtype, causal=True, window=config.window)
+            return words(self.norm(self.stack(x, seen, turn)), table, batch)
+        cache = cache.begin(positions)
+        seen = cache.bias(positions, x.dtype, config.window)
+        x, cache = self.stack.extend(x, cache, seen, turn)
+        x = self.norm(x[:, -batch["last"] :])
+        return {"logits": word_logits(x, table), "cache": cache.end(positions.shape[1])}
 
 
 def llama(config: LlamaConfig) -> Model:
     """The model record of a Llama.
 
     `apply` takes [B, L] `input_ids`, `segment_ids` and `position_ids`, and returns the logits of
-    each token's successor, [B, L, vocab_size].
+    each token's successor, [B, L, vocab_size], or with `targets` what `words` does. With a `cache`
+    instead of `segment_ids`, it goes on behind what that holds, and returns the `logits` of the
+    `last` tokens and the `cache`.
 
     >>> model = llama(LlamaConfig(30, 8, 2, 2, 16, num_key_value_heads=1))
     >>> ids = jax.numpy.ones((2, 5), jax.numpy.int32)
@@ -273,16 +297,23 @@ def llama(config: LlamaConfig) -> Model:
     >>> model.apply(model.init(jax.random.key(0)), batch)[0].shape
     (2, 5, 30)
     """
-    return from_nnx(
+
+    def cache(batch: int, slots: int, dtype: Any = jnp.float32) -> Cache:
+        shape = (config.num_hidden_layers, batch, slots, config.key_heads, config.size)
+        return empty_cache(*shape, dtype)
+
+    made = from_nnx(
         config, lambda rngs: Llama(config, rngs), lambda module, batch, key, _: module(batch)
     )
+    return dataclasses.replace(made, cache=cache)
 
 
 def hf_names(config: LlamaConfig) -> Iterator[Name]:
     """How transformers calls the parameters; of a stacked one of ours, a tensor for each layer."""
     yield from names.table("word", "model.embed_tokens")
     for i in range(config.num_hidden_layers):
-        ours, theirs, at = "stack/layers", f"model.layers.{i}", {"entry": (i,)}
+        theirs = f"model.layers.{i}"
+        ours, at = ("stack/layers", {"entry": (i,)}) if config.scan else (f"stack/layers/{i}", {})
         rms = {"bias": False, **at}
         yield from names.norm(f"{ours}/attention_norm", f"{theirs}.input_layernorm", **rms)
         for name, letter in (("query", "q"), ("key", "k"), ("value", "v")):

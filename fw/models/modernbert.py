@@ -206,7 +206,7 @@ class ModernBert(nnx.Module):
         x = self.head_norm(gelu(self.head(x, rows)))
         if config.task == "masked_lm":
             bias = None if self.decoder_bias is None else self.decoder_bias[...]
-            return heads.word_logits(x, self.word, bias)
+            return heads.words(x, self.word, batch, bias)
         return self.classifier(dropout(x, config.classifier_dropout, keys[-1]), rows)
 
 

@@ -140,7 +140,7 @@ class Encoder(nnx.Module):
         if head.task == "embedding":
             return heads.embed(x, batch, head.pooling, head.normalize)
         if head.task == "masked_lm":
-            return self.words(x, self.embeddings.word)
+            return self.words(x, self.embeddings.word, batch)
         if head.task == "sequence_classification":
             texts = ("batch", None)
             last = keys[-1]

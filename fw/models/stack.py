@@ -1,16 +1,19 @@
 """Equal layers as one module, whose parameters are stacked along a first axis `layers`.
 
-One layer is compiled, however many there are. On a mesh with `pipe` > 1 each stage of the mesh
+One layer is compiled, however many there are; with `scan=False` each has parameters of its own,
+which a CPU need not copy out of a stack for every token that it generates. On a mesh with `pipe` > 1 each stage of the mesh
 holds and computes its own layers (`sharding.pipeline`). A model says into how many microbatches its
 batch is cut, which decides what a layer sees at once and its dropout masks; it never says how many
 stages there are.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
 from fw import precision
 from fw.errors import FwError
@@ -44,6 +47,7 @@ class Stack(nnx.Module):
         rounds: int = 1,
         remat: str | None = None,
         has_aux: bool = False,
+        scan: bool = True,
     ):
         """Makes the layers, each of its own key.
 
@@ -52,6 +56,7 @@ class Stack(nnx.Module):
           count: of layers.
           rngs: its stream `params` gives the layers' keys.
           microbatches, rounds, remat, has_aux: as in `sharding.pipeline`.
+          scan: False keeps the layers apart: `layers` is a list, and no stages.
         """
         if count < 1 or rounds < 1 or count % rounds:
             raise FwError(f"{count} layers do not divide into {rounds} rounds")
@@ -67,6 +72,13 @@ class Stack(nnx.Module):
 
         graph, _ = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
         keys = jax.random.split(rngs.params(), count)
+        self.microbatches, self.rounds, self.remat, self.has_aux = (
+            microbatches, rounds, remat, has_aux,
+        )  # fmt: skip
+        self.scan = scan
+        if not scan:
+            self.layers = nnx.List([nnx.merge(graph, parameters(key)) for key in keys])
+            return
         params = jax.vmap(parameters)(keys)
         lead = (LAYERS,) if rounds == 1 else (None, LAYERS)
         if rounds > 1:
@@ -76,10 +88,6 @@ class Stack(nnx.Module):
                 raise FwError(f"{_joined(path)!r} names no axes; give the Param axes=(...)")
             variable.set_metadata(axes=(*lead, *axes))
         self.layers = nnx.merge(graph, params)
-        self.microbatches = microbatches
-        self.rounds = rounds
-        self.remat = remat
-        self.has_aux = has_aux
 
     def __call__(self, x: Any, *extras: Any, key: jax.Array | None = None) -> Any:
         """Applies the layers.
@@ -93,14 +101,14 @@ class Stack(nnx.Module):
           x after the last layer; with `has_aux`, also aux, summed over layers and averaged over
           microbatches.
         """
-        graph, params = nnx.split(self.layers)
+        graph, params = self._stacked()
 
         def layer(params, x, extras, key):
             return nnx.merge(graph, nnx.State(params))(x, *extras, key)
 
         return pipeline(
             precision.here(layer) if stage_count() > 1 else layer,  # stages are mapped
-            nnx.to_pure_dict(params),
+            params,
             x,
             extra=extras,
             key=key,
@@ -109,6 +117,58 @@ class Stack(nnx.Module):
             remat=self.remat,
             has_aux=self.has_aux,
         )
+
+    def extend(self, x: Any, cache: Any, *extras: Any) -> tuple[Any, Any]:
+        """Applies layers that read and extend a cache, one after another on every device.
+
+        Args:
+          x: as above.
+          cache: a tree of arrays, given to every layer with the layer's number, which returns it.
+            Layers that are apart come as they are for the one token of a text that is generated,
+            and stacked for more: a program with many layers takes long to compile.
+          *extras: as above.
+
+        Returns:
+          x after the last layer, and the cache.
+        """
+        if not self.scan and jax.tree.leaves(x)[0].shape[1] == 1:
+            for number, layer in enumerate(self.layers):
+                x, cache = layer(x, *extras, cache=(cache, jnp.int32(number)))
+            return x, cache
+        graph, params = self._stacked()
+        if self.rounds > 1:
+            params = jax.tree.map(lambda p: p.reshape(-1, *p.shape[2:]), params)
+        count = len(jax.tree.leaves(params)[0])
+
+        def layer(carry, entry):
+            params, number = entry
+            x, cache = carry
+            return nnx.merge(graph, nnx.State(params))(x, *extras, cache=(cache, number)), None
+
+        carry, _ = lax.scan(layer, (x, cache), (params, jnp.arange(count, dtype=jnp.int32)))
+        return carry
+
+    def _stacked(self) -> tuple[Any, Any]:
+        """One layer's structure, and the parameters of all, stacked."""
+        if self.scan:
+            graph, state = nnx.split(self.layers)
+            return graph, nnx.to_pure_dict(state)
+        graph, _ = nnx.split(self.layers[0])
+        layers = [nnx.to_pure_dict(nnx.state(layer)) for layer in self.layers]
+        return graph, jax.tree.map(lambda *own: jnp.stack(own), *layers)
+
+
+def apart(params: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """The parameters of a stack's layers as `scan=False` has them.
+
+    Args:
+      params: of `layers`; compressed leaves are cut like others.
+      count: of layers.
+
+    >>> apart({"kernel": jnp.ones((2, 3))}, 2)["1"]["kernel"].shape
+    (3,)
+    """
+    return {str(i): jax.tree.map(lambda leaf: leaf[i], dict(params)) for i in range(count)}
 
 
 def _joined(path: tuple[Any, ...]) -> str:
