@@ -1,7 +1,7 @@
 """What each JAX primitive does with an `Int8`: the mathematics of compressed inference.
 
 `dot_general` multiplies in int8, `gather` looks rows up as floats, and the structural primitives
-(transpose, slice, reshape, cast) move values and scales together and stay compressed. Whatever is
+(transpose, slice, reshape, concatenate, cast) move values and scales together and stay compressed. Whatever is
 not here is refused by `Int8.default`. Importing this file registers the rules with quax, once for
 the process; `compress.interpreter` does so.
 """
@@ -250,6 +250,20 @@ def _dynamic_slice(w: Int8, *starts: ArrayLike, slice_sizes: Sequence[int]) -> I
     values = lax.dynamic_slice(w.values, starts, slice_sizes)
     scale = lax.dynamic_slice(w.scale, _drop(starts, shared), _drop(slice_sizes, shared))
     return _rebuild(w, values, scale, shared)
+
+
+@quax.register(lax.concatenate_p)
+def _concatenate(first: Int8, *others: Int8, dimension: int) -> Int8:
+    """Along an axis that has scales of its own, such as that of layers."""
+    ws, shared = (first, *others), len(first.values.shape) + first.axis
+    if dimension == shared or len({(w.axis, w.as_dtype) for w in ws}) > 1:
+        raise NotImplementedError(
+            f"concatenation of {', '.join(map(describe, ws))} along axis {dimension}: expected "
+            "arrays of one dtype and one scaled axis, joined along another"
+        )
+    values = lax.concatenate([w.values for w in ws], dimension)
+    scale = lax.concatenate([w.scale for w in ws], dimension - (dimension > shared))
+    return _rebuild(first, values, scale, shared)
 
 
 def _rebuild(w: Int8, values: jax.Array, scale: jax.Array, axis: int) -> Int8:

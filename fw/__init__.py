@@ -11,8 +11,8 @@
 | `run`, `report`, `export`, `compare` | what is left behind |
 | `host`, `options`, `cli`, `errors` | around it |
 
-`load`, `save` and `generate` are functions: `fw.generate(fw.load("SmolLM2-135M-Instruct"), text)`. A
-module is imported when it is first used, so `import fw` costs nothing.
+`load`, `save` and `generate` are functions of these. A module is imported when it is first used, so
+`import fw` costs nothing.
 """
 
 from importlib import import_module

@@ -127,6 +127,7 @@ PRODUCTS = {  # function of (x, w), the shape of x, w
     "vmap, one row": (jax.vmap(lambda x, w: x @ w), (3, 32), kernel(LAYERS)),
     "static index": (lambda x, w: x @ w[2], (6, 32), kernel(LAYERS)),
     "sliced": (lambda x, w: x @ w[:, 3:7], (6, 32), kernel(W)),
+    "joined": (lambda x, w: x @ jnp.concatenate([w[:, 4:], w[:, :4]], 1), (6, 32), kernel(W)),
     "bfloat16": (
         lambda x, w: (x.astype(jnp.bfloat16) @ w.astype(jnp.bfloat16)).astype(jnp.float32),
         (6, 32),

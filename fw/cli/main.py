@@ -19,6 +19,7 @@ From a pretrained checkpoint to a small, verified artifact:
   fw compress RUN                                int8 weights, and what they cost
   fw export RUN --variant int8                   a folder that answers, RUN/artifact
   fw predict RUN/artifact "some text"            answers
+  fw generate MODEL "some text"                  goes on with it
 
 A run is a folder: config.json, metrics.jsonl, checkpoints/, model/ (for transformers, too),
 result.json, report.html, artifact/.
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     # Here for the same reason as in `main`.
     from fw import assets
-    from fw.cli import finetune, stages
+    from fw.cli import finetune, generate, stages
     from fw.export import command
 
     parser = argparse.ArgumentParser(
@@ -75,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         stages.add_compress,
         stages.add_export,
         command.add_parser,
+        generate.add_parser,
     ):
         add(commands)
     return parser

@@ -1,6 +1,7 @@
 """Text in, batches out: records → pieces → rows → batch of a step."""
 
 from fw.data.batches import Batches, count_tokens, eval_batches, prefetch
+from fw.data.chat import Chat
 from fw.data.encode import Encoded, encode_labelled, encode_tagged
 from fw.data.feed import feed
 from fw.data.pack import Packed, best_fit_decreasing, pack, unpack_texts, unpack_words
@@ -24,6 +25,7 @@ __all__ = [
     "SPLITS",
     "TASKS",
     "Batches",
+    "Chat",
     "Encoded",
     "Labelled",
     "Packed",

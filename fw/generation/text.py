@@ -1,6 +1,6 @@
 """Text in, text out, as it comes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ def generate(
     prompts: str | Sequence[str] | Sequence[Sequence[int]],
     *,
     max_tokens: int = 256,
-    sampling: Sampling | Sequence[Sampling] = Sampling(),
+    sampling: Sampling | Sequence[Sampling] | None = None,
     stop: str | Sequence[str] = (),
     draft: Loaded | None = None,
     precision: str = "f32",
@@ -78,7 +78,7 @@ def generate(
       loaded: a decoder, as `fw.load` gives it; its folder brings the tokenizer.
       prompts: a text, or several, or their ids (`fw.data.Chat(...).prompt`).
       max_tokens: of each text.
-      sampling: of all texts or of each.
+      sampling: of all texts or of each; None takes the likeliest token always.
       stop: strings that end a text, which are left out.
       draft: a smaller model with the same tokenizer, which guesses tokens ahead; the output is
         the same (`speculate`).
@@ -97,44 +97,52 @@ def generate(
     if loaded.folder is None:
         raise FwError("the model came from no folder, so it has no tokenizer")
     tokenizer = load_tokenizer(loaded.folder)
-    alone = isinstance(prompts, str)
-    given: list[Any] = [prompts] if alone else list(prompts)
-    if given and isinstance(given[0], int):
-        alone, given = True, [given]
+    alone = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+    given: Sequence[Any] = [prompts] if alone else prompts
     ids = [encode(tokenizer, p) if isinstance(p, str) else [*p] for p in given]
-    settings = [sampling] * len(ids) if isinstance(sampling, Sampling) else list(sampling)
-    if len(settings) != len(ids):
-        raise FwError(f"{len(ids)} texts, but {len(settings)} settings of sampling")
-    stops = [stop] if isinstance(stop, str) else list(stop)
+    if sampling is None or isinstance(sampling, Sampling):
+        sampling = [sampling or Sampling()] * len(ids)
+    if len(sampling) != len(ids):
+        raise FwError(f"{len(ids)} texts, but {len(sampling)} settings of sampling")
+    stops = [stop] if isinstance(stop, str) else [*stop]
     if not all(stops):
         raise FwError("stop: expected strings of one character at least")
 
-    decoder = Decoder(loaded.model, loaded.variables, loaded.mesh, loaded.rules, precision)
     ends = end_tokens(loaded, tokenizer)
     texts = [_Text(tokenizer, stops) for _ in ids]
-    if draft is not None:
-        guesser = Decoder(draft.model, draft.variables, draft.mesh, draft.rules, precision)
-        steps = speculate(decoder, guesser, ids, settings, most=max_tokens, stops=ends)
-    else:
-        if (
-            jax.default_backend() == "cpu"
-            and max_tokens >= WORTHWHILE
-            and decoder.model.config.scan
-        ):
-            decoder = decoder.apart()
-        steps = decode(decoder, ids, settings, most=max_tokens, stops=ends)
-    for step in steps:
+    told = on_news or (lambda number, news: None)
+    for step in _steps(loaded, draft, ids, sampling, max_tokens, ends, precision):
         for number, (text, token) in enumerate(zip(texts, step, strict=True)):
             text.add(None if token in ends else token)
-            if on_news is not None and (news := text.news(last=False)):
-                on_news(number, news)
+            if news := text.news(last=False):
+                told(number, news)
         if all(text.ended for text in texts):
             break
     for number, text in enumerate(texts):
-        if on_news is not None and (news := text.news(last=True)):
-            on_news(number, news)
+        if news := text.news(last=True):
+            told(number, news)
     found = [text.text for text in texts]
     return found[0] if alone else found
+
+
+def _steps(
+    loaded: Loaded,
+    draft: Loaded | None,
+    ids: Sequence[Sequence[int]],
+    settings: Sequence[Sampling],
+    most: int,
+    stops: Sequence[int],
+    policy: str,
+) -> Iterator[list[int | None]]:
+    def of(one: Loaded) -> Decoder:
+        return Decoder(one.model, one.variables, one.mesh, one.rules, policy)
+
+    decoder = of(loaded)
+    if draft is not None:
+        return speculate(decoder, of(draft), ids, settings, most=most, stops=stops)
+    if jax.default_backend() == "cpu" and most >= WORTHWHILE and decoder.model.config.scan:
+        decoder = decoder.apart()
+    return decode(decoder, ids, settings, most=most, stops=stops)
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -1,8 +1,8 @@
 """Keys and values of the tokens that a decoder has read, so that it reads each once.
 
-A cache is an array in `batch["cache"]`, and an output: generation is a pure function of it. All rows
-of a batch write to the same slots, so texts of different lengths begin with empty ones, and every
-slot says which position of its row's text it holds.
+It goes into a model as `batch["cache"]` and comes out with more in it. All rows of a batch write to
+the same slots, so shorter texts begin with empty ones, and every slot says which position of its
+row's text it holds.
 """
 
 import dataclasses

@@ -177,7 +177,7 @@ class ModernBert(nnx.Module):
             labels = heads.SPAN if config.task == "question_answering" else config.num_labels
             self.classifier = Dense(size, labels, ("embed", "labels"), std=std, rngs=rngs)
 
-    def __call__(self, batch: Batch, key: jax.Array | None) -> jax.Array:
+    def __call__(self, batch: Batch, key: jax.Array | None) -> Any:
         config, number = self.config, len(self.layers) + 2
         keys = (None,) * number if key is None else jax.random.split(key, number)
         x = self.embedding_norm(self.word(batch["input_ids"]))

@@ -129,7 +129,7 @@ class Encoder(nnx.Module):
             self.classifier = Dense(size, labels, ("embed", "labels"), std=std, rngs=rngs)
         self.rate, self.head = shape.dropout, head
 
-    def __call__(self, batch: Batch, key: jax.Array | None) -> jax.Array:
+    def __call__(self, batch: Batch, key: jax.Array | None) -> Any:
         head, number = self.head, len(self.layers) + 2
         keys = (None,) * number if key is None else jax.random.split(key, number)
         x = dropout(self.embeddings(batch), self.rate, keys[0])

@@ -1,13 +1,14 @@
 """Equal layers as one module, whose parameters are stacked along a first axis `layers`.
 
-One layer is compiled, however many there are; with `scan=False` each has parameters of its own,
-which a CPU need not copy out of a stack for every token that it generates. On a mesh with `pipe` > 1 each stage of the mesh
-holds and computes its own layers (`sharding.pipeline`). A model says into how many microbatches its
-batch is cut, which decides what a layer sees at once and its dropout masks; it never says how many
-stages there are.
+One layer is compiled, however many there are. With `scan=False` each keeps parameters of its own,
+which a CPU need not copy out of a stack for every token that it generates. On a mesh with `pipe`
+> 1 each stage of the mesh holds and computes its own layers (`sharding.pipeline`). A model says
+into how many microbatches its batch is cut, which decides what a layer sees at once and its dropout
+masks; it never says how many stages there are.
 """
 
 from collections.abc import Callable, Mapping
+from operator import itemgetter
 from typing import Any
 
 import jax
@@ -75,7 +76,6 @@ class Stack(nnx.Module):
         self.microbatches, self.rounds, self.remat, self.has_aux = (
             microbatches, rounds, remat, has_aux,
         )  # fmt: skip
-        self.scan = scan
         if not scan:
             self.layers = nnx.List([nnx.merge(graph, parameters(key)) for key in keys])
             return
@@ -131,7 +131,7 @@ class Stack(nnx.Module):
         Returns:
           x after the last layer, and the cache.
         """
-        if not self.scan and jax.tree.leaves(x)[0].shape[1] == 1:
+        if isinstance(self.layers, nnx.List) and jax.tree.leaves(x)[0].shape[1] == 1:
             for number, layer in enumerate(self.layers):
                 x, cache = layer(x, *extras, cache=(cache, jnp.int32(number)))
             return x, cache
@@ -150,12 +150,17 @@ class Stack(nnx.Module):
 
     def _stacked(self) -> tuple[Any, Any]:
         """One layer's structure, and the parameters of all, stacked."""
-        if self.scan:
+        if not isinstance(self.layers, nnx.List):
             graph, state = nnx.split(self.layers)
             return graph, nnx.to_pure_dict(state)
         graph, _ = nnx.split(self.layers[0])
         layers = [nnx.to_pure_dict(nnx.state(layer)) for layer in self.layers]
-        return graph, jax.tree.map(lambda *own: jnp.stack(own), *layers)
+        return graph, jax.tree.map(_stack, *layers)
+
+
+def _stack(*leaves: jax.Array) -> jax.Array:
+    # In two steps that compressed leaves know.
+    return lax.concatenate([lax.reshape(leaf, (1, *leaf.shape)) for leaf in leaves], 0)
 
 
 def apart(params: Mapping[str, Any], count: int) -> dict[str, Any]:
@@ -168,7 +173,7 @@ def apart(params: Mapping[str, Any], count: int) -> dict[str, Any]:
     >>> apart({"kernel": jnp.ones((2, 3))}, 2)["1"]["kernel"].shape
     (3,)
     """
-    return {str(i): jax.tree.map(lambda leaf: leaf[i], dict(params)) for i in range(count)}
+    return {str(i): jax.tree.map(itemgetter(i), dict(params)) for i in range(count)}
 
 
 def _joined(path: tuple[Any, ...]) -> str:

@@ -1,0 +1,236 @@
+"""Generation: cached as uncached, whatever the batch and the mesh; sampling against a plain one."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import compress
+from fw.errors import FwError
+from fw.generation import Decoder, Sampling, choose, controls, decode, speculate
+from fw.models.bert import BertConfig, bert
+from fw.models.llama import LlamaConfig, llama
+from sharding import create, make_mesh, rules, shardings
+
+
+@pytest.fixture(autouse=True)
+def quickly_compiled():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+VOCAB = 61
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": {"num_key_value_heads": 2, "tie_word_embeddings": True},
+    "mistral": {"num_key_value_heads": 2, "sliding_window": 5},
+    "qwen3": {"num_key_value_heads": 4, "head_dim": 8},
+}
+PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [5, 3], [5, 8, 9, 7, 9, 3, 2, 3, 8, 4, 6, 2, 6]]
+MOST = 9
+
+
+def make(kind, seed=0, **more):
+    config = LlamaConfig(
+        VOCAB, 16, 3, 4, 24, model_type=kind, max_position_embeddings=64, **KINDS[kind] | more
+    )
+    model, random = llama(config), np.random.default_rng(seed)
+    variables = jax.tree.map(
+        lambda x: np.asarray(x + random.normal(0, 0.3, x.shape), np.float32),
+        model.init(jax.random.key(0)),
+    )
+    return model, variables
+
+
+def uncached(model, variables, prompt, setting, most, stops=()):
+    """The whole text again for every token, alone, with the logits of the plain forward pass."""
+    ids = list(prompt)
+    for _ in range(most):
+        x = np.zeros((1, 32), np.int32)
+        x[0, : len(ids)] = ids
+        segments = (np.arange(32) < len(ids)).astype(np.int32)[None]
+        batch = {"input_ids": x, "segment_ids": segments, "position_ids": np.arange(32)[None]}
+        logits = np.asarray(_apply(model)(variables, batch))[0, len(ids) - 1]
+        ids.append(plain_choice(logits, ids, setting))
+        if ids[-1] in stops:
+            break
+    return ids[len(prompt) :]
+
+
+_JITTED: dict[Any, Any] = {}
+
+
+def _apply(model):
+    if model not in _JITTED:
+        _JITTED[model] = jax.jit(lambda v, b: model.apply(v, b)[0])
+    return _JITTED[model]
+
+
+def allowed(logits, seen, s):
+    """The logits that the settings leave, one filter after another, in numpy."""
+    logits = logits.astype(np.float64)
+    for token in set(seen):
+        logits[token] *= (1 / s.repetition_penalty) if logits[token] > 0 else s.repetition_penalty
+    if s.temperature == 0:
+        return logits
+    logits /= s.temperature
+    if s.top_k:
+        logits[logits < np.sort(logits)[-s.top_k]] = -np.inf
+
+    def shares():
+        e = np.exp(logits - logits.max())
+        return e / e.sum()
+
+    order = np.argsort(-logits)
+    falling = shares()[order]
+    logits[order[np.cumsum(falling) - falling >= s.top_p]] = -np.inf
+    logits[shares() < s.min_p * shares().max()] = -np.inf
+    return logits
+
+
+def plain_choice(logits, ids, s):
+    left = allowed(logits, ids if s.repetition_penalty != 1 else (), s)
+    if s.temperature == 0:
+        return int(np.argmax(left))
+    key = jax.random.fold_in(jax.random.key(np.uint32(s.seed)), np.int32(len(ids)))
+    return int(np.asarray(jax.random.categorical(key, left.astype(np.float32))))
+
+
+SETTINGS = [
+    Sampling(),
+    Sampling(temperature=0.9, top_k=20, seed=7),
+    Sampling(temperature=1.3, top_p=0.8, min_p=0.05, repetition_penalty=1.4, seed=8),
+]
+
+
+def run(decoder, prompts=PROMPTS, settings=SETTINGS, how=decode, most=MOST, stops=(), **more):
+    rows: list[list[int]] = [[] for _ in prompts]
+    for step in how(decoder, prompts, settings, most=most, stops=stops, **more):
+        for row, token in zip(rows, step, strict=True):
+            if token is not None:
+                row.append(token)
+    return rows
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cached_as_uncached_token_for_token_in_a_batch_of_lengths(kind):
+    model, variables = make(kind)
+    expected = [
+        uncached(model, variables, p, s, MOST) for p, s in zip(PROMPTS, SETTINGS, strict=True)
+    ]
+    decoder = Decoder(model, variables)
+    assert run(decoder) == expected
+    assert run(decoder.apart()) == expected
+    assert [run(decoder, [p], [s])[0] for p, s in zip(PROMPTS, SETTINGS, strict=True)] == expected
+
+
+@pytest.mark.parametrize("spec", ["data=2", "fsdp=2,tensor=2", "data=2,fsdp=2,tensor=2"])
+def test_every_mesh_generates_the_same(spec):
+    model, variables = make("llama")
+    mesh, layout = make_mesh(spec), rules()
+    where = shardings(model.axes, variables, mesh, layout)
+    placed = create(lambda: variables, shardings=where)
+    decoder = Decoder(model, placed, mesh, layout)
+    assert run(decoder) == run(Decoder(model, variables))
+    batch = decoder.placed(np.zeros((8, 4), np.int32))
+    with decoder.scope():
+        cache = jax.jit(lambda ids: model.cache(len(ids), 64))(batch)  # type: ignore[misc]
+    size = cache.key.addressable_shards[0].data.nbytes
+    assert size * mesh.size == cache.key.nbytes  # cut like the model, on every device
+
+
+def test_a_text_ends_at_its_stop_and_the_others_go_on():
+    model, variables = make("llama")
+    whole = run(Decoder(model, variables))
+    stop = whole[1][3]
+    cut = [row[: row.index(stop) + 1] if stop in row else row for row in whole]
+    assert run(Decoder(model, variables), stops=[stop]) == cut
+    assert any(len(a) < len(b) for a, b in zip(cut, whole, strict=True))
+
+
+@pytest.mark.parametrize("quality", ["itself", "near", "stranger"])
+def test_speculation_changes_no_token(quality):
+    model, variables = make("llama")
+    draft_model, draft = make("mistral", seed=3)
+    if quality != "stranger":
+        draft_model, random = model, np.random.default_rng(1)
+        noise = 0.0 if quality == "itself" else 0.02
+        draft = jax.tree.map(lambda x: np.float32(x + random.normal(0, noise, x.shape)), variables)
+    decoder, guesser = Decoder(model, variables), Decoder(draft_model, draft)
+    stop = run(decoder)[0][5]
+    for stops in ((), (stop,)):
+        steps: list[int] = []
+        expected = run(decoder, stops=stops)
+        found = run(decoder, how=lambda *a, **k: speculate(a[0], guesser, *a[1:], **k), stops=stops)
+        assert found == expected, (stops, steps)
+    alone = lambda *a, **k: speculate(a[0], guesser, *a[1:], **k)  # noqa: E731
+    assert run(decoder, PROMPTS[:1], SETTINGS[:1], how=alone) == [run(decoder)[0]]
+
+
+def test_int8_weights_generate_what_their_uncached_forward_says():
+    model, variables = make("llama")
+    select = {"stack/**/kernel": "stack"}
+    small = {**variables, "params": compress.quantize(variables["params"], select=select)[0]}
+    apply = jax.jit(lambda v, b: compress.apply(model.apply)(v, b)[0])
+    ids = list(PROMPTS[0])
+    for _ in range(MOST):
+        one = np.ones((1, len(ids)), np.int32)
+        batch = {"input_ids": np.array([ids], np.int32), "segment_ids": one,
+                 "position_ids": np.arange(len(ids), dtype=np.int32)[None]}  # fmt: skip
+        ids.append(int(np.argmax(apply(small, batch)[0, -1])))
+    found = run(Decoder(model, small), PROMPTS[:1], SETTINGS[:1])
+    assert found == [ids[len(PROMPTS[0]) :]]
+    assert run(Decoder(model, small).apart(), PROMPTS[:1], SETTINGS[:1]) == found
+
+
+def test_sampling_draws_by_the_allowed_probabilities():
+    random = np.random.default_rng(0)
+    logits = random.normal(0, 2, 24).astype(np.float32)
+    seen = np.zeros(24, bool)
+    seen[[3, 4, 5]] = True
+    for s in (
+        Sampling(temperature=0.7),
+        Sampling(temperature=1.0, top_k=5),
+        Sampling(temperature=1.2, top_p=0.7),
+        Sampling(temperature=1.5, min_p=0.2),
+        Sampling(temperature=1.4, top_k=12, top_p=0.9, min_p=0.03, repetition_penalty=1.7),
+    ):
+        left = allowed(logits, np.flatnonzero(seen), s)
+        expected = np.exp(left - left.max())
+        expected /= expected.sum()
+        draws = 4000
+        many = controls([dataclasses.replace(s, seed=i) for i in range(draws)])
+        rows = jnp.broadcast_to(logits, (draws, 24))
+        tokens = choose(rows, jnp.full(draws, 9), many, jnp.broadcast_to(seen, (draws, 24)))
+        counts = np.bincount(np.asarray(tokens), minlength=24)
+        assert not counts[expected == 0].any(), s
+        sigma = np.sqrt(draws * expected * (1 - expected)) + 1e-9
+        assert np.max(np.abs(counts - draws * expected) / sigma) < 4.5, s
+
+
+def test_what_cannot_be_generated_is_refused():
+    model, variables = make("llama")
+    decoder = Decoder(model, variables)
+    cases: Any = (
+        ([[]], 3, "text 0: expected a token"),
+        ([[1], [1] * 60], 9, "text 1 has 60 tokens, and 9 more"),
+        ([[VOCAB]], 3, f"has the id {VOCAB}, but the vocabulary ends at {VOCAB - 1}"),
+    )
+    for prompts, most, message in cases:
+        with pytest.raises(FwError, match=message):
+            run(decoder, prompts, [Sampling()] * len(prompts), most=most)
+    with pytest.raises(FwError, match="BertConfig does not generate"):
+        Decoder(bert(BertConfig(9, 8, 1, 2, 8, num_labels=2, task="token_classification")), {})
+    with pytest.raises(FwError, match="mesh axis 'pipe'"):
+        Decoder(model, variables, make_mesh("pipe=2"), rules())
+    wide = llama(dataclasses.replace(model.config, vocab_size=70))
+    with pytest.raises(FwError, match="draft: has 70 words, the model 61"):
+        next(speculate(decoder, Decoder(wide, {}), [[1]], [Sampling()], most=2))
+    ranges: Any = (("temperature", -1.0), ("top_k", -1), ("top_p", 0.0), ("min_p", 2.0),
+                        ("repetition_penalty", 0.0), ("seed", 2**32))  # fmt: skip
+    for name, value in ranges:
+        with pytest.raises(FwError, match=f"{name} is"):
+            Sampling(**{name: value})
