@@ -4,6 +4,15 @@ from fw.data.batches import Batches, count_tokens, eval_batches, prefetch
 from fw.data.chat import Chat
 from fw.data.encode import Encoded, encode_labelled, encode_tagged
 from fw.data.feed import feed
+from fw.data.language import (
+    Conversation,
+    Document,
+    encode_conversations,
+    encode_documents,
+    pack_words,
+    read_conversations,
+    read_documents,
+)
 from fw.data.pack import Packed, best_fit_decreasing, pack, unpack_texts, unpack_words
 from fw.data.readers import read_conll, read_json_lines, read_table
 from fw.data.records import Labelled, Record, Tagged, iob1_to_bio, label_names
@@ -26,6 +35,8 @@ __all__ = [
     "TASKS",
     "Batches",
     "Chat",
+    "Conversation",
+    "Document",
     "Encoded",
     "Labelled",
     "Packed",
@@ -34,6 +45,8 @@ __all__ = [
     "Tokenizer",
     "best_fit_decreasing",
     "count_tokens",
+    "encode_conversations",
+    "encode_documents",
     "encode_labelled",
     "encode_tagged",
     "eval_batches",
@@ -44,8 +57,11 @@ __all__ = [
     "load_splits",
     "load_tokenizer",
     "pack",
+    "pack_words",
     "prefetch",
     "read_conll",
+    "read_conversations",
+    "read_documents",
     "read_json_lines",
     "read_records",
     "read_table",

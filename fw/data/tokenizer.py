@@ -40,6 +40,12 @@ class Tokenizer:
     unknown: int | None
     settings: Mapping[str, Any] = field(default=MappingProxyType({}), repr=False)
 
+    @property
+    def end(self) -> int | None:
+        """The id that ends a text, where the settings say one."""
+        token = _spelling(dict(self.settings), "eos_token")
+        return None if token is None else self.fast.token_to_id(token)
+
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """Read a tokenizer from a model folder.

@@ -158,8 +158,6 @@ def end_tokens(loaded: Loaded, tokenizer: Tokenizer) -> tuple[int, ...]:
         found.append(read_json(path).get("eos_token_id"))
     flat = [n for entry in found for n in (entry if isinstance(entry, list) else [entry])]
     ends = {n for n in flat if isinstance(n, int)}
-    token = tokenizer.settings.get("eos_token")
-    token = token.get("content") if isinstance(token, dict) else token
-    if isinstance(token, str) and (number := tokenizer.fast.token_to_id(token)) is not None:
-        ends.add(number)
+    if tokenizer.end is not None:
+        ends.add(tokenizer.end)
     return tuple(sorted(ends))

@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 
 from fw.errors import FwError
+from fw.tasks.language_modelling import causal_lm, masked_lm
 from fw.tasks.sequence_classification import sequence_classification
 from fw.tasks.task import Task
 from fw.tasks.token_classification import token_classification
 
-_TASKS = {task.__name__: task for task in (token_classification, sequence_classification)}
+_KINDS = (token_classification, sequence_classification, causal_lm, masked_lm)
+_TASKS = {task.__name__: task for task in _KINDS}
 
 
 def make_task(name: str, labels: Sequence[str]) -> Task:
