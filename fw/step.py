@@ -18,7 +18,7 @@ from fw.model import Batch, Model, Variables
 from fw.optimizer import state_shardings
 from sharding import Rules, constrain, scope, shardings
 
-Loss = Callable[[jax.Array, Batch], tuple[jax.Array, jax.Array]]
+Loss = Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
 
 
 class TrainState(NamedTuple):

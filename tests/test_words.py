@@ -2,6 +2,7 @@
 
 import math
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +77,7 @@ def test_every_mesh_gives_the_same(spec):
     )
 
 
-def on_mesh(spec, layout, text=False):
+def on_mesh(spec, layout, text=False) -> Any:
     x, params, targets = case(np.float32, seed=1)
     mesh = make_mesh(spec)
     params = create(lambda: params, shardings=where(AXES, params, mesh, layout))
@@ -116,4 +117,4 @@ def test_bfloat16_rounds_the_operands():
 def test_shapes_that_do_not_fit_are_named():
     x, params, targets = case(np.float32)
     with pytest.raises(ShardingError, match=r"got \(8, 12, 16\), \(8, 11\) and \(48, 16\)"):
-        word_losses(x, params["table"], targets[:, 1:])
+        word_losses(jnp.array(x), jnp.array(params["table"]), jnp.array(targets[:, 1:]))

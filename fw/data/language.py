@@ -99,7 +99,7 @@ def read_conversations(
     """
     found = []
     for where, row in _objects(path, on_bad_row):
-        messages = row.get(column)
+        messages: Any = row.get(column)
         good = isinstance(messages, list) and all(
             isinstance(m, dict)
             and isinstance(m.get("role"), str)
@@ -152,7 +152,7 @@ def encode_documents(
 def encode_conversations(
     tokenizer: Tokenizer, conversations: Sequence[Conversation], *, max_length: int
 ) -> Encoded:
-    """The pieces of conversations by the tokenizer's template; what is too long is cut, and counted.
+    """The pieces of conversations by the tokenizer's template; what is too long is cut, counted.
 
     Args:
         tokenizer: from `load_tokenizer`.

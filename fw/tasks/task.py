@@ -49,8 +49,8 @@ class Task:
 
     name: str
     labels: tuple[str, ...]
-    loss: Callable[[jax.Array, Batch], tuple[jax.Array, jax.Array]]
-    count: Callable[[jax.Array, Batch], Any]
+    loss: Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
+    count: Callable[[Any, Batch], Any]
     summarise: Callable[[Any], Summary]
 
 

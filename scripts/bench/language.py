@@ -104,9 +104,10 @@ def training(loaded: Any, root: Path, batches: Any, options: Any) -> dict[str, A
     recipe = AdamW(learning_rate=options.learning_rate, warmup=0.0, schedule="constant",
                    weight_decay=0.01, clip=1.0)  # fmt: skip
     steps = [batches(i) for i in range(options.steps)]
-    np.savez(root / "steps.npz", **{k: np.stack([s[k] for s in steps]) for k in steps[0]})
+    rows: Any = {k: np.stack([s[k] for s in steps]) for k in steps[0]}
+    np.savez(root / "steps.npz", **rows)
     told = {"learning_rate": recipe.learning_rate, "weight_decay": recipe.weight_decay,
-            "clip": recipe.clip, "b1": recipe.b1, "b2": recipe.b2, "eps": recipe.eps}  # fmt: skip
+            "clip": recipe.clip, "b1": recipe.b1, "b2": recipe.b2, "eps": recipe.epsilon}  # fmt: skip
     (root / "training.json").write_text(json.dumps(told))
     peer("train", root)
     theirs = json.loads((root / "losses.json").read_text())
