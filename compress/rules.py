@@ -1,9 +1,9 @@
 """What each JAX primitive does with an `Int8`: the mathematics of compressed inference.
 
 `dot_general` multiplies in int8, `gather` looks rows up as floats, and the structural primitives
-(transpose, slice, reshape, concatenate, cast) move values and scales together and stay compressed. Whatever is
-not here is refused by `Int8.default`. Importing this file registers the rules with quax, once for
-the process; `compress.interpreter` does so.
+(transpose, slice, reshape, concatenate, cast) move values and scales together and stay compressed.
+Whatever is not here is refused by `Int8.default`. Importing this file registers the rules with
+quax, once for the process; `compress.interpreter` does so.
 """
 
 import functools
