@@ -107,7 +107,7 @@ def training(loaded: Any, root: Path, batches: Any, options: Any) -> dict[str, A
     rows: Any = {k: np.stack([s[k] for s in steps]) for k in steps[0]}
     np.savez(root / "steps.npz", **rows)
     told = {"learning_rate": recipe.learning_rate, "weight_decay": recipe.weight_decay,
-            "clip": recipe.clip, 
+            "clip": recipe.clip,
             "b1": recipe.b1, "b2": recipe.b2, "eps": recipe.epsilon}  # fmt: skip
     (root / "training.json").write_text(json.dumps(told))
     peer("train", root)
