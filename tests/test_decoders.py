@@ -11,6 +11,7 @@ import pytest
 from fw import hub
 from fw.errors import FwError
 from fw.hub import FAMILIES
+from fw.models import stack
 from fw.models.llama import ARCHITECTURES, LlamaConfig, llama, read_config, speeds
 from sharding import gather, make_mesh, rules
 from tests.texts import LENGTHS, ROWS, batch_of, outputs
@@ -25,11 +26,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def quickly_compiled():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 
 def make(kind, **more):
@@ -54,7 +51,17 @@ def test_packed_as_unpacked_on_any_mesh_and_back_from_a_folder(kind, tmp_path):
     for a, b in zip(outputs(staged, ROWS, "pipe=2,fsdp=2"), alone, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
+    config = dataclasses.replace(made.model.config, scan=False)
+    params = dict(made.variables["params"])
+    params["stack"] = {"layers": stack.apart(params["stack"]["layers"], SHAPE[2])}
+    apart = hub.Loaded(llama(config), {"params": params, "state": {}}, ())
+    for a, b in zip(outputs(apart, ROWS, "fsdp=2,tensor=2"), alone, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
     hub.save(tmp_path / "m", made)
+    hub.save(tmp_path / "apart", apart)
+    written = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("m", "apart")]
+    assert written[0] == written[1]
     mesh = make_mesh("pipe=2,fsdp=2,tensor=2")
     again = hub.load(tmp_path / "m", mesh=mesh, rules=rules())
     assert (again.model.config, again.fresh, again.unused) == (made.model.config, (), ())

@@ -28,11 +28,7 @@ CONFIGS: dict[str, Any] = {
 LABELS = ("a", "b", "c")
 
 
-@pytest.fixture(autouse=True)
-def quickly_compiled():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 
 def make(family, task, **options):

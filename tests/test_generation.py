@@ -15,12 +15,7 @@ from fw.models.bert import BertConfig, bert
 from fw.models.llama import LlamaConfig, llama
 from sharding import create, make_mesh, rules, shardings
 
-
-@pytest.fixture(autouse=True)
-def quickly_compiled():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 
 VOCAB = 61
@@ -162,10 +157,9 @@ def test_speculation_changes_no_token(quality):
     decoder, guesser = Decoder(model, variables), Decoder(draft_model, draft)
     stop = run(decoder)[0][5]
     for stops in ((), (stop,)):
-        steps: list[int] = []
         expected = run(decoder, stops=stops)
         found = run(decoder, how=lambda *a, **k: speculate(a[0], guesser, *a[1:], **k), stops=stops)
-        assert found == expected, (stops, steps)
+        assert found == expected, stops
     alone = lambda *a, **k: speculate(a[0], guesser, *a[1:], **k)  # noqa: E731
     assert run(decoder, PROMPTS[:1], SETTINGS[:1], how=alone) == [run(decoder)[0]]
 

@@ -24,12 +24,7 @@ RULES = rules()
 NAMES = ("batch", "length", "heads", None)
 
 
-@pytest.fixture(autouse=True)
-def quickly_compiled():
-    """The partitioner's program all the same, but machine code made in half the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 
 # --- random bits ----------------------------------------------------------------------------------

@@ -158,7 +158,7 @@ class Chat:
         if not isinstance(content, str):
             raise FwError(f"message {number}: expected 'content', a text")
         for token in self._special:
-            if token in content:
+            if token in content or token in message["role"]:
                 raise FwError(f"message {number}: spells the special token {token!r}; take it out")
 
 

@@ -133,6 +133,7 @@ def encode_documents(
     Raises:
         FwError: `max_length` below 1.
     """
+    _check(max_length)
     end = tokenizer.end
     whole = tokenizer.fast.encode_batch_fast(
         [document.text for document in documents], add_special_tokens=False
@@ -144,9 +145,9 @@ def encode_documents(
         following = [*own[1:], IGNORE]
         texts += [
             (number, own[i : i + max_length], following[i : i + max_length])
-            for i in range(0, len(own), max(max_length, 1))
+            for i in range(0, len(own), max_length)
         ]
-    return _encoded(tokenizer, texts, len(documents), max_length)
+    return _encoded(tokenizer, texts, len(documents))
 
 
 def encode_conversations(
@@ -165,6 +166,7 @@ def encode_conversations(
     Raises:
         FwError: no template, or a conversation that it refuses, with its file and line.
     """
+    _check(max_length)
     chat, texts, cut, cut_texts = Chat(tokenizer), [], 0, 0
     for number, one in enumerate(conversations):
         try:
@@ -176,7 +178,7 @@ def encode_conversations(
         texts.append((number, ids[:max_length], following[:max_length]))
         cut += max(len(ids) - max_length, 0)
         cut_texts += len(ids) > max_length
-    encoded = _encoded(tokenizer, texts, len(conversations), max_length)
+    encoded = _encoded(tokenizer, texts, len(conversations))
     return replace(encoded, cut=cut, cut_texts=cut_texts)
 
 
@@ -197,9 +199,12 @@ def pack_words(encoded: Encoded, length: int, *, packed: bool = True) -> Packed:
     return replace(rows, arrays=arrays, empty=empty)
 
 
-def _encoded(tokenizer: Tokenizer, texts: list, records: int, max_length: int) -> Encoded:
+def _check(max_length: int) -> None:
     if max_length < 1:
         raise FwError(f"max_length: expected 1 or more; got {max_length}")
+
+
+def _encoded(tokenizer: Tokenizer, texts: list, records: int) -> Encoded:
     ids, labels = array("i"), array("i")
     for _, own, following in texts:
         ids.extend(own)

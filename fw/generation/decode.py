@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +66,11 @@ class Decoder:
         if self.mesh is None or self.rules is None:
             return nullcontext()
         return scope(self.mesh, self.rules)
+
+    def run(self, program: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """Calls a program of the model's variables where it is traced rightly."""
+        with self.scope():
+            return program(self.variables, *args, **options)
 
     def placed(self, tree: Any) -> Any:
         """Arrays with rows, on the mesh."""
@@ -186,35 +191,49 @@ def decode(
       FwError: a text without tokens, or one that is too long for the model's positions, or ids that
         it has no row for.
     """
-    check(decoder.model.config, prompts, most)
     if not prompts or most < 1:
         return
-    ids, positions, padded = rows(decoder, prompts)
-    control = controls([*settings, *[Sampling()] * (padded - len(prompts))])
-    random = any(s.temperature > 0 for s in settings)
-    penalised = any(s.repetition_penalty != 1 for s in settings)
-    slots = -(-(ids.shape[1] + most) // SLOTS) * SLOTS
-    stopping = jnp.asarray([*stops] or [EMPTY], jnp.int32)
-    with decoder.scope():
-        ids, positions, control = decoder.placed((ids, positions, control))
-        state, chosen = decoder.programs.first(
-            decoder.variables, ids, positions, control, stopping, slots=slots, random=random,
-            penalised=penalised,
-        )  # fmt: skip
-        for number in range(most):
-            ahead = chosen
-            if number + 1 < most:  # before the host waits for this token
-                state, chosen = decoder.programs.next(
-                    decoder.variables, state, control, stopping, random=random
-                )
-            token, done = (np.asarray(x)[: len(prompts)] for x in ahead)
-            if done.all():
-                return
-            yield [None if d else int(t) for t, d in zip(token, done, strict=True)]
+    given = prepare(decoder, prompts, settings, most, stops)
+    state, chosen = decoder.run(
+        decoder.programs.first, given.ids, given.positions, *given.shared, **given.options
+    )
+    for number in range(most):
+        ahead = chosen
+        if number + 1 < most:  # before the host waits for this token
+            state, chosen = decoder.run(
+                decoder.programs.next, state, *given.shared, random=given.options["random"]
+            )
+        told = tell(ahead, len(prompts))
+        if all(token is None for token in told):
+            return
+        yield told
 
 
-def rows(decoder: Decoder, prompts: Sequence[Sequence[int]]) -> tuple[Any, Any, int]:
-    """Prompts that end in the same column, and rows that are of no text, for the mesh."""
+class Given(NamedTuple):
+    """What the programs of a batch take.
+
+    Attributes:
+      ids, positions: int32 [B, L]: prompts that end in the same column, and rows that are of no
+        text, for the mesh.
+      shared: of all programs: the settings of the rows, and the tokens that end a text.
+      options: of the first: what is compiled in.
+    """
+
+    ids: Any
+    positions: Any
+    shared: tuple[dict[str, Any], jax.Array]
+    options: dict[str, Any]
+
+
+def prepare(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    settings: Sequence[Sampling],
+    most: int,
+    stops: Sequence[int],
+) -> Given:
+    """Checks prompts and lays them out on the decoder's mesh, with room for `most` more tokens."""
+    check(decoder.model.config, prompts, most)
     length = -(-max(map(len, prompts)) // SLOTS) * SLOTS
     count = -(-len(prompts) // decoder.rows) * decoder.rows
     ids = np.zeros((count, length), np.int32)
@@ -222,7 +241,21 @@ def rows(decoder: Decoder, prompts: Sequence[Sequence[int]]) -> tuple[Any, Any, 
     for row, prompt in enumerate(prompts):
         ids[row, length - len(prompt) :] = prompt
         positions[row, length - len(prompt) :] = np.arange(len(prompt))
-    return ids, positions, count
+    control = controls([*settings, *[Sampling()] * (count - len(prompts))])
+    ids, positions, control = decoder.placed((ids, positions, control))
+    options = {
+        "slots": -(-(length + most) // SLOTS) * SLOTS,
+        "random": any(s.temperature > 0 for s in settings),
+        "penalised": any(s.repetition_penalty != 1 for s in settings),
+    }
+    return Given(ids, positions, (control, jnp.asarray([*stops] or [EMPTY], jnp.int32)), options)
+
+
+def tell(chosen: tuple[Any, Any], count: int) -> list[int | None]:
+    """The tokens of the first `count` rows, None for those that had ended before."""
+    token, done = map(np.asarray, chosen)
+    pairs = zip(token[:count], done[:count], strict=True)
+    return [None if d else int(t) for t, d in pairs]
 
 
 def check(config: Any, prompts: Sequence[Sequence[int]], most: int) -> None:
@@ -235,8 +268,8 @@ def check(config: Any, prompts: Sequence[Sequence[int]], most: int) -> None:
                 f"text {number} has {len(prompt)} tokens, and {most} more are asked for; the model "
                 f"has {config.positions} positions"
             )
-        if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
+        if wrong := [token for token in prompt if not 0 <= token < config.vocab_size]:
             raise FwError(
-                f"text {number} has the id {max(prompt)}, but the vocabulary ends at "
+                f"text {number} has the id {wrong[0]}, but the vocabulary ends at "
                 f"{config.vocab_size - 1}; is it another model's tokenizer?"
             )

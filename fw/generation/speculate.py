@@ -13,12 +13,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from fw.errors import FwError
-from fw.generation.decode import SLOTS, Decoder, Programs, check, rows
-from fw.generation.sampling import Sampling, choose, controls
+from fw.generation.decode import Decoder, Programs, check, prepare, tell
+from fw.generation.sampling import Sampling, choose
 from fw.models.cache import EMPTY
 
 AHEAD = 4
@@ -53,53 +52,30 @@ def speculate(
         raise FwError(f"draft: has {sizes[1]} words, the model {sizes[0]}; expected the same")
     if decoder.mesh != draft.mesh:
         raise FwError("draft: lies on another mesh than the model; load both on one")
-    for one in (decoder, draft):
-        check(one.model.config, prompts, most + ahead)
+    check(draft.model.config, prompts, most + ahead)
     if not prompts or most < 1:
         return
-    ids, positions, padded = rows(decoder, prompts)
-    settings = [*settings, *[Sampling()] * (padded - len(prompts))]
-    control = controls(settings)
-    random = any(s.temperature > 0 for s in settings)
-    penalised = any(s.repetition_penalty != 1 for s in settings)
-    slots = -(-(ids.shape[1] + most + ahead + 1) // SLOTS) * SLOTS
-    stopping = jnp.asarray([*stops] or [EMPTY], jnp.int32)
-    own = {"slots": slots, "random": random, "penalised": penalised}
+    given = prepare(decoder, prompts, settings, most + ahead, stops)
+    control, _ = given.shared
+    random = given.options["random"]
     verify, guess = _verify(decoder.programs, ahead, random), _guess(draft.programs, ahead, random)
-    with decoder.scope():
-        ids, positions, control = decoder.placed((ids, positions, control))
-        state, (token, done) = decoder.programs.first(
-            decoder.variables, ids, positions, control, stopping, **own
-        )
-    with draft.scope():
-        drafts, _ = draft.programs.first(draft.variables, ids, positions, control, stopping, **own)
-        cache = drafts["cache"]
-    yield _told(token, done, len(prompts))
+    prompt = (given.ids, given.positions, *given.shared)
+    state, chosen = decoder.run(decoder.programs.first, *prompt, **given.options)
+    drafts, _ = draft.run(draft.programs.first, *prompt, **given.options)
+    cache = drafts["cache"]
+    yield tell(chosen, len(prompts))
     count = 1
     while count < most:
-        with draft.scope():
-            guesses, cache = guess(draft.variables, cache, _plain(state), control)
-        with decoder.scope():
-            state, tokens, dones, used = verify(
-                decoder.variables, state, guesses, control, stopping
-            )
-        used = int(used)
+        begin = {k: state[k] for k in ("token", "position", "done", "seen")}
+        guesses, cache = draft.run(guess, cache, begin, control)
+        state, tokens, dones, used = decoder.run(verify, state, guesses, *given.shared)
         cache = replace(cache, filled=state["cache"].filled)
-        for i in range(min(used, most - count)):
-            told = _told(tokens[i], dones[i], len(prompts))
-            if all(t is None for t in told):
+        for i in range(min(int(used), most - count)):
+            told = tell((tokens[i], dones[i]), len(prompts))
+            if all(token is None for token in told):
                 return
             yield told
-        count += used
-
-
-def _plain(state: dict[str, Any]) -> dict[str, Any]:
-    return {k: state[k] for k in ("token", "position", "done", "seen")}
-
-
-def _told(token: Any, done: Any, count: int) -> list[int | None]:
-    pairs = zip(np.asarray(token)[:count], np.asarray(done)[:count], strict=True)
-    return [None if d else int(t) for t, d in pairs]
+        count += int(used)
 
 
 def _noted(seen: Any, token: jax.Array) -> Any:

@@ -63,7 +63,7 @@ class _Text:
 
 def generate(
     loaded: Loaded,
-    prompts: str | Sequence[str] | Sequence[Sequence[int]],
+    prompts: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]],
     *,
     max_tokens: int = 256,
     sampling: Sampling | Sequence[Sampling] | None = None,
@@ -76,7 +76,7 @@ def generate(
 
     Args:
       loaded: a decoder, as `fw.load` gives it; its folder brings the tokenizer.
-      prompts: a text, or several, or their ids (`fw.data.Chat(...).prompt`).
+      prompts: a text or its ids (`fw.data.Chat(...).prompt`), or several.
       max_tokens: of each text.
       sampling: of all texts or of each; None takes the likeliest token always.
       stop: strings that end a text, which are left out.

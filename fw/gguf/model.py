@@ -81,7 +81,11 @@ class GgufTensor:
     heads: int = 0
 
     def read(self, index: tuple[slice, ...]) -> np.ndarray:
-        """Reads and dequantises the rows of a part, and no others."""
+        """Reads and dequantises the rows of a part, and no others.
+
+        Raises:
+          FwError: the package cannot dequantise what the file holds.
+        """
         first, *rest = index
         rows = range(*first.indices(self.shape[0]))
         if self.heads:  # pairs that rotary positions turn are neighbours there, halves apart here
@@ -90,7 +94,12 @@ class GgufTensor:
             data = self.data[rows]
         else:
             data = self.data[rows.start : rows.stop : rows.step]
-        return gguf.dequantize(data, self.kind)[(slice(None), *rest)]
+        try:
+            return gguf.dequantize(data, self.kind)[(slice(None), *rest)]
+        except (NotImplementedError, ValueError) as error:
+            raise FwError(
+                f"{self.file}: tensor {self.name!r} is {self.kind.name}: {error or 'not supported'}"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -149,6 +158,8 @@ def open_gguf(path: Path) -> Gguf:
             if not isinstance(swapped, int) or swapped < 1 or tensor.shape[-1] % (2 * swapped):
                 raise FwError(f"{path}: tensor {tensor.name!r} is not {shown(swapped)} heads")
         shape = tuple(int(n) for n in reversed(tensor.shape))
+        if len(shape) != tensor.data.ndim or (len(shape) == 1 and tensor.data.dtype == np.uint8):
+            raise FwError(f"{path}: tensor {tensor.name!r} {shape} is packed in a way unknown here")
         kind, data = tensor.tensor_type, tensor.data
         found[name] = GgufTensor(name, path, shape, "F32", data, kind, swapped)
     if (table := found.get("model.embed_tokens.weight")) is not None:
@@ -201,10 +212,14 @@ def _name(path: Path, name: str) -> tuple[str, str]:
 
 def _scaling(path: Path, config: Mapping[str, Any], tensor: Any) -> dict[str, Any]:
     """Llama 3's scaling of rotary positions, of which the file has only the resulting factors."""
+    theta = config.get("rope_theta", 10_000.0)
+    if tensor.tensor_type.name != "F32" or not isinstance(theta, float) or theta <= 0:
+        raise FwError(f"{path}: tensor {_FREQUENCIES!r}: expected F32, and a frequency base")
     factors = np.array(tensor.data, np.float64).reshape(-1)
+    if not (np.isfinite(factors).all() and factors.min() > 0):
+        raise FwError(f"{path}: tensor {_FREQUENCIES!r}: expected numbers above 0")
     found = {**_LLAMA3, "factor": float(factors.max())}
     size = 2 * len(factors)
-    theta = float(config.get("rope_theta", 10_000.0))
     base = {"head_dim": size, "rope_theta": theta}
     rope = {("rope_factor" if k == "factor" else k): v for k, v in found.items()}
     plain, scaled = (speeds(LlamaConfig(1, size, 1, 1, 1, **base, **more)) for more in ({}, rope))

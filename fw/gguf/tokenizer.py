@@ -50,7 +50,7 @@ def tokenizer_config(fields: Mapping[str, Any]) -> dict[str, Any]:
     {'tokenizer_class': 'PreTrainedTokenizerFast', 'eos_token': '</s>'}
     """
     found: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    tokens = fields.get("tokenizer.ggml.tokens", [])
+    tokens = _strings(fields, "tokens") or []
     for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
         number = fields.get(f"tokenizer.ggml.{key}_token_id")
         if isinstance(number, int) and 0 <= number < len(tokens):
@@ -83,13 +83,22 @@ def build_tokenizer(path: Path, fields: Mapping[str, Any]) -> str:
             f"{path}: a tokenizer {shown(kind)} cut by {shown(cut)} is not supported; expected "
             f"'gpt2' and one of {', '.join(known)}; use the model's folder with tokenizer.json"
         )
-    tokens = fields.get("tokenizer.ggml.tokens", [])
-    kinds = fields.get("tokenizer.ggml.token_type", [])
-    merges = [tuple(str(merge).split(" ")) for merge in fields.get("tokenizer.ggml.merges", [])]
-    if len(tokens) != len(kinds) or any(len(merge) != 2 for merge in merges):
-        raise FwError(f"{path}: tokenizer.ggml: tokens, token_type and merges do not fit")
+    tokens, merges = _strings(fields, "tokens"), _strings(fields, "merges")
+    kinds = fields.get("tokenizer.ggml.token_type")
+    if not (
+        tokens is not None
+        and merges is not None
+        and isinstance(kinds, list)
+        and len(kinds) == len(tokens) == len(set(tokens))
+        and all(merge.count(" ") == 1 for merge in merges)
+    ):
+        raise FwError(
+            f"{path}: tokenizer.ggml: expected different tokens, a token_type for each, and merges "
+            "of two"
+        )
+    pairs = [(a, b) for a, b in (merge.split(" ") for merge in merges)]
     try:
-        fast = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, merges))  # type: ignore[arg-type]
+        fast = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, pairs))
     except Exception as error:  # the library raises nothing narrower
         raise FwError(f"{path}: not a tokenizer that can be read: {error}") from error
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=cut not in _CUTS)
@@ -112,10 +121,18 @@ def build_tokenizer(path: Path, fields: Mapping[str, Any]) -> str:
         ]
     )
     first = fields.get("tokenizer.ggml.bos_token_id")
-    if fields.get("tokenizer.ggml.add_bos_token", cut == "llama-bpe") and isinstance(first, int):
+    if fields.get("tokenizer.ggml.add_bos_token", cut == "llama-bpe"):
+        if not isinstance(first, int) or not 0 <= first < len(tokens):
+            raise FwError(f"{path}: tokenizer.ggml.bos_token_id is {shown(first)}, no token's")
         fast.post_processor = processors.TemplateProcessing(
             single=f"{tokens[first]} $A",
             pair=f"{tokens[first]} $A $B:1",
             special_tokens=[(tokens[first], first)],
         )
     return fast.to_str(pretty=True)
+
+
+def _strings(fields: Mapping[str, Any], name: str) -> list[str] | None:
+    found = fields.get(f"tokenizer.ggml.{name}")
+    good = isinstance(found, list) and all(isinstance(one, str) for one in found)
+    return found if good else None

@@ -73,9 +73,10 @@ class Stack(nnx.Module):
 
         graph, _ = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
         keys = jax.random.split(rngs.params(), count)
-        self.microbatches, self.rounds, self.remat, self.has_aux = (
-            microbatches, rounds, remat, has_aux,
-        )  # fmt: skip
+        self.microbatches = microbatches
+        self.rounds = rounds
+        self.remat = remat
+        self.has_aux = has_aux
         if not scan:
             self.layers = nnx.List([nnx.merge(graph, parameters(key)) for key in keys])
             return

@@ -1,7 +1,7 @@
 """Tasks: what is minimised, what is counted and how the counts read, as values of functions."""
 
 from fw.tasks.by_name import make_task
-from fw.tasks.language_modelling import causal_lm, masked_lm, word_loss
+from fw.tasks.language_modelling import causal_lm, word_loss
 from fw.tasks.sequence_classification import sequence_classification
 from fw.tasks.task import Summary, Task, cross_entropy
 from fw.tasks.token_classification import token_classification
@@ -12,7 +12,6 @@ __all__ = [
     "causal_lm",
     "cross_entropy",
     "make_task",
-    "masked_lm",
     "sequence_classification",
     "token_classification",
     "word_loss",

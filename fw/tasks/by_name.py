@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 
 from fw.errors import FwError
-from fw.tasks.language_modelling import causal_lm, masked_lm
+from fw.tasks.language_modelling import causal_lm
 from fw.tasks.sequence_classification import sequence_classification
 from fw.tasks.task import Task
 from fw.tasks.token_classification import token_classification
 
-_KINDS = (token_classification, sequence_classification, causal_lm, masked_lm)
+_KINDS = (token_classification, sequence_classification, causal_lm)
 _TASKS = {task.__name__: task for task in _KINDS}
 
 

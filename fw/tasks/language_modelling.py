@@ -1,4 +1,4 @@
-"""The words of a text: the next ones, or those that are masked. Scored by their likelihood."""
+"""The next word of a text, scored by its likelihood."""
 
 import math
 from typing import Any
@@ -16,8 +16,7 @@ def word_loss(outputs: dict[str, jax.Array], batch: Batch) -> tuple[jax.Array, j
     """Σ -log p(target), and how many targets there are.
 
     Args:
-      outputs: of a model that was given `targets`: `losses` [B, L]; `auxiliary`, if it has one, is
-        added to the loss of each.
+      outputs: of a model that was given `targets`: `losses` [B, L].
       batch: holds `targets` int32 [B, L], `IGNORE` where a token does not count.
 
     >>> losses = jnp.array([[0.5, 0.25, 0.0]])
@@ -25,19 +24,16 @@ def word_loss(outputs: dict[str, jax.Array], batch: Batch) -> tuple[jax.Array, j
     (Array(0.75, dtype=float32), Array(2., dtype=float32))
     """
     losses = outputs["losses"]
-    weight = jnp.sum(batch["targets"] != IGNORE, dtype=losses.dtype)
-    total = jnp.sum(losses)
-    if "auxiliary" in outputs:
-        total = total + outputs["auxiliary"] * weight
-    return total, weight
+    return jnp.sum(losses), jnp.sum(batch["targets"] != IGNORE, dtype=losses.dtype)
 
 
-def _language_model(name: str) -> Task:
+def causal_lm(labels: tuple[str, ...] = ()) -> Task:
+    """The next token of every token; it has no labels."""
+
     def count(outputs: dict[str, jax.Array], batch: Batch) -> dict[str, Any]:
-        weight = jnp.sum(batch["targets"] != IGNORE, dtype=jnp.float32)
         hits = jnp.sum(outputs["hits"], dtype=jnp.float32)
-        losses = jnp.sum(outputs["losses"]).astype(jnp.float32)
-        return {"loss": metrics.Mean(losses, weight), "hits": metrics.Mean(hits, weight)}
+        total, weight = (x.astype(jnp.float32) for x in word_loss(outputs, batch))
+        return {"loss": metrics.Mean(total, weight), "hits": metrics.Mean(hits, weight)}
 
     def summarise(counts: dict[str, Any]) -> Summary:
         loss, accuracy = (metrics.mean_value(counts[key]) for key in ("loss", "hits"))
@@ -47,14 +43,4 @@ def _language_model(name: str) -> Task:
         text = f"loss {loss:.4f}, perplexity {perplexity:.3f}, accuracy {accuracy:.4f}"
         return Summary("log_likelihood", figures, text)
 
-    return Task(name, (), word_loss, count, summarise)
-
-
-def causal_lm(labels: tuple[str, ...] = ()) -> Task:
-    """The next token of every token; without labels."""
-    return _language_model("causal_lm")
-
-
-def masked_lm(labels: tuple[str, ...] = ()) -> Task:
-    """Tokens that are masked, from both sides; without labels (Devlin et al. 2018)."""
-    return _language_model("masked_lm")
+    return Task("causal_lm", labels, word_loss, count, summarise)

@@ -10,18 +10,16 @@ rows of tables that are cut along their length travel to those who asked, not th
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 
-from sharding.context import current, differentiated, mapped
 from sharding.errors import ShardingError
-from sharding.layout import fit
 from sharding.mesh import AXES
-from sharding.rules import Names, Rules, mesh_axes
+from sharding.parallel.cuts import Cuts, vary, whole
+from sharding.rules import Names, mesh_axes
 
 ROWS: Names = ("batch", "length")
 
@@ -57,7 +55,7 @@ def linear(
             f"linear: x has rank {x.ndim}, kernels have rank 2: expected {x.ndim - 1} names of "
             f"rows and two of a kernel's axes, got {rows} and {names}"
         )
-    cuts = Cuts.here()
+    cuts = Cuts.differentiated()
     if cuts is None:
         return [jnp.matmul(x, kernel) for kernel in kernels]
     inner, outer = names
@@ -117,7 +115,7 @@ def lookup(
     Array([[[1., 1., 2.],
             [2., 1., 1.]]], dtype=float32)
     """
-    cuts = Cuts.here()
+    cuts = Cuts.differentiated()
     if cuts is None:
         return _sum([_take(table, i, ()) for table, i in zip(tables, ids, strict=True)])
     shape = max((i.shape for i in ids), key=len)
@@ -178,68 +176,5 @@ def _take(table: jax.Array, ids: jax.Array, cut: tuple[str, ...]) -> jax.Array:
     return jnp.where(mine[..., None], rows, jnp.zeros((), rows.dtype))
 
 
-def whole(x: jax.Array, axes: tuple[str, ...], place: int) -> jax.Array:
-    """The parts of x along an axis, gathered."""
-    return lax.all_gather(x, axes, axis=place, tiled=True) if axes else x
-
-
 def _but(entry, kept: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(axis for axis in mesh_axes(entry) if axis not in kept)
-
-
-def vary(x: jax.Array, spec: PartitionSpec, axes: set[str]) -> jax.Array:
-    """Lets x differ over all axes before its first use.
-
-    On the way back, sums over axes then come last: when the gradients of one input are added up,
-    and those of kernels are in parts.
-    """
-    missing = tuple(a for a in AXES if a in axes and all(a not in mesh_axes(e) for e in spec))
-    return lax.pcast(x, missing, to="varying") if missing else x
-
-
-@dataclass(frozen=True)
-class Cuts:
-    """Where arrays lie in the scope that surrounds the trace."""
-
-    mesh: Mesh
-    rules: Rules
-
-    @classmethod
-    def here(cls) -> "Cuts | None":
-        """In a scope for differentiation; None elsewhere."""
-        found = differentiated()
-        return None if found is None else cls(*found)
-
-    @classmethod
-    def current(cls) -> "Cuts | None":
-        """In any scope."""
-        found = current()
-        return None if found is None else cls(*found)
-
-    def flown(self, names: Names, shape: tuple[int, ...], path: str) -> PartitionSpec:
-        """The cuts of an activation."""
-        return self._spec(names, shape, path, activation=True)
-
-    def stored(self, names: Names, shape: tuple[int, ...], path: str) -> PartitionSpec:
-        """The cuts of a parameter."""
-        return self._spec(names, shape, path, activation=False)
-
-    def _spec(self, names, shape, path, *, activation) -> PartitionSpec:
-        found = fit(names, shape, self.mesh, self.rules, activation=activation, path=path).spec
-        long = [tuple(a for a in mesh_axes(e) if self.mesh.shape[a] > 1) for e in found]
-        return PartitionSpec(*[axes or None for axes in long])
-
-    @staticmethod
-    def of(*specs: PartitionSpec) -> set[str]:
-        """The mesh axes that cut any of these."""
-        return {axis for spec in specs for entry in spec for axis in mesh_axes(entry)}
-
-    def shard_map(self, body, in_specs, out_specs, axes: set[str]):
-        """`body` for each device's part along `axes`."""
-        return jax.shard_map(
-            body,
-            mesh=self.mesh,
-            in_specs=in_specs,
-            out_specs=out_specs,
-            axis_names={*axes, *mapped()},
-        )

@@ -12,14 +12,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from sharding.errors import ShardingError
-from sharding.parallel.linear import ROWS, Cuts, vary, whole
+from sharding.parallel.cuts import Cuts, vary, whole
+from sharding.parallel.linear import ROWS
 from sharding.rules import Names, mesh_axes
 
 CHUNK = 512
 """Tokens of a device whose logits exist at a time."""
-
-NONE = -1
-"""The target of a token that does not count."""
 
 
 def word_losses(
@@ -39,7 +37,7 @@ def word_losses(
     Args:
         x: [B, L, D], floating.
         table: [V, D].
-        targets: int [B, L], below V; `NONE` for tokens that do not count.
+        targets: int [B, L], below V; negative for tokens that do not count.
         bias: [V], or None.
         names: the logical axes of the table.
         rows: those of B and L.
@@ -52,7 +50,7 @@ def word_losses(
         ShardingError: shapes that do not fit, or that the mesh does not divide.
 
     >>> x, table = jnp.eye(3)[None], 2 * jnp.eye(3)
-    >>> losses, hits = word_losses(x, table, jnp.array([[0, 1, NONE]]))
+    >>> losses, hits = word_losses(x, table, jnp.array([[0, 1, -1]]))
     >>> hits, [f"{loss:.3f}" for loss in losses[0]]
     (Array([[ True,  True, False]], dtype=bool), ['0.240', '0.240', '0.000'])
     """
@@ -95,7 +93,7 @@ def _losses(x, table, targets, bias, words: tuple[str, ...], chunk: int):
     chunk = min(chunk, max(count, 1))
     room = -count % chunk
     x = jnp.pad(x.reshape(count, size), ((0, room), (0, 0)))
-    targets = jnp.pad(targets.reshape(count), (0, room), constant_values=NONE)
+    targets = jnp.pad(targets.reshape(count), (0, room), constant_values=-1)
     kernel = table.T  # once, for its dots are row-major then
 
     def of_chunk(part):
@@ -111,7 +109,7 @@ def _losses(x, table, targets, bias, words: tuple[str, ...], chunk: int):
         own = jnp.where(mine, jnp.take_along_axis(logits, place[:, None], -1)[:, 0], zero)
         if words:
             total, own = lax.psum((total, own), words)
-        counted = target != NONE
+        counted = target >= 0
         losses = jnp.where(counted, jnp.log(total) + top - own, zero)
         return losses, counted & (own >= top)
 
