@@ -50,9 +50,9 @@ class Tokenizer:
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """Read a tokenizer from a model folder.
 
-    `tokenizer.json` is taken if it is there, else a GGUF file's, else `vocab.txt` as BERT's
-    WordPiece, lower-casing as `tokenizer_config.json` says (without one: yes, as transformers'
-    BertTokenizer). Padding
+    `tokenizer.json` is taken if it is there, else `vocab.txt` as BERT's WordPiece, lower-casing
+    as `tokenizer_config.json` says (without one: yes, as transformers' BertTokenizer), else that
+    of a GGUF file. Padding
     and truncation that the file carries are switched off, and text that spells a special token
     ("[SEP]") is read as text, so that no input can forge one.
 
@@ -72,8 +72,6 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     >>> tokenizer.prefix, tokenizer.suffix, tokenizer.fast.encode("Hello").ids
     ((2,), (3,), [2, 4, 3])
     """
-    from fw import gguf
-
     folder = Path(folder)
     config = _read_config(folder / "tokenizer_config.json")
     if (folder / CHAT_TEMPLATE).is_file():
@@ -81,13 +79,15 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     if (folder / "tokenizer.json").is_file():
         path = folder / "tokenizer.json"
         fast = _from_json(path, read_text(path))
-    elif (path := gguf.gguf_file(folder)) is not None:
-        text, config = gguf.read_tokenizer(path)
-        fast = _from_json(path, text)
     elif (folder / "vocab.txt").is_file():
         fast = _word_piece(folder / "vocab.txt", config)
     else:
-        raise FwError(f"{folder}: expected tokenizer.json or vocab.txt; found neither")
+        from fw import gguf  # not for artifacts, which answer without any model's code
+
+        if (file := gguf.gguf_file(folder)) is None:
+            raise FwError(f"{folder}: expected tokenizer.json or vocab.txt; found neither")
+        text, config = gguf.read_tokenizer(file)
+        fast = _from_json(file, text)
 
     fast.no_padding()
     fast.no_truncation()

@@ -1,7 +1,8 @@
-"""The peer's side of language.py: transformers' perplexity, and torch's loss curve.
+"""The peer's side of language.py and decode.py: perplexity, a loss curve, and greedy tokens.
 
 scripts/bench/peer peer_language.py perplexity FOLDER    # FOLDER/model, windows.npz
 scripts/bench/peer peer_language.py train FOLDER         # FOLDER/model, steps.npz, training.json
+scripts/bench/peer peer_language.py generate FOLDER      # FOLDER/model, prompt.json
 """
 
 # pyright: reportMissingImports=false
@@ -10,6 +11,7 @@ scripts/bench/peer peer_language.py train FOLDER         # FOLDER/model, steps.n
 import json
 import math
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -68,5 +70,35 @@ def train(root):
     (root / "losses.json").write_text(json.dumps(losses))
 
 
+class Clock(transformers.generation.streamers.BaseStreamer):
+    """When each token came."""
+
+    def __init__(self):
+        self.times = []
+
+    def put(self, value):
+        self.times.append(time.perf_counter())
+
+    def end(self):
+        pass
+
+
+def generate(root):
+    """Greedy, to the end, in float32; milliseconds for each token of the second half."""
+    model, told = load(root).eval(), json.loads((root / "prompt.json").read_text())
+    ids, count = torch.tensor([told["ids"]]), told["tokens"]
+    for _ in range(2):  # the first warms up
+        clock = Clock()
+        with torch.no_grad():
+            out = model.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=count,
+                min_new_tokens=count, streamer=clock, eos_token_id=None, pad_token_id=0,
+            )  # fmt: skip
+    times, half = clock.times[1:], count // 2  # the prompt comes first
+    ms = 1e3 * (times[-1] - times[half]) / (count - 1 - half)
+    tokens = out[0, len(told["ids"]) :].tolist()
+    (root / "generated.json").write_text(json.dumps({"ms": ms, "tokens": tokens}))
+
+
 if __name__ == "__main__":
-    {"perplexity": perplexity, "train": train}[sys.argv[1]](Path(sys.argv[2]))
+    {"perplexity": perplexity, "train": train, "generate": generate}[sys.argv[1]](Path(sys.argv[2]))
