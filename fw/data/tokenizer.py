@@ -52,9 +52,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
     `tokenizer.json` is taken if it is there, else `vocab.txt` as BERT's WordPiece, lower-casing
     as `tokenizer_config.json` says (without one: yes, as transformers' BertTokenizer), else that
-    of a GGUF file. Padding
-    and truncation that the file carries are switched off, and text that spells a special token
-    ("[SEP]") is read as text, so that no input can forge one.
+    of a GGUF file. Padding and truncation that the file carries are switched off, and text that
+    spells a special token ("[SEP]") is read as text, so that no input can forge one.
 
     Args:
         folder: the folder of the model or artifact.

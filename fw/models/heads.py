@@ -81,8 +81,8 @@ def embed(x: jax.Array, batch: Batch, pooling: str, normalize: bool) -> jax.Arra
 
 def word_logits(x: jax.Array, word: Embedding, bias: jax.Array | None = None) -> jax.Array:
     """x · tableᵀ: how well each word of the table fits, [..., D] → [..., vocab]."""
-    # As an einsum where `linear` has nothing to say: transposed first, one row takes four times as
-    # long on a CPU.
+    # As an einsum where `linear` has nothing to say: transposed first, one row takes over three
+    # times as long on a CPU.
     table = word.embedding[...]
     if differentiated() is None:
         y = jnp.einsum("...d,vd->...v", x, table)

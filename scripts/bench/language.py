@@ -88,7 +88,7 @@ def perplexity(loaded: Any, root: Path, ids: np.ndarray) -> dict[str, float]:
                  "targets": targets[part]}  # fmt: skip
         with scope(loaded.mesh, loaded.rules):
             outputs, _ = apply(loaded.variables, put(batch, loaded.mesh, loaded.rules))
-        total += float(np.sum(outputs["losses"], dtype=np.float64))
+        total += float(np.asarray(outputs["losses"], np.float64).sum())
     count = int((targets != data.IGNORE).sum())
     own = math.exp(total / count)
     np.savez(root / "windows.npz", ids=ids)
