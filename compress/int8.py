@@ -140,6 +140,7 @@ def _leaf_specs(path: Any, leaf: Any, spec: Any) -> Any:
             f"{name}: expected a PartitionSpec or NamedSharding of the original leaf, "
             f"got {type(spec).__name__}"
         )
+    # A tree of specs has the arrays' structure, but its fields hold no arrays: hence the ignore.
     return Int8(spec, scale, axis=leaf.axis, as_dtype=leaf.as_dtype)  # pyright: ignore[reportArgumentType]
 
 
