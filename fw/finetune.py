@@ -110,13 +110,10 @@ def finetune(recipe: Finetune, *, resume: bool = False) -> Path:
 
         def score(variables: Any) -> Summary:
             rows = prepared.rows["dev"]
-            return evaluate(
-                counter, variables, rows, task, size=recipe.batch, mesh=mesh, rules=rules
-            )
+            return evaluate(counter, variables, rows, size=recipe.batch, mesh=mesh, rules=rules)
 
-        metric = "f1" if recipe.task == "ner" else "macro_f1"
         with Checkpoints(
-            folder / run.CHECKPOINTS, metric=metric, keep_last=recipe.keep_last,
+            folder / run.CHECKPOINTS, metric=task.metric, keep_last=recipe.keep_last,
             keep_best=recipe.keep_best,
         ) as checkpoints:  # fmt: skip
             if resume:
@@ -200,7 +197,7 @@ def read(recipe: Finetune, dataset: Path) -> tuple[dict[str, list], tuple[str, .
     """The records of a data set by split, none empty, and the messages of rows left out.
 
     Args:
-      recipe: its task, columns, scheme and skip_bad_rows.
+      recipe: its task, columns, scheme, separator and skip_bad_rows.
       dataset: a file or folder; where it has no dev split, a part of train becomes that.
 
     Raises:
@@ -209,7 +206,7 @@ def read(recipe: Finetune, dataset: Path) -> tuple[dict[str, list], tuple[str, .
     skipped: list[str] = []
     records = data.load_splits(
         dataset, TASKS[recipe.task], scheme=recipe.scheme, columns=recipe.names,
-        on_bad_row=skipped.append if recipe.skip_bad_rows else None,
+        separator=recipe.separator, on_bad_row=skipped.append if recipe.skip_bad_rows else None,
     )  # fmt: skip
     if "dev" not in records:
         records["train"], records["dev"] = data.hold_out(records["train"])
@@ -224,10 +221,10 @@ def pack(
     Args:
       recipe: its task, length, texts and packed.
       tokenizer: the model's.
-      records: `Tagged` for ner, `Labelled` for classify.
+      records: of the task.
       labels: the classes by id.
     """
-    encode = data.encode_tagged if recipe.task == "ner" else data.encode_labelled
+    encode = data.ENCODE[TASKS[recipe.task]]
     pieces = encode(tokenizer, records, labels, max_length=recipe.length)
     rows = data.pack(pieces, recipe.length, max_texts=recipe.texts or None, packed=recipe.packed)
     return rows, pieces.cut
@@ -235,13 +232,20 @@ def pack(
 
 def _check_fit(recipe: Finetune, prepared: Data, config: Any) -> None:
     """Refuses ids and positions that the model has no row for; a lookup would take another's."""
+    every = prepared.rows.values()
     positions = getattr(config, "positions", recipe.length)
     if recipe.length > positions:
         raise FwError(
             f"length is {recipe.length}, but {recipe.model} has {positions} positions; "
             f"choose {positions} or less"
         )
-    largest = max(int(rows.arrays["input_ids"].max()) for rows in prepared.rows.values())
+    types = [int(rows.arrays.get("token_type_ids", np.zeros(1)).max()) for rows in every]
+    if max(types) >= getattr(config, "type_vocab_size", max(types) + 1):
+        raise FwError(
+            f"{recipe.model}: its tokenizer tells {max(types) + 1} types of texts apart, but the "
+            f"model knows {config.type_vocab_size}; is it another model's tokenizer?"
+        )
+    largest = max(int(rows.arrays["input_ids"].max()) for rows in every)
     if largest >= getattr(config, "vocab_size", largest + 1):
         raise FwError(
             f"{recipe.model}: its tokenizer gives the id {largest}, but the model's vocabulary "

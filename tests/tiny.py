@@ -1,5 +1,6 @@
 """A tiny random BERT and small data that it can learn in seconds: what runs are tested with."""
 
+import json
 import random
 from pathlib import Path
 
@@ -44,6 +45,59 @@ def make_ner(folder: Path, sizes: tuple[int, int, int] = (96, 24, 24)) -> Path:
             tag = {who: "B-PER", where: "B-LOC"}
             lines += [*(f"{word} {tag.get(word, 'O')}" for word in words.split()), ""]
         (folder / f"{split}.conll").write_text("\n".join(lines))
+    return folder
+
+
+def make_ratings(folder: Path, sizes: tuple[int, int, int] = (96, 24, 24)):
+    """train, dev and test in TSV: how good a film was, from -2 to 2, and how long, in hours."""
+    rng = random.Random(2)
+    folder.mkdir()
+    for split, size in zip(("train", "dev", "test"), sizes, strict=True):
+        rows = ["id\tvalence\ttext\thours"]
+        for i in range(size):
+            word, who = rng.choice(GOOD + BAD), rng.randrange(len(NAMES))
+            value = 2 - GOOD.index(word) / 4 if word in GOOD else BAD.index(word) / 4 - 2
+            rows.append(f"{i}\t{value}\tthe {NAMES[who]} film was {word}\t{1 + who}")
+        (folder / f"{split}.tsv").write_text("\n".join(rows))
+    return folder
+
+
+def make_topics(folder: Path, sizes: tuple[int, int, int] = (96, 24, 24)):
+    """train, dev and test in JSON lines: the places and whether one wrote, none of them or all."""
+    rng = random.Random(3)
+    folder.mkdir()
+    for split, size in zip(("train", "dev", "test"), sizes, strict=True):
+        rows = []
+        for _ in range(size):
+            places = rng.sample(PLACES, rng.randrange(3))
+            wrote = rng.random() < 0.5
+            words = [rng.choice(NAMES), *(["wrote"] if wrote else ["went"]), "to", *places]
+            row = {"text": " ".join(words), "topics": [*places, *(["letters"] if wrote else [])]}
+            rows.append(json.dumps(row))
+        (folder / f"{split}.jsonl").write_text("\n".join(rows))
+    return folder
+
+
+def make_questions(folder: Path, sizes: tuple[int, int, int] = (96, 24, 24)):
+    """train and dev in JSON lines, test in SQuAD's JSON: who, or where; some unanswerable."""
+    rng = random.Random(4)
+    folder.mkdir()
+    for split, size in zip(("train", "dev", "test"), sizes, strict=True):
+        rows = []
+        for i in range(size):
+            who, where = rng.choice(NAMES), rng.choice(PLACES)
+            other = " ".join(rng.choice(("film", "letter", "lovely", "the")) for _ in range(i % 40))
+            context = f"{who.title()} went to {where.title()} . {other}".strip()
+            kind = rng.choice(("went", "in", "was"))  # who, where, and what nothing answers
+            text = {"went": who, "in": where, "was": ""}[kind].title()
+            answer = [{"text": text, "answer_start": context.index(text)}] if text else []
+            rows.append({"id": str(i), "question": kind, "answers": answer, "context": context})
+        if split == "test":
+            paragraphs = [{"context": r.pop("context"), "qas": [r]} for r in rows]
+            squad = {"version": "2.0", "data": [{"title": "x", "paragraphs": paragraphs}]}
+            (folder / "test.json").write_text(json.dumps(squad))
+        else:
+            (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
 
 

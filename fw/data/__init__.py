@@ -1,11 +1,21 @@
 """Text in, batches out: records → pieces → rows → batch of a step."""
 
 from fw.data.batches import Batches, count_tokens, eval_batches, prefetch
-from fw.data.encode import Encoded, encode_labelled, encode_tagged
+from fw.data.encode import Encoded, encode_tagged
+from fw.data.encode_texts import encode_labelled, encode_multi_labelled, encode_rated
 from fw.data.feed import feed
 from fw.data.pack import Packed, best_fit_decreasing, pack, unpack_texts, unpack_words
+from fw.data.questions import Answer, Question, read_questions
 from fw.data.readers import read_conll, read_json_lines, read_table
-from fw.data.records import Labelled, Record, Tagged, iob1_to_bio, label_names
+from fw.data.records import (
+    Labelled,
+    MultiLabelled,
+    Rated,
+    Record,
+    Tagged,
+    iob1_to_bio,
+    label_names,
+)
 from fw.data.splits import (
     SPLITS,
     TASKS,
@@ -17,22 +27,42 @@ from fw.data.splits import (
 )
 from fw.data.tokenizer import Tokenizer, load_tokenizer
 from fw.data.vader import read_vader, sentiment
+from fw.data.windows import Passage, Windows, encode_questions, passages
 from fw.labels import IGNORE
 
+ENCODE = {
+    "token_classification": encode_tagged,
+    "sequence_classification": encode_labelled,
+    "multi_label_classification": encode_multi_labelled,
+    "regression": encode_rated,
+    "question_answering": encode_questions,
+}
+"""What makes pieces of a task's records: `encode(tokenizer, records, labels, max_length=)`."""
+
 __all__ = [
+    "ENCODE",
     "IGNORE",
     "SPLITS",
     "TASKS",
+    "Answer",
     "Batches",
     "Encoded",
     "Labelled",
+    "MultiLabelled",
     "Packed",
+    "Passage",
+    "Question",
+    "Rated",
     "Record",
     "Tagged",
     "Tokenizer",
+    "Windows",
     "best_fit_decreasing",
     "count_tokens",
     "encode_labelled",
+    "encode_multi_labelled",
+    "encode_questions",
+    "encode_rated",
     "encode_tagged",
     "eval_batches",
     "feed",
@@ -42,9 +72,11 @@ __all__ = [
     "load_splits",
     "load_tokenizer",
     "pack",
+    "passages",
     "prefetch",
     "read_conll",
     "read_json_lines",
+    "read_questions",
     "read_records",
     "read_table",
     "read_vader",

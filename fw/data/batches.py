@@ -99,7 +99,7 @@ class Batches:
 
 
 def eval_batches(
-    arrays: Mapping[str, np.ndarray], size: int, *, empty: Mapping[str, int]
+    arrays: Mapping[str, np.ndarray], size: int, *, empty: Mapping[str, float]
 ) -> Iterator[dict[str, np.ndarray]]:
     """Every row once, in order; the last batch is filled up with empty rows.
 

@@ -7,16 +7,20 @@ no seed, no order and no second file, and a text that occurs twice is never in t
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fw.data.files import OnBadRow
+from fw.data.questions import read_questions
 from fw.data.readers import read_conll, read_json_lines, read_table
-from fw.data.records import Labelled, Record, Tagged
+from fw.data.records import Record
+from fw.data.targets import SEPARATOR
 from fw.data.vader import is_vader, read_vader
 from fw.errors import FwError
+from fw.labels import PROBLEMS
 
-TASKS = ("token_classification", "sequence_classification")
 SPLITS = ("train", "dev", "test")
 
 _WORDS = {
@@ -26,13 +30,6 @@ _WORDS = {
 }
 # Letters may not touch the word, so that "latest" and "device" are no split; digits may ("wnut17").
 _IN_NAME = {split: re.compile(f"(?<![a-z])(?:{words})(?![a-z])") for split, words in _WORDS.items()}
-_SUFFIXES = {
-    "token_classification": (
-        *(".conll", ".txt", ".annotated", ".iob", ".iob2", ".bio", ".tsv"),
-        *(".jsonl", ".ndjson"),
-    ),
-    "sequence_classification": (".csv", ".tsv", ".jsonl", ".ndjson"),
-}
 
 
 def split_by_hash(text: str) -> str:
@@ -65,6 +62,7 @@ def split_records(records: Sequence[Record]) -> dict[str, list]:
     Returns:
         {"train": [...], "dev": [...], "test": [...]}, each in the given order.
 
+    >>> from fw.data.records import Labelled
     >>> {name: len(part) for name, part in split_records([Labelled("Hello", "a")]).items()}
     {'train': 0, 'dev': 1, 'test': 0}
     """
@@ -83,6 +81,7 @@ def hold_out(records: Sequence[Record]) -> tuple[list, list]:
     Returns:
         (train, dev): dev holds the tenth of the texts that `split_by_hash` calls "dev".
 
+    >>> from fw.data.records import Labelled
     >>> train, dev = hold_out([Labelled(str(i), "a") for i in range(1000)])
     >>> len(train) + len(dev), 70 < len(dev) < 130
     (1000, True)
@@ -94,22 +93,63 @@ def hold_out(records: Sequence[Record]) -> tuple[list, list]:
     )
 
 
-def read_records(
-    path: str | Path,
-    task: str,
-    *,
-    columns: tuple[str, str] | None = None,
-    scheme: str = "auto",
-    on_bad_row: OnBadRow = None,
-) -> list[Tagged] | list[Labelled]:
+@dataclass(frozen=True)
+class Options:
+    """How files are to be read.
+
+    Args:
+        columns: the names of input and target, for tables and JSON lines.
+        scheme: of the tags: "auto", "iob1" or "bio".
+        separator: between the labels in a table's cell.
+        on_bad_row: gets the message of each row left out; None raises instead.
+    """
+
+    columns: tuple[str, ...] | None = None
+    scheme: str = "auto"
+    separator: str = SEPARATOR
+    on_bad_row: OnBadRow = None
+
+
+def _conll(path: Path, _: str, o: Options) -> list:
+    return read_conll(path, scheme=o.scheme, on_bad_row=o.on_bad_row)
+
+
+def _table(path: Path, task: str, o: Options) -> list:
+    return read_table(path, task, columns=o.columns, separator=o.separator, on_bad_row=o.on_bad_row)
+
+
+def _lines(path: Path, task: str, o: Options) -> list:
+    return read_json_lines(path, task, columns=o.columns, scheme=o.scheme, on_bad_row=o.on_bad_row)
+
+
+def _questions(path: Path, _: str, o: Options) -> list:
+    return read_questions(path, on_bad_row=o.on_bad_row)
+
+
+_Read = Callable[[Path, str, Options], list]
+_COLUMNS = (".conll", ".txt", ".annotated", ".iob", ".iob2", ".bio", ".tsv")
+_LINES = (".jsonl", ".ndjson")
+_TEXTS: dict[str, _Read] = {
+    **dict.fromkeys((".csv", ".tsv"), _table),
+    **dict.fromkeys(_LINES, _lines),
+}
+_READERS: Mapping[str, Mapping[str, _Read]] = {
+    "token_classification": {**dict.fromkeys(_COLUMNS, _conll), **dict.fromkeys(_LINES, _lines)},
+    **dict.fromkeys(PROBLEMS, _TEXTS),
+    "question_answering": {**dict.fromkeys((".json", *_LINES), _questions)},
+}
+"""Who reads a file, by task and suffix."""
+
+TASKS = tuple(_READERS)
+
+
+def read_records(path: str | Path, task: str, **options: Any) -> list[Any]:
     """Read one file by the reader its suffix asks for.
 
     Args:
-        path: `.jsonl`, `.ndjson`; `.csv`, `.tsv` for sequences; CoNLL columns for tokens.
+        path: `.jsonl`, `.ndjson`; `.csv`, `.tsv` for whole texts; CoNLL columns for tokens.
         task: one of `TASKS`.
-        columns: the names of input and target, for tables and JSON lines.
-        scheme: of the tags: "auto", "iob1" or "bio".
-        on_bad_row: gets the message of each row left out; None raises instead.
+        options: fields of `Options`.
 
     Returns:
         the records in the order of the file.
@@ -123,28 +163,16 @@ def read_records(
     fw.errors.FwError: notes.pdf: expected .csv .tsv .jsonl .ndjson for sequence_classification
     """
     _check_task(task)
-    suffix = Path(path).suffix.lower()
-    if suffix in (".jsonl", ".ndjson"):
-        records = read_json_lines(path, task, columns=columns, scheme=scheme, on_bad_row=on_bad_row)
-    elif suffix not in _SUFFIXES[task]:
-        raise FwError(f"{path}: expected {' '.join(_SUFFIXES[task])} for {task}")
-    elif task == "token_classification":
-        records = read_conll(path, scheme=scheme, on_bad_row=on_bad_row)
-    else:
-        records = read_table(path, columns=columns, on_bad_row=on_bad_row)
+    read = _READERS[task].get(Path(path).suffix.lower())
+    if read is None:
+        raise FwError(f"{path}: expected {' '.join(_READERS[task])} for {task}")
+    records = read(Path(path), task, Options(**options))
     if not records:
         raise FwError(f"{path}: expected at least one record for {task}; found none")
     return records
 
 
-def load_splits(
-    path: str | Path,
-    task: str,
-    *,
-    columns: tuple[str, str] | None = None,
-    scheme: str = "auto",
-    on_bad_row: OnBadRow = None,
-) -> dict[str, list]:
+def load_splits(path: str | Path, task: str, **options: Any) -> dict[str, list]:
     """Read a data set: a folder with files for train, dev and test, or one file.
 
     The word of the split stands in a file's name, or in the name of a folder above it. A folder
@@ -154,9 +182,7 @@ def load_splits(
     Args:
         path: the folder or file.
         task: one of `TASKS`.
-        columns: the names of input and target, for tables and JSON lines.
-        scheme: of the tags: "auto", "iob1" or "bio".
-        on_bad_row: gets the message of each row left out; None raises instead.
+        options: fields of `Options`.
 
     Returns:
         the records of each split that is there.
@@ -173,9 +199,8 @@ def load_splits(
     """
     _check_task(task)
     path = Path(path)
-    if task == "sequence_classification" and is_vader(path):
-        return split_records(read_vader(path, on_bad_row=on_bad_row))
-    options = {"columns": columns, "scheme": scheme, "on_bad_row": on_bad_row}
+    if task in ("sequence_classification", "regression") and is_vader(path):
+        return split_records(read_vader(path, task, on_bad_row=Options(**options).on_bad_row))
     if path.is_dir():
         files = _find_files(path, task)
         return {split: read_records(file, task, **options) for split, file in files.items()}
@@ -187,7 +212,7 @@ def _find_files(folder: Path, task: str) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for file in sorted(folder.rglob("*")):
         names = file.relative_to(folder).parts
-        if file.suffix.lower() not in _SUFFIXES[task] or not file.is_file():
+        if file.suffix.lower() not in _READERS[task] or not file.is_file():
             continue
         split = next(
             (
@@ -209,7 +234,7 @@ def _find_files(folder: Path, task: str) -> dict[str, Path]:
     if "train" not in found:
         raise FwError(
             f"{folder}: expected a file for {task} with 'train' in its name "
-            f"({' '.join(_SUFFIXES[task])}); found {', '.join(found) or 'none'}; "
+            f"({' '.join(_READERS[task])}); found {', '.join(found) or 'none'}; "
             "a single file can be given by its own path"
         )
     return {split: found[split] for split in SPLITS if split in found}

@@ -15,7 +15,10 @@ Records = Sequence[Mapping[str, Any]]
 _POINTS = 400  # about one a pixel
 _WINDOW = 20  # the smoothed line averages over one part in so many of the run
 UNITS = {"loss": "nats"}
-FRACTIONS = ("accuracy", "precision", "recall", "f1", "macro_f1", "micro_f1", "weighted_f1")
+FRACTIONS = (
+    *("accuracy", "precision", "recall", "f1", "macro_f1", "micro_f1", "weighted_f1"),
+    "exact_match",
+)
 
 
 def curves(records: Records) -> Element | None:

@@ -1,6 +1,12 @@
 """Tasks: what is minimised, what is counted and how the counts read, as values of functions."""
 
 from fw.tasks.by_name import make_task
+from fw.tasks.multi_label_classification import (
+    multi_label_classification,
+    sigmoid_cross_entropy,
+)
+from fw.tasks.question_answering import question_answering, span_loss
+from fw.tasks.regression import regression, squared_error
 from fw.tasks.sequence_classification import sequence_classification
 from fw.tasks.task import Summary, Task, cross_entropy
 from fw.tasks.token_classification import token_classification
@@ -10,6 +16,12 @@ __all__ = [
     "Task",
     "cross_entropy",
     "make_task",
+    "multi_label_classification",
+    "question_answering",
+    "regression",
     "sequence_classification",
+    "sigmoid_cross_entropy",
+    "span_loss",
+    "squared_error",
     "token_classification",
 ]

@@ -3,11 +3,21 @@
 from collections.abc import Sequence
 
 from fw.errors import FwError
+from fw.tasks.multi_label_classification import multi_label_classification
+from fw.tasks.question_answering import question_answering
+from fw.tasks.regression import regression
 from fw.tasks.sequence_classification import sequence_classification
 from fw.tasks.task import Task
 from fw.tasks.token_classification import token_classification
 
-_TASKS = {task.__name__: task for task in (token_classification, sequence_classification)}
+_EVERY = (
+    token_classification,
+    sequence_classification,
+    multi_label_classification,
+    regression,
+    question_answering,
+)
+_TASKS = {task.__name__: task for task in _EVERY}
 
 
 def make_task(name: str, labels: Sequence[str]) -> Task:
