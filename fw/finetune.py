@@ -49,6 +49,7 @@ class Data:
       labels: the classes by id.
       skipped: the messages of the rows that could not be read.
       cut: tokens that were too many for their text's row.
+      change: what is done to the rows of a training step; None for most tasks.
     """
 
     records: Mapping[str, Sequence]
@@ -56,6 +57,7 @@ class Data:
     labels: tuple[str, ...]
     skipped: tuple[str, ...]
     cut: int
+    change: data.Masking | None = None
 
 
 def finetune(recipe: Finetune, *, resume: bool = False) -> Path:
@@ -83,7 +85,9 @@ def finetune(recipe: Finetune, *, resume: bool = False) -> Path:
         key=jax.random.key(recipe.seed),
     )  # fmt: skip
     _check_fit(recipe, prepared, loaded.model.config)
-    batches = data.Batches(prepared.rows["train"].arrays, recipe.batch, recipe.seed)
+    batches = data.Batches(
+        prepared.rows["train"].arrays, recipe.batch, recipe.seed, prepared.change
+    )
     steps = recipe.steps or max(1, round(recipe.epochs * batches.steps_per_epoch))
     every = recipe.evaluate_every or min(batches.steps_per_epoch, steps)
 
@@ -188,9 +192,14 @@ def prepare(recipe: Finetune, dataset: Path, source: Path) -> Data:
             )
     labels = data.label_names(records["train"])
     tokenizer = data.load_tokenizer(source)
-    packed = {split: pack(recipe, tokenizer, items, labels) for split, items in records.items()}
+    packed = {
+        split: pack(recipe, tokenizer, items, labels, learn=split == "train")
+        for split, items in records.items()
+    }
     rows = {split: rows for split, (rows, _) in packed.items()}
-    return Data(records, rows, labels, skipped, sum(cut for _, cut in packed.values()))
+    cut = sum(cut for _, cut in packed.values())
+    change = data.CHANGE.get(TASKS[recipe.task])
+    return Data(records, rows, labels, skipped, cut, change and change(tokenizer, recipe.seed))
 
 
 def read(recipe: Finetune, dataset: Path) -> tuple[dict[str, list], tuple[str, ...]]:
@@ -214,7 +223,12 @@ def read(recipe: Finetune, dataset: Path) -> tuple[dict[str, list], tuple[str, .
 
 
 def pack(
-    recipe: Finetune, tokenizer: data.Tokenizer, records: Sequence, labels: tuple[str, ...]
+    recipe: Finetune,
+    tokenizer: data.Tokenizer,
+    records: Sequence,
+    labels: tuple[str, ...],
+    *,
+    learn: bool = False,
 ) -> tuple[Packed, int]:
     """The rows of some records, and how many tokens were cut off.
 
@@ -223,10 +237,16 @@ def pack(
       tokenizer: the model's.
       records: of the task.
       labels: the classes by id.
+      learn: rows to learn from, which are changed anew in every batch where the task wants it; off:
+        to judge by, which are changed once and for all, whatever the run's seed.
     """
     encode = data.ENCODE[TASKS[recipe.task]]
     pieces = encode(tokenizer, records, labels, max_length=recipe.length)
     rows = data.pack(pieces, recipe.length, max_texts=recipe.texts or None, packed=recipe.packed)
+    change = None if learn else data.CHANGE.get(TASKS[recipe.task])
+    if change is not None and rows.rows:
+        arrays = change(tokenizer, 0)(rows.arrays, np.arange(rows.rows))
+        rows = replace(rows, arrays=arrays)
     return rows, pieces.cut
 
 
@@ -246,6 +266,8 @@ def _check_fit(recipe: Finetune, prepared: Data, config: Any) -> None:
             f"model knows {config.type_vocab_size}; is it another model's tokenizer?"
         )
     largest = max(int(rows.arrays["input_ids"].max()) for rows in every)
+    if prepared.change is not None:
+        largest = max(largest, prepared.change.words - 1)
     if largest >= getattr(config, "vocab_size", largest + 1):
         raise FwError(
             f"{recipe.model}: its tokenizer gives the id {largest}, but the model's vocabulary "

@@ -21,6 +21,7 @@ TASKS = {
     "multilabel": "multi_label_classification",
     "regress": "regression",
     "qa": "question_answering",
+    "mlm": "masked_lm",
 }
 """What `--task` says, and the task that model, data and artifact know."""
 
@@ -34,8 +35,8 @@ class Finetune(AdamW):
 
     Attributes:
       task: "ner" (a tag for each word), "classify" (a class for each text), "multilabel" (any
-        number of labels for each text), "regress" (numbers for each text) or "qa" (the passage
-        of a text that answers a question).
+        number of labels for each text), "regress" (numbers for each text), "qa" (the passage of a
+        text that answers a question) or "mlm" (words that are hidden).
       model: a name of `fw fetch --list`, or a Hugging Face model folder.
       data: a file, or a folder with train, dev and test files (CoNLL, CSV, TSV, JSON lines), or a
         name of `fw fetch --list`.
@@ -50,7 +51,7 @@ class Finetune(AdamW):
       rules: preset that says which array axis goes to which mesh axis: data, fsdp, fsdp_tensor.
       precision: of the dots: bf16 (bfloat16 operands, float32 sums) or f32.
       accumulate: microbatches whose gradients make one step; must divide batch.
-      seed: of the new head, the order of the data and dropout.
+      seed: of the new head, the order of the data, dropout and hidden words.
       evaluate_every: steps between evaluations and checkpoints; 0 for once an epoch.
       log_every: steps between lines of progress.
       keep_last: how many of the latest checkpoints stay.

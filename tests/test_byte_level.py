@@ -1,6 +1,7 @@
 """Byte-level BPE, as RoBERTa and ModernBERT have it: words, pieces, and a run from end to end."""
 
 import json
+from typing import Any
 
 import jax
 import numpy as np
@@ -41,7 +42,7 @@ def byte_level(kind, *, prefix_space=False):
     words = [*tiny.NAMES, *tiny.PLACES, *tiny.GOOD, *tiny.OTHER[:10]]
     fast.train_from_iterator([*TEXTS * 4, *(f"the {word}" for word in words * 4)], trainer)
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space)
-    ids = [(token, fast.token_to_id(token)) for token in (last, first)]
+    ids: Any = [(token, fast.token_to_id(token)) for token in (last, first)]
     if kind == "roberta":
         fast.post_processor = processors.RobertaProcessing(
             *ids, trim_offsets=True, add_prefix_space=prefix_space

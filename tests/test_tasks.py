@@ -29,8 +29,14 @@ OPTIONS = {
     "regress": ("--columns", "text,valence,hours", "--steps", "160"),
     "multilabel": ("--columns", "text,topics", "--steps", "160"),
     "qa": ("--steps", "400", "--length", "24", "--evaluate-every", "100"),
+    "mlm": ("--steps", "160"),
 }
-MAKE = {"regress": tiny.make_ratings, "multilabel": tiny.make_topics, "qa": tiny.make_questions}
+MAKE = {
+    "regress": tiny.make_ratings,
+    "multilabel": tiny.make_topics,
+    "qa": tiny.make_questions,
+    "mlm": tiny.make_lines,
+}
 
 
 @pytest.fixture(scope="module")
@@ -334,6 +340,68 @@ def test_questions_are_read_in_every_spelling_or_refused(tmp_path):
     (tmp_path / "a.json").write_text("[]")
     with pytest.raises(FwError, match=r"a\.json: expected SQuAD's JSON"):
         data.read_questions(tmp_path / "a.json")
+
+
+# --- hidden words ---------------------------------------------------------------------------------
+
+
+def test_hidden_words_are_learnt_and_judged_as_plain_numpy_does(runs, world):
+    folder = runs("mlm")
+    figures = run.read_json(folder / run.RESULT)["splits"]["test"]
+    # Each is told by three others; what stands between is always the same.
+    assert figures["accuracy"] > 0.8 and figures["perplexity"] < 3
+    loaded = hub.load(folder / "model", mesh=make_mesh(ONE), rules=rules())
+    assert loaded.model.config.task == "masked_lm"
+    tokenizer = data.load_tokenizer(folder / "model")
+    records = data.read_records(world / "mlm" / "test.txt", "masked_lm")
+    losses, hits = [], []
+    rows = pack(data.encode_documents(tokenizer, records, max_length=32), 32)
+    arrays = data.masking(tokenizer, 0)(rows.arrays, np.arange(rows.rows))
+    logits = np.asarray(loaded.model.apply(loaded.variables, arrays)[0], np.float64)
+    hidden = arrays["labels"] >= 0
+    for own, target in zip(logits[hidden], arrays["labels"][hidden], strict=True):
+        losses.append(np.log(np.exp(own).sum()) - own[target])
+        hits.append(own.argmax() == target)
+    assert figures["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+    assert figures["perplexity"] == pytest.approx(np.exp(np.mean(losses)), rel=1e-4)
+    assert figures["accuracy"] == pytest.approx(np.mean(hits))
+    assert figures["tokens"] == len(losses)
+    assert main(["eval", str(folder)]) == 0
+    again = run.read_json(folder / run.RESULT)["splits"]["test"]
+    assert again == figures  # the same words are hidden every time
+
+
+def test_masking_is_a_function_of_seed_and_step_with_the_shares_of_the_paper():
+    rng, rows, length = np.random.default_rng(9), 40, 50
+    ids = rng.integers(10, 100, (rows, length), np.int32)
+    free = rng.random((rows, length)) < 0.9
+    arrays = {"input_ids": ids, "labels": np.where(free, ids, -1).astype(np.int32)}
+    batches = data.Batches(arrays, 16, seed=3, change=data.Masking(mask=1, words=100, seed=3))
+    whole = batches(7)
+    for start in range(0, 16, 4):  # as four processes would make it
+        part = batches.take(7, slice(start, start + 4))
+        for name, values in part.items():
+            np.testing.assert_array_equal(values, whole[name][start : start + 4])
+    assert (batches(8)["labels"] >= 0).sum() != (whole["labels"] >= 0).sum()
+
+    plain = data.Batches(arrays, 16, seed=3)
+    counts: Any = dict.fromkeys(("free", "chosen", "masked", "random", "kept"), 0)
+    for step in range(60):
+        before, after = plain(step), batches(step)
+        chosen, changed = after["labels"] >= 0, after["input_ids"] != before["input_ids"]
+        assert not (changed & ~chosen).any()
+        np.testing.assert_array_equal(after["labels"][chosen], before["input_ids"][chosen])
+        assert not (chosen & (before["labels"] < 0)).any()
+        counts["free"] += (before["labels"] >= 0).sum()
+        counts["chosen"] += chosen.sum()
+        counts["masked"] += (after["input_ids"][chosen] == 1).sum()
+        counts["kept"] += (chosen & ~changed).sum()
+        counts["random"] += (changed & (after["input_ids"] != 1)).sum()
+    chosen = counts["chosen"]
+    assert chosen / counts["free"] == pytest.approx(0.15, abs=0.01)
+    # A random word is that word itself, or the mask, once in a hundred each.
+    for name, share in (("masked", 0.8 + 0.001), ("random", 0.1 * 0.98), ("kept", 0.1 + 0.001)):
+        assert counts[name] / chosen == pytest.approx(share, abs=0.015), name
 
 
 # --- every task -----------------------------------------------------------------------------------

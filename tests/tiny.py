@@ -22,7 +22,7 @@ def make_model(folder: Path) -> Path:
         max_position_embeddings=48, initializer_range=0.2,
     )  # fmt: skip
     model = bert(config)
-    words = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", *NAMES, *PLACES, *GOOD, *BAD, *OTHER)
+    words = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", *NAMES, *PLACES, *GOOD, *BAD, *OTHER, "[MASK]")
     vocabulary = folder.with_name(f"{folder.name}-vocabulary")
     vocabulary.mkdir()
     (vocabulary / "vocab.txt").write_text("\n".join(words))
@@ -75,6 +75,19 @@ def make_topics(folder: Path, sizes: tuple[int, int, int] = (96, 24, 24)):
             row = {"text": " ".join(words), "topics": [*places, *(["letters"] if wrote else [])]}
             rows.append(json.dumps(row))
         (folder / f"{split}.jsonl").write_text("\n".join(rows))
+    return folder
+
+
+def make_lines(folder: Path, sizes: tuple[int, int, int] = (96, 24, 24)):
+    """train, dev and test as a text a line; whoever writes, writes from a place of theirs."""
+    rng = random.Random(5)
+    folder.mkdir()
+    for split, size in zip(("train", "dev", "test"), sizes, strict=True):
+        lines = []
+        for _ in range(size):
+            i = rng.randrange(len(NAMES))
+            lines.append(f"in {PLACES[i]} {NAMES[i]} wrote a letter to {NAMES[i]} in {PLACES[i]} .")
+        (folder / f"{split}.txt").write_text("\n".join(lines))
     return folder
 
 

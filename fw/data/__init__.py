@@ -4,10 +4,12 @@ from fw.data.batches import Batches, count_tokens, eval_batches, prefetch
 from fw.data.encode import Encoded, encode_tagged
 from fw.data.encode_texts import encode_labelled, encode_multi_labelled, encode_rated
 from fw.data.feed import feed
+from fw.data.masking import Masking, encode_documents, masking, read_documents
 from fw.data.pack import Packed, best_fit_decreasing, pack, unpack_texts, unpack_words
 from fw.data.questions import Answer, Question, read_questions
 from fw.data.readers import read_conll, read_json_lines, read_table
 from fw.data.records import (
+    Document,
     Labelled,
     MultiLabelled,
     Rated,
@@ -36,18 +38,25 @@ ENCODE = {
     "multi_label_classification": encode_multi_labelled,
     "regression": encode_rated,
     "question_answering": encode_questions,
+    "masked_lm": encode_documents,
 }
 """What makes pieces of a task's records: `encode(tokenizer, records, labels, max_length=)`."""
 
+CHANGE = {"masked_lm": masking}
+"""Tasks whose batches are changed row by row: `change(tokenizer, seed)`, for `Batches`."""
+
 __all__ = [
+    "CHANGE",
     "ENCODE",
     "IGNORE",
     "SPLITS",
     "TASKS",
     "Answer",
     "Batches",
+    "Document",
     "Encoded",
     "Labelled",
+    "Masking",
     "MultiLabelled",
     "Packed",
     "Passage",
@@ -59,6 +68,7 @@ __all__ = [
     "Windows",
     "best_fit_decreasing",
     "count_tokens",
+    "encode_documents",
     "encode_labelled",
     "encode_multi_labelled",
     "encode_questions",
@@ -71,10 +81,12 @@ __all__ = [
     "label_names",
     "load_splits",
     "load_tokenizer",
+    "masking",
     "pack",
     "passages",
     "prefetch",
     "read_conll",
+    "read_documents",
     "read_json_lines",
     "read_questions",
     "read_records",

@@ -84,7 +84,19 @@ class Rated:
     source: str = ""
 
 
-Record = Tagged | Labelled | MultiLabelled | Rated | Question
+@dataclass(frozen=True)
+class Document:
+    """A text, and nothing said of it.
+
+    >>> Document("Once upon a time").text
+    'Once upon a time'
+    """
+
+    text: str
+    source: str = ""
+
+
+Record = Document | Tagged | Labelled | MultiLabelled | Rated | Question
 
 
 def label_names(records: Sequence[Record]) -> tuple[str, ...]:
@@ -96,7 +108,8 @@ def label_names(records: Sequence[Record]) -> tuple[str, ...]:
     Returns:
         the sorted labels; for tags "O" first, then B- and I- of every type, seen or not, so that
         a type seen only in one-word entities can still be predicted over two words; for numbers
-        their names, in the order of the first record; for questions none.
+        their names, in the order of the first record; for questions and documents
+        none.
 
     Raises:
         FwError: a record has no label, none has one, or numbers of other names than the first.
@@ -104,7 +117,7 @@ def label_names(records: Sequence[Record]) -> tuple[str, ...]:
     >>> label_names([Tagged(("Ada", "wrote"), ("B-person", "O"))])
     ('O', 'B-person', 'I-person')
     """
-    if all(isinstance(record, Question) for record in records):
+    if all(isinstance(record, Question | Document) for record in records):
         return ()
     names: dict[str, None] = {}
     for record in records:
@@ -117,7 +130,7 @@ def label_names(records: Sequence[Record]) -> tuple[str, ...]:
                 own = record.labels
             case Rated():
                 own = tuple(record.numbers)
-            case Question():
+            case Question() | Document():
                 own = ()
         # A text may have none of many labels, but the others have one at least.
         if not own and not (isinstance(record, MultiLabelled) and own is not None):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fw.data.files import OnBadRow
+from fw.data.masking import read_documents
 from fw.data.questions import read_questions
 from fw.data.readers import read_conll, read_json_lines, read_table
 from fw.data.records import Record
@@ -126,6 +127,10 @@ def _questions(path: Path, _: str, o: Options) -> list:
     return read_questions(path, on_bad_row=o.on_bad_row)
 
 
+def _documents(path: Path, _: str, __: Options) -> list:
+    return read_documents(path)
+
+
 _Read = Callable[[Path, str, Options], list]
 _COLUMNS = (".conll", ".txt", ".annotated", ".iob", ".iob2", ".bio", ".tsv")
 _LINES = (".jsonl", ".ndjson")
@@ -136,6 +141,7 @@ _TEXTS: dict[str, _Read] = {
 _READERS: Mapping[str, Mapping[str, _Read]] = {
     "token_classification": {**dict.fromkeys(_COLUMNS, _conll), **dict.fromkeys(_LINES, _lines)},
     **dict.fromkeys(PROBLEMS, _TEXTS),
+    "masked_lm": {".txt": _documents},
     "question_answering": {**dict.fromkeys((".json", *_LINES), _questions)},
 }
 """Who reads a file, by task and suffix."""

@@ -85,8 +85,8 @@ def encode_questions(
     >>> from fw.data.questions import Answer
     >>> asked = Question("who", "who wrote ada wrote", (Answer("ada", 10),))
     >>> encoded = encode_questions(tokenizer, [asked], (), max_length=4)
-    >>> encoded.input_ids.reshape(2, 4).tolist(), encoded.labels.tolist()
-    ([[1, 1, 3, 2], [1, 3, 2, 3]], [[3, 3], [2, 2]])
+    >>> encoded.input_ids.tolist(), encoded.lengths.tolist(), encoded.labels.tolist()
+    ([1, 1, 3, 2, 1, 2, 3], [4, 3], [[3, 3], [1, 1]])
     """
     template = _template(tokenizer)
     room = max_length - sum(len(ids) for ids, _ in template.special)

@@ -1,6 +1,7 @@
 """Tasks: what is minimised, what is counted and how the counts read, as values of functions."""
 
 from fw.tasks.by_name import make_task
+from fw.tasks.masked_lm import masked_lm
 from fw.tasks.multi_label_classification import (
     multi_label_classification,
     sigmoid_cross_entropy,
@@ -16,6 +17,7 @@ __all__ = [
     "Task",
     "cross_entropy",
     "make_task",
+    "masked_lm",
     "multi_label_classification",
     "question_answering",
     "regression",

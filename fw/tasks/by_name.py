@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from fw.errors import FwError
+from fw.tasks.masked_lm import masked_lm
 from fw.tasks.multi_label_classification import multi_label_classification
 from fw.tasks.question_answering import question_answering
 from fw.tasks.regression import regression
@@ -16,6 +17,7 @@ _EVERY = (
     multi_label_classification,
     regression,
     question_answering,
+    masked_lm,
 )
 _TASKS = {task.__name__: task for task in _EVERY}
 

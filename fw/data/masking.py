@@ -1,0 +1,166 @@
+"""Words are hidden, so that a model learns to guess them from both sides.
+
+`encode_documents` marks every piece that may be hidden: its label is itself. `Masking` then chooses
+some anew each time a row is taken, hides them and forgets the other labels. What it chooses is a
+function of the seed and of the row's place in the endless stream of `batches`, so of (seed, step):
+no mesh and no number of processes can change it.
+
+Source: Devlin et al. 2019 (arXiv:1810.04805); masks that change every epoch are RoBERTa's, Liu et
+al. 2019 (arXiv:1907.11692).
+"""
+
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import batched
+from pathlib import Path
+
+import numpy as np
+
+from fw.data.encode import CHUNK, Encoded, int32, offsets, space
+from fw.data.files import read_text
+from fw.data.records import Document
+from fw.data.tokenizer import Tokenizer
+from fw.errors import FwError
+from fw.labels import IGNORE
+
+RATE, MASKED, RANDOM = 0.15, 0.8, 0.1
+"""The share of pieces that are to be guessed; of these, how many are hidden, how many replaced by
+any word. The others stay as they are, so that a model has to have an opinion on every piece."""
+
+
+def read_documents(path: str | Path) -> list[Document]:
+    """Read plain text, a document a line; blank lines are left out.
+
+    Args:
+        path: the file, UTF-8.
+
+    Raises:
+        FwError: the file cannot be read.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder, "train.txt")
+    ...     _ = path.write_text("Ada wrote.\\n\\nGrace went.\\n")
+    ...     [document.text for document in read_documents(path)]
+    ['Ada wrote.', 'Grace went.']
+    """
+    lines = enumerate(read_text(path).split("\n"), 1)
+    return [Document(line.strip(), f"{path}:{n}") for n, line in lines if line.strip()]
+
+
+def encode_documents(
+    tokenizer: Tokenizer,
+    records: Sequence[Document],
+    names: Sequence[str] | None = None,
+    *,
+    max_length: int,
+) -> Encoded:
+    """Encode documents; one too long for a text goes on in further texts.
+
+    Args:
+        tokenizer: from `load_tokenizer`.
+        records: the documents.
+        names: has no meaning here.
+        max_length: most pieces in a text, special tokens included.
+
+    Returns:
+        the pieces; `labels` [T] are the pieces themselves, `IGNORE` for special tokens.
+
+    Raises:
+        FwError: `max_length` without room for a piece.
+
+    >>> from tokenizers import Tokenizer as Fast, models
+    >>> fast = Fast(models.WordPiece({"[UNK]": 0, "ada": 1, "##s": 2}, unk_token="[UNK]"))
+    >>> tokenizer = Tokenizer(fast, prefix=(3,), suffix=(4,), pad=0, unknown=0)
+    >>> encoded = encode_documents(tokenizer, [Document("adass")], max_length=4)
+    >>> encoded.input_ids.tolist(), encoded.labels.tolist()
+    ([3, 1, 2, 4, 3, 2, 4], [-1, 1, 2, -1, -1, 2, -1])
+    """
+    room = space(tokenizer, max_length)
+    before, after = len(tokenizer.prefix), len(tokenizer.suffix)
+    input_ids, labels, lengths, record = array("i"), array("i"), array("i"), array("i")
+    number = 0
+    for chunk in batched(records, CHUNK):
+        texts = [document.text for document in chunk]
+        for encoding in tokenizer.fast.encode_batch_fast(texts, add_special_tokens=False):
+            for start in range(0, len(encoding.ids), room):
+                ids = encoding.ids[start : start + room]
+                input_ids.extend((*tokenizer.prefix, *ids, *tokenizer.suffix))
+                labels.extend((*[IGNORE] * before, *ids, *[IGNORE] * after))
+                lengths.append(len(ids) + before + after)
+                record.append(number)
+            number += 1
+    return Encoded(
+        input_ids=int32(input_ids),
+        words=np.full(len(input_ids), -1, np.int32),
+        labels=int32(labels),
+        offsets=offsets(lengths),
+        record=int32(record),
+        records=number,
+        pad=tokenizer.pad,
+        per_word=True,
+    )
+
+
+@dataclass(frozen=True)
+class Masking:
+    """Hides pieces of rows; give it to `Batches` as `change`.
+
+    Args:
+        mask: the id that hides a piece.
+        words: ids are in 0 … words - 1.
+        seed: of the choice.
+
+    >>> rows = {"input_ids": np.full((1, 1000), 7), "labels": np.full((1, 1000), 7)}
+    >>> rows = Masking(mask=1, words=100)(rows, np.array([5]))
+    >>> chosen = rows["labels"] != IGNORE
+    >>> 100 < chosen.sum() < 200, 0.7 < (rows["input_ids"][chosen] == 1).mean() < 0.9
+    (True, True)
+    """
+
+    mask: int
+    words: int
+    seed: int = 0
+
+    def __call__(
+        self, arrays: Mapping[str, np.ndarray], places: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """Hide some pieces.
+
+        Args:
+            arrays: `input_ids` and `labels` int32 [R, L], from `encode_documents` and `pack`, and
+                others.
+            places: [R] int64, the place of each row in the stream.
+
+        Returns:
+            the same arrays, with some ids changed and all labels but theirs `IGNORE`.
+        """
+        ids, labels = arrays["input_ids"], arrays["labels"]
+        choice, fate, word = np.stack([self._draw(int(p), ids.shape[1]) for p in places], 1)
+        chosen = (labels != IGNORE) & (choice < RATE)
+        other = np.where(fate < MASKED, self.mask, (word * self.words).astype(np.int32))
+        hidden = chosen & (fate < MASKED + RANDOM)
+        return {
+            **arrays,
+            "input_ids": np.where(hidden, other, ids).astype(ids.dtype),
+            "labels": np.where(chosen, labels, IGNORE).astype(labels.dtype),
+        }
+
+    def _draw(self, place: int, length: int) -> np.ndarray:
+        """Three uniform numbers in [0, 1) for each token of a row: [3, L] float64."""
+        # From the upper half of the counter: `batches` shuffles with the lower one.
+        key = np.array([self.seed, place], np.uint64)
+        raw = np.random.Philox(key=key, counter=1 << 255).random_raw(3 * length)
+        return (raw >> np.uint64(11)).reshape(3, length) * 2.0**-53
+
+
+def masking(tokenizer: Tokenizer, seed: int) -> Masking:
+    """The masking of a tokenizer's words.
+
+    Raises:
+        FwError: the tokenizer has no token for it.
+    """
+    if tokenizer.mask is None:
+        raise FwError("the tokenizer has no mask token; take a masked language model's")
+    return Masking(tokenizer.mask, max(tokenizer.fast.get_vocab().values()) + 1, seed)
