@@ -345,7 +345,7 @@ def test_questions_are_read_in_every_spelling_or_refused(tmp_path):
 # --- hidden words ---------------------------------------------------------------------------------
 
 
-def test_hidden_words_are_learnt_and_judged_as_plain_numpy_does(runs, world):
+def test_hidden_words_are_learnt_and_judged_as_plain_numpy_does(runs, world, capsys):
     folder = runs("mlm")
     figures = run.read_json(folder / run.RESULT)["splits"]["test"]
     # Each is told by three others; what stands between is always the same.
@@ -366,6 +366,15 @@ def test_hidden_words_are_learnt_and_judged_as_plain_numpy_does(runs, world):
     assert figures["perplexity"] == pytest.approx(np.exp(np.mean(losses)), rel=1e-4)
     assert figures["accuracy"] == pytest.approx(np.mean(hits))
     assert figures["tokens"] == len(losses)
+    assert main(["compress", str(folder)]) == 0
+    assert main(["export", str(folder), "--variant", "int8"]) == 0
+    text = "in rome mary wrote a [MASK] to mary in [MASK] ."
+    capsys.readouterr()
+    assert main(["predict", str(folder / "artifact"), text, "[MASK] oslo", "--jsonl"]) == 0
+    one, two = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert [guesses[0]["token"] for guesses in one["masks"]] == ["letter", "rome"]
+    assert len(two["masks"]) == 1
+
     assert main(["eval", str(folder)]) == 0
     again = run.read_json(folder / run.RESULT)["splits"]["test"]
     assert again == figures  # the same words are hidden every time

@@ -126,6 +126,9 @@ def to_text(answer: Mapping[str, Any]) -> str:
         found = answer["answer"] or {"text": "–", "score": 0.0}
         unsure = f"  (no answer {answer['no_answer_score']:.2f})"
         return f"{found['text']} {found['score']:.2f}{unsure}  {answer['question']}"
+    if "masks" in answer:
+        guesses = (" ".join(f"{g['token']} {g['score']:.2f}" for g in m) for m in answer["masks"])
+        return "\n  ".join((answer["text"], *guesses))
     if "entities" not in answer:
         cut = "  (cut for length)" if answer["truncated"] else ""
         if "numbers" in answer:

@@ -50,8 +50,8 @@ def golden_batch(
     Raises:
         FwError: none of the examples has a word, or the task takes no texts.
     """
-    if examples is not None and task == "question_answering":
-        raise FwError("examples: expected None for question answering")
+    if examples is not None and task in ("question_answering", "masked_lm"):
+        raise FwError(f"examples: expected None for {task}")
     if examples is not None:
         items = read_items(tokenizer, examples)
         items = [i for i in items if i.spans]

@@ -101,7 +101,7 @@ class Artifact:
             "score"}, …]}` with offsets in characters; for sequence classification `{"text",
             "label", "score", "scores", "truncated"}`; for several labels `{"text", "labels",
             "scores", "truncated"}`; for regression `{"text", "numbers", "truncated"}`; for question
-            answering what `fw.export.ask.ask` says.
+            answering what `fw.export.ask.ask` says, for hidden words `fw.export.fill.fill`.
 
         Raises:
             FwError: an item is no text, or `batch_size` is below 1.

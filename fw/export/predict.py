@@ -23,6 +23,7 @@ from fw.data.records import Labelled, Tagged
 from fw.data.tokenizer import Tokenizer
 from fw.errors import FwError
 from fw.export.ask import ask
+from fw.export.fill import fill
 from fw.metrics.entities import entity_spans
 from fw.metrics.multi_label import THRESHOLD
 
@@ -186,6 +187,9 @@ def _answer(artifact: Artifact, texts: Sequence[Any], batch_size: int) -> Iterat
 
     if artifact.task == "question_answering":
         yield from ask(artifact, texts, row_length, run)
+        return
+    if artifact.task == "masked_lm":
+        yield from fill(artifact, texts, row_length, run)
         return
     items = read_items(artifact.tokenizer, texts)
     tagged = artifact.task == "token_classification"
