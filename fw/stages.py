@@ -30,7 +30,7 @@ from sharding import Rules, gather, make_mesh
 from sharding import rules as make_rules
 
 VARIANTS = ("f32", "bf16", "int8")
-QUALITY = ("accuracy", "micro_f1", "mse", "spearman")
+QUALITY = ("accuracy", "micro_f1", "exact_match", "mse", "spearman", "perplexity")
 """Figures of a summary that a table of variants or domains shows beside the task's own metric."""
 
 INT8, REPORT = "int8", "report.json"
