@@ -37,7 +37,7 @@ class Windows:
         questions: the records.
         question: [N] int32, which one a window belongs to.
         first: [N] int32, the place in the window of its first piece of the context.
-        spans: [n, 2] int64 for each window: where its pieces of the context start and end in it.
+        spans: [n, 2] int32 for each window: where its pieces of the context start and end in it.
     """
 
     questions: tuple[Question, ...]
@@ -98,7 +98,7 @@ def encode_questions(
     for number, (record, asked, context) in enumerate(_encodings(tokenizer, records)):
         ids = asked.ids[: max(1, room // 2)]
         cut, cut_texts = cut + len(asked.ids) - len(ids), cut_texts + (len(ids) < len(asked.ids))
-        places = np.array(context.offsets, np.int64).reshape(-1, 2)
+        places = np.array(context.offsets, np.int32).reshape(-1, 2)
         answer = None if names is None else _pieces(record, places)
         for start, stop in _cut(len(places), room - len(ids), max_length // OVERLAP):
             (before, a), (between, b), (after, c) = template.special
@@ -158,11 +158,14 @@ def passages(windows: Windows, logits: Sequence[np.ndarray]) -> list[tuple[list[
     ):
         null[number] = min(null[number], float(own[0].sum()))
         start, end = own[first : first + len(spans)].astype(np.float64).T
+        if not start.size:  # a context without a piece
+            continue
         # Of every length d + 1 and first piece: how well both ends fit, -∞ past the window's end.
         sums = np.full((min(LONGEST_ANSWER, len(start)), len(start)), -np.inf)
         for d in range(len(sums)):
             sums[d, : len(start) - d] = start[: len(start) - d] + end[d:]
-        for i in np.argsort(-sums, axis=None, kind="stable")[:N_BEST].tolist():
+        best = np.argpartition(-sums, min(N_BEST, sums.size) - 1, axis=None)[:N_BEST]
+        for i in best.tolist():
             d, at = divmod(i, len(start))
             if np.isfinite(sums[d, at]):
                 place = int(spans[at, 0]), int(spans[at + d, 1])
@@ -219,7 +222,6 @@ def _pieces(record: Question, places: np.ndarray) -> tuple[int, int] | None:
         return None
     answer = record.answers[0]
     touched = (places[:, 0] < answer.start + len(answer.text)) & (places[:, 1] > answer.start)
-    # White space that a tokenizer counts to the next piece is not the answer's.
     found = np.flatnonzero(touched)
     if not found.size:
         raise FwError(f"{record.source or 'Question'}: the tokenizer drops {answer.text!r}")
