@@ -198,7 +198,7 @@ def prepare(recipe: Finetune, dataset: Path, source: Path) -> Data:
     }
     rows = {split: rows for split, (rows, _) in packed.items()}
     cut = sum(cut for _, cut in packed.values())
-    change = data.CHANGE.get(TASKS[recipe.task])
+    change = data.FORMATS[TASKS[recipe.task]].change
     return Data(records, rows, labels, skipped, cut, change and change(tokenizer, recipe.seed))
 
 
@@ -240,10 +240,10 @@ def pack(
       learn: rows to learn from, which are changed anew in every batch where the task wants it; off:
         to judge by, which are changed once and for all, whatever the run's seed.
     """
-    encode = data.ENCODE[TASKS[recipe.task]]
+    encode = data.FORMATS[TASKS[recipe.task]].encode
     pieces = encode(tokenizer, records, labels, max_length=recipe.length)
     rows = data.pack(pieces, recipe.length, max_texts=recipe.texts or None, packed=recipe.packed)
-    change = None if learn else data.CHANGE.get(TASKS[recipe.task])
+    change = None if learn else data.FORMATS[TASKS[recipe.task]].change
     if change is not None and rows.rows:
         arrays = change(tokenizer, 0)(rows.arrays, np.arange(rows.rows))
         rows = replace(rows, arrays=arrays)

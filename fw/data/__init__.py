@@ -4,6 +4,7 @@ from fw.data.batches import Batches, count_tokens, eval_batches, prefetch
 from fw.data.encode import Encoded, encode_tagged
 from fw.data.encode_texts import encode_labelled, encode_multi_labelled, encode_rated
 from fw.data.feed import feed
+from fw.data.formats import FORMATS, Format
 from fw.data.masking import Masking, encode_documents, masking, read_documents
 from fw.data.pack import Packed, best_fit_decreasing, pack, unpack_texts, unpack_words
 from fw.data.questions import Answer, Question, read_questions
@@ -32,22 +33,8 @@ from fw.data.vader import read_vader, sentiment
 from fw.data.windows import Passage, Windows, encode_questions, passages
 from fw.labels import IGNORE
 
-ENCODE = {
-    "token_classification": encode_tagged,
-    "sequence_classification": encode_labelled,
-    "multi_label_classification": encode_multi_labelled,
-    "regression": encode_rated,
-    "question_answering": encode_questions,
-    "masked_lm": encode_documents,
-}
-"""What makes pieces of a task's records: `encode(tokenizer, records, labels, max_length=)`."""
-
-CHANGE = {"masked_lm": masking}
-"""Tasks whose batches are changed row by row: `change(tokenizer, seed)`, for `Batches`."""
-
 __all__ = [
-    "CHANGE",
-    "ENCODE",
+    "FORMATS",
     "IGNORE",
     "SPLITS",
     "TASKS",
@@ -55,6 +42,7 @@ __all__ = [
     "Batches",
     "Document",
     "Encoded",
+    "Format",
     "Labelled",
     "Masking",
     "MultiLabelled",

@@ -7,21 +7,16 @@ no seed, no order and no second file, and a text that occurs twice is never in t
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fw.data.files import OnBadRow
-from fw.data.masking import read_documents
-from fw.data.questions import read_questions
-from fw.data.readers import read_conll, read_json_lines, read_table
+from fw.data.formats import FORMATS, Options
 from fw.data.records import Record
-from fw.data.targets import SEPARATOR
 from fw.data.vader import is_vader, read_vader
 from fw.errors import FwError
-from fw.labels import PROBLEMS
 
+TASKS = tuple(FORMATS)
 SPLITS = ("train", "dev", "test")
 
 _WORDS = {
@@ -94,68 +89,13 @@ def hold_out(records: Sequence[Record]) -> tuple[list, list]:
     )
 
 
-@dataclass(frozen=True)
-class Options:
-    """How files are to be read.
-
-    Args:
-        columns: the names of input and target, for tables and JSON lines.
-        scheme: of the tags: "auto", "iob1" or "bio".
-        separator: between the labels in a table's cell.
-        on_bad_row: gets the message of each row left out; None raises instead.
-    """
-
-    columns: tuple[str, ...] | None = None
-    scheme: str = "auto"
-    separator: str = SEPARATOR
-    on_bad_row: OnBadRow = None
-
-
-def _conll(path: Path, _: str, o: Options) -> list:
-    return read_conll(path, scheme=o.scheme, on_bad_row=o.on_bad_row)
-
-
-def _table(path: Path, task: str, o: Options) -> list:
-    return read_table(path, task, columns=o.columns, separator=o.separator, on_bad_row=o.on_bad_row)
-
-
-def _lines(path: Path, task: str, o: Options) -> list:
-    return read_json_lines(path, task, columns=o.columns, scheme=o.scheme, on_bad_row=o.on_bad_row)
-
-
-def _questions(path: Path, _: str, o: Options) -> list:
-    return read_questions(path, on_bad_row=o.on_bad_row)
-
-
-def _documents(path: Path, _: str, __: Options) -> list:
-    return read_documents(path)
-
-
-_Read = Callable[[Path, str, Options], list]
-_COLUMNS = (".conll", ".txt", ".annotated", ".iob", ".iob2", ".bio", ".tsv")
-_LINES = (".jsonl", ".ndjson")
-_TEXTS: dict[str, _Read] = {
-    **dict.fromkeys((".csv", ".tsv"), _table),
-    **dict.fromkeys(_LINES, _lines),
-}
-_READERS: Mapping[str, Mapping[str, _Read]] = {
-    "token_classification": {**dict.fromkeys(_COLUMNS, _conll), **dict.fromkeys(_LINES, _lines)},
-    **dict.fromkeys(PROBLEMS, _TEXTS),
-    "masked_lm": {".txt": _documents},
-    "question_answering": {**dict.fromkeys((".json", *_LINES), _questions)},
-}
-"""Who reads a file, by task and suffix."""
-
-TASKS = tuple(_READERS)
-
-
 def read_records(path: str | Path, task: str, **options: Any) -> list[Any]:
     """Read one file by the reader its suffix asks for.
 
     Args:
         path: `.jsonl`, `.ndjson`; `.csv`, `.tsv` for whole texts; CoNLL columns for tokens.
         task: one of `TASKS`.
-        options: fields of `Options`.
+        options: fields of `fw.data.formats.Options`.
 
     Returns:
         the records in the order of the file.
@@ -169,9 +109,9 @@ def read_records(path: str | Path, task: str, **options: Any) -> list[Any]:
     fw.errors.FwError: notes.pdf: expected .csv .tsv .jsonl .ndjson for sequence_classification
     """
     _check_task(task)
-    read = _READERS[task].get(Path(path).suffix.lower())
+    read = FORMATS[task].readers.get(Path(path).suffix.lower())
     if read is None:
-        raise FwError(f"{path}: expected {' '.join(_READERS[task])} for {task}")
+        raise FwError(f"{path}: expected {' '.join(FORMATS[task].readers)} for {task}")
     records = read(Path(path), task, Options(**options))
     if not records:
         raise FwError(f"{path}: expected at least one record for {task}; found none")
@@ -188,7 +128,7 @@ def load_splits(path: str | Path, task: str, **options: Any) -> dict[str, list]:
     Args:
         path: the folder or file.
         task: one of `TASKS`.
-        options: fields of `Options`.
+        options: fields of `fw.data.formats.Options`.
 
     Returns:
         the records of each split that is there.
@@ -218,7 +158,7 @@ def _find_files(folder: Path, task: str) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for file in sorted(folder.rglob("*")):
         names = file.relative_to(folder).parts
-        if file.suffix.lower() not in _READERS[task] or not file.is_file():
+        if file.suffix.lower() not in FORMATS[task].readers or not file.is_file():
             continue
         split = next(
             (
@@ -240,7 +180,7 @@ def _find_files(folder: Path, task: str) -> dict[str, Path]:
     if "train" not in found:
         raise FwError(
             f"{folder}: expected a file for {task} with 'train' in its name "
-            f"({' '.join(_READERS[task])}); found {', '.join(found) or 'none'}; "
+            f"({' '.join(FORMATS[task].readers)}); found {', '.join(found) or 'none'}; "
             "a single file can be given by its own path"
         )
     return {split: found[split] for split in SPLITS if split in found}
