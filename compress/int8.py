@@ -15,17 +15,21 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from compress.arrays import Int8, dense, int8, is_compressed
-from compress.transform import Record, leafwise
+from compress.transform import Record, leafwise, match, named_leaves
 
 AXES = {"kernel": -2, "stack": -2, "table": -1}
 """Role of a leaf -> the axis that shares one scale."""
 
-DEFAULT_SELECT = {"**/kernel": "kernel"}
-"""Every two-dimensional floating leaf whose path ends in "kernel"."""
+DEFAULT_SELECT = {
+    "**/layers/kernel": "stack",
+    "**/layers/[!0-9]*/**/kernel": "stack",
+    "**/kernel": "kernel",
+}
+"""Every floating leaf whose path ends in "kernel": of one layer, or of a stack named layers."""
 
 
 def quantize(
-    params: Any, *, select: Mapping[str, str] = DEFAULT_SELECT
+    params: Any, *, select: Mapping[str, str] | None = None
 ) -> tuple[Any, tuple[Record, ...]]:
     """Replace the selected floating leaves by int8 values with float32 scales.
 
@@ -42,7 +46,7 @@ def quantize(
     Args:
         params: any pytree of arrays; concrete, traced or sharded.
         select: glob pattern on "/"-joined paths -> role, first match wins; see
-            `compress.transform.match`.
+            `compress.transform.match`. None for what `DEFAULT_SELECT` finds.
 
     Returns:
         The tree with `Int8` leaves (no float copy is kept), and one record per leaf.
@@ -58,6 +62,12 @@ def quantize(
     [('dense/bias', 12, 12, 'kept: no rule'), ('dense/kernel', 36, 21, 'int8 kernel')]
     """
     unfit = {role: partial(_unfit, role) for role in AXES}
+    if select is None:  # of which any may find nothing, but not all
+        first = [
+            next((p for p in DEFAULT_SELECT if match(p, path)), None)
+            for path, _ in named_leaves(params)[0]
+        ]
+        select = {p: r for p, r in DEFAULT_SELECT.items() if p in first} or DEFAULT_SELECT
     return leafwise(params, select, unfit=unfit, leaf_fn=_quantize_leaf)
 
 

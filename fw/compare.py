@@ -39,12 +39,13 @@ def compare(
         "input_ids": np.random.default_rng(0).integers(0, ids, (batch, length), np.int32),
         "segment_ids": np.ones((batch, length), np.int32),
         "position_ids": np.tile(np.arange(length, dtype=np.int32), (batch, 1)),
+        "first": np.zeros((batch, 1), np.int32),
+        "token_type_ids": np.zeros((batch, length), np.int32),
     }
     seconds: dict[str, list[float]] = {name: [] for name in loaded}
     for repeat in range(repeats + 2):  # the first two warm up
         for name, artifact in loaded.items():
-            extra = {"first": np.zeros((batch, 1), np.int32)}
-            given = {**rows, **(extra if artifact.task == "sequence_classification" else {})}
+            given = {name: rows[name] for name in artifact.manifest["signature"]["batch"]}
             began = time.perf_counter()
             artifact.logits(given)
             if repeat >= 2:

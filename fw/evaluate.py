@@ -5,9 +5,11 @@ policy, or one that understands compressed leaves.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from fw import metrics
@@ -20,24 +22,38 @@ from sharding.processes.cluster import beat
 Forward = Callable[[Any, Batch], jax.Array]
 
 
-def make_counter(forward: Forward, task: Task) -> Callable[[Any, Batch], Any]:
-    """Compiles `(variables, batch) -> counts`; one for all evaluations of a run.
+@dataclass(frozen=True)
+class Counter:
+    """`call(variables, batch) -> (counts, logits)`, compiled; logits only for a task that judges.
+
+    Attributes:
+      call: the function.
+      task: what is counted.
+    """
+
+    call: Callable[[Any, Batch], tuple[Any, jax.Array | None]]
+    task: Task
+
+
+def make_counter(forward: Forward, task: Task) -> Counter:
+    """Compiles the counting of a batch; one for all evaluations of a run.
 
     Args:
       forward: `forward(variables, batch) -> logits`.
       task: says what is counted.
     """
 
-    def counter(variables: Any, batch: Batch) -> Any:
-        counts = task.count(forward(variables, batch), batch)
+    def call(variables: Any, batch: Batch) -> Any:
+        logits = forward(variables, batch)
+        found = task.count(logits, batch), None if task.judge is None else logits
         # Whole on every device, so that every process can read them.
-        return jax.tree.map(lambda x: constrain(x, *[None] * x.ndim), counts)
+        return jax.tree.map(lambda x: constrain(x, *[None] * x.ndim), found)
 
-    return jax.jit(counter)
+    return Counter(jax.jit(call), task)
 
 
 def count(
-    counter: Callable[[Any, Batch], Any],
+    counter: Counter,
     variables: Any,
     rows: Packed,
     *,
@@ -45,7 +61,7 @@ def count(
     mesh: Mesh,
     rules: Rules,
 ) -> Any:
-    """The counts of a whole data set, as numpy arrays on the host.
+    """The counts of a whole data set on the host: of batches, and of the whole if it is judged.
 
     Args:
       counter: from `make_counter`.
@@ -59,20 +75,24 @@ def count(
         for batch in eval_batches(rows.arrays, size, empty=rows.empty):
             there = put(batch, mesh, rules)
             beat()
-            counts.append(counter(variables, there))
+            counts.append(counter.call(variables, there))
     beat()
-    return metrics.merge(*counts)
+    total, judge = metrics.merge(*(found for found, _ in counts)), counter.task.judge
+    if judge is not None:
+        total |= judge(rows, np.concatenate([np.asarray(logits) for _, logits in counts]))
+    return total
 
 
 def evaluate(
-    counter: Callable[[Any, Batch], Any],
+    counter: Counter,
     variables: Any,
     rows: Packed,
-    task: Task,
     *,
     size: int,
     mesh: Mesh,
     rules: Rules,
 ) -> Summary:
     """Counts a data set and summarises it."""
-    return task.summarise(count(counter, variables, rows, size=size, mesh=mesh, rules=rules))
+    return counter.task.summarise(
+        count(counter, variables, rows, size=size, mesh=mesh, rules=rules)
+    )

@@ -49,6 +49,7 @@ class Data:
       labels: the classes by id.
       skipped: the messages of the rows that could not be read.
       cut: tokens that were too many for their text's row.
+      change: what is done to the rows of a training step; None for most tasks.
     """
 
     records: Mapping[str, Sequence]
@@ -56,6 +57,7 @@ class Data:
     labels: tuple[str, ...]
     skipped: tuple[str, ...]
     cut: int
+    change: data.Masking | None = None
 
 
 def finetune(recipe: Finetune, *, resume: bool = False) -> Path:
@@ -83,7 +85,9 @@ def finetune(recipe: Finetune, *, resume: bool = False) -> Path:
         key=jax.random.key(recipe.seed),
     )  # fmt: skip
     _check_fit(recipe, prepared, loaded.model.config)
-    batches = data.Batches(prepared.rows["train"].arrays, recipe.batch, recipe.seed)
+    batches = data.Batches(
+        prepared.rows["train"].arrays, recipe.batch, recipe.seed, prepared.change
+    )
     steps = recipe.steps or max(1, round(recipe.epochs * batches.steps_per_epoch))
     every = recipe.evaluate_every or min(batches.steps_per_epoch, steps)
 
@@ -110,13 +114,10 @@ def finetune(recipe: Finetune, *, resume: bool = False) -> Path:
 
         def score(variables: Any) -> Summary:
             rows = prepared.rows["dev"]
-            return evaluate(
-                counter, variables, rows, task, size=recipe.batch, mesh=mesh, rules=rules
-            )
+            return evaluate(counter, variables, rows, size=recipe.batch, mesh=mesh, rules=rules)
 
-        metric = "f1" if recipe.task == "ner" else "macro_f1"
         with Checkpoints(
-            folder / run.CHECKPOINTS, metric=metric, keep_last=recipe.keep_last,
+            folder / run.CHECKPOINTS, metric=task.metric, keep_last=recipe.keep_last,
             keep_best=recipe.keep_best,
         ) as checkpoints:  # fmt: skip
             if resume:
@@ -191,16 +192,21 @@ def prepare(recipe: Finetune, dataset: Path, source: Path) -> Data:
             )
     labels = data.label_names(records["train"])
     tokenizer = data.load_tokenizer(source)
-    packed = {split: pack(recipe, tokenizer, items, labels) for split, items in records.items()}
+    packed = {
+        split: pack(recipe, tokenizer, items, labels, learn=split == "train")
+        for split, items in records.items()
+    }
     rows = {split: rows for split, (rows, _) in packed.items()}
-    return Data(records, rows, labels, skipped, sum(cut for _, cut in packed.values()))
+    cut = sum(cut for _, cut in packed.values())
+    change = data.FORMATS[TASKS[recipe.task]].change
+    return Data(records, rows, labels, skipped, cut, change and change(tokenizer, recipe.seed))
 
 
 def read(recipe: Finetune, dataset: Path) -> tuple[dict[str, list], tuple[str, ...]]:
     """The records of a data set by split, none empty, and the messages of rows left out.
 
     Args:
-      recipe: its task, columns, scheme and skip_bad_rows.
+      recipe: its task, columns, scheme, separator and skip_bad_rows.
       dataset: a file or folder; where it has no dev split, a part of train becomes that.
 
     Raises:
@@ -209,7 +215,7 @@ def read(recipe: Finetune, dataset: Path) -> tuple[dict[str, list], tuple[str, .
     skipped: list[str] = []
     records = data.load_splits(
         dataset, TASKS[recipe.task], scheme=recipe.scheme, columns=recipe.names,
-        on_bad_row=skipped.append if recipe.skip_bad_rows else None,
+        separator=recipe.separator, on_bad_row=skipped.append if recipe.skip_bad_rows else None,
     )  # fmt: skip
     if "dev" not in records:
         records["train"], records["dev"] = data.hold_out(records["train"])
@@ -217,31 +223,51 @@ def read(recipe: Finetune, dataset: Path) -> tuple[dict[str, list], tuple[str, .
 
 
 def pack(
-    recipe: Finetune, tokenizer: data.Tokenizer, records: Sequence, labels: tuple[str, ...]
+    recipe: Finetune,
+    tokenizer: data.Tokenizer,
+    records: Sequence,
+    labels: tuple[str, ...],
+    *,
+    learn: bool = False,
 ) -> tuple[Packed, int]:
     """The rows of some records, and how many tokens were cut off.
 
     Args:
       recipe: its task, length, texts and packed.
       tokenizer: the model's.
-      records: `Tagged` for ner, `Labelled` for classify.
+      records: of the task.
       labels: the classes by id.
+      learn: rows to learn from, which are changed anew in every batch where the task wants it; off:
+        to judge by, which are changed once and for all, whatever the run's seed.
     """
-    encode = data.encode_tagged if recipe.task == "ner" else data.encode_labelled
+    encode = data.FORMATS[TASKS[recipe.task]].encode
     pieces = encode(tokenizer, records, labels, max_length=recipe.length)
     rows = data.pack(pieces, recipe.length, max_texts=recipe.texts or None, packed=recipe.packed)
+    change = None if learn else data.FORMATS[TASKS[recipe.task]].change
+    if change is not None and rows.rows:
+        arrays = change(tokenizer, 0)(rows.arrays, np.arange(rows.rows))
+        rows = replace(rows, arrays=arrays)
     return rows, pieces.cut
 
 
 def _check_fit(recipe: Finetune, prepared: Data, config: Any) -> None:
     """Refuses ids and positions that the model has no row for; a lookup would take another's."""
+    every = prepared.rows.values()
     positions = getattr(config, "positions", recipe.length)
     if recipe.length > positions:
         raise FwError(
             f"length is {recipe.length}, but {recipe.model} has {positions} positions; "
             f"choose {positions} or less"
         )
-    largest = max(int(rows.arrays["input_ids"].max()) for rows in prepared.rows.values())
+    types = [int(rows.arrays.get("token_type_ids", np.zeros(1)).max()) for rows in every]
+    if max(types) >= getattr(config, "type_vocab_size", max(types) + 1):
+        raise FwError(
+            f"{recipe.model}: its tokenizer tells {max(types) + 1} types of texts apart, but the "
+            f"model knows {config.type_vocab_size}; is it another model's tokenizer?"
+        )
+    largest = max(int(rows.arrays["input_ids"].max()) for rows in every)
+    if prepared.change is not None:
+        largest = max(largest, prepared.change.words - 1)
     if largest >= getattr(config, "vocab_size", largest + 1):
         raise FwError(
             f"{recipe.model}: its tokenizer gives the id {largest}, but the model's vocabulary "

@@ -1,4 +1,14 @@
-"""The label that data, losses and metrics agree to leave out."""
+"""What data, losses, metrics, heads and folders agree on: a label left out, tasks of one head."""
 
 IGNORE = -1
 """The label of a position that is not counted: special token, continuation piece, padding."""
+
+PROBLEMS = {
+    "sequence_classification": "single_label_classification",
+    "multi_label_classification": "multi_label_classification",
+    "regression": "regression",
+}
+"""The tasks of whole texts, which share a head, and the `problem_type` of each in transformers."""
+
+LABELLED = ("token_classification", *PROBLEMS)
+"""The tasks whose classes, or numbers, have names."""

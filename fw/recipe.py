@@ -11,10 +11,20 @@ from typing import cast
 
 from fw import assets, precision, run
 from fw.data.readers import SCHEMES
+from fw.data.targets import SEPARATOR
 from fw.errors import FwError
 from fw.optimizer import AdamW
 
-TASKS = {"ner": "token_classification", "classify": "sequence_classification"}
+TASKS = {
+    "ner": "token_classification",
+    "classify": "sequence_classification",
+    "multilabel": "multi_label_classification",
+    "regress": "regression",
+    "qa": "question_answering",
+    "mlm": "masked_lm",
+    "lm": "causal_lm",
+}
+"""What `--task` says, and the task that model, data and artifact know."""
 
 _POSITIVE = ("batch", "length", "accumulate", "log_every", "keep_last", "keep_best")
 _NOT_NEGATIVE = ("epochs", "steps", "texts", "evaluate_every")
@@ -25,7 +35,10 @@ class Finetune(AdamW):
     """The recipe of a fine-tuning run; every field is an option of `fw finetune`.
 
     Attributes:
-      task: "ner" (a tag for each word) or "classify" (a class for each text).
+      task: "ner" (a tag for each word), "classify" (a class for each text), "multilabel" (any
+        number of labels for each text), "regress" (numbers for each text), "qa" (the passage of a
+        text that answers a question), "mlm" (words that are hidden) or "lm" (the next word of
+        documents, and of answers in conversations).
       model: a name of `fw fetch --list`, or a Hugging Face model folder.
       data: a file, or a folder with train, dev and test files (CoNLL, CSV, TSV, JSON lines), or a
         name of `fw fetch --list`.
@@ -40,13 +53,15 @@ class Finetune(AdamW):
       rules: preset that says which array axis goes to which mesh axis: data, fsdp, fsdp_tensor.
       precision: of the dots: bf16 (bfloat16 operands, float32 sums) or f32.
       accumulate: microbatches whose gradients make one step; must divide batch.
-      seed: of the new head, the order of the data and dropout.
+      seed: of the new head, the order of the data, dropout and hidden words.
       evaluate_every: steps between evaluations and checkpoints; 0 for once an epoch.
       log_every: steps between lines of progress.
       keep_last: how many of the latest checkpoints stay.
       keep_best: how many of the best checkpoints stay.
       columns: names of input and target column, as in text,label; for tables and JSON lines.
+        "regress" takes one target or more.
       scheme: of the tags in the files: auto, bio or iob1.
+      separator: between the labels in a table's cell, for "multilabel".
       skip_bad_rows: count rows that cannot be read instead of stopping at the first.
 
     >>> Finetune(data="reviews.csv", batch=6, accumulate=4)
@@ -76,6 +91,7 @@ class Finetune(AdamW):
     keep_best: int = 1
     columns: str = ""
     scheme: str = "auto"
+    separator: str = SEPARATOR
     skip_bad_rows: bool = False
 
     def __post_init__(self):
@@ -108,14 +124,21 @@ class Finetune(AdamW):
                 f"batch is {self.batch}, which accumulate={self.accumulate} does not divide; "
                 f"choose a multiple of {self.accumulate}"
             )
-        if self.columns and [bool(name) for name in self.columns.split(",")] != [True, True]:
-            raise FwError(f"columns is {self.columns!r}; expected two names, as in text,label")
+        self._check_columns()
 
     @property
-    def names(self) -> tuple[str, str] | None:
-        """The two columns' names; None if they are left to the reader."""
-        first, _, second = self.columns.partition(",")
-        return (first, second) if self.columns else None
+    def names(self) -> tuple[str, ...] | None:
+        """The columns' names; None if they are left to the reader."""
+        return tuple(self.columns.split(",")) if self.columns else None
+
+    def _check_columns(self) -> None:
+        if not self.separator:
+            raise FwError("separator is empty; expected what stands between two labels")
+        names = self.names or ("text", "label")
+        many = self.task == "regress"
+        if not (len(names) == 2 or (many and len(names) > 2)) or len({*names} - {""}) < len(names):
+            expected = "two or more names" if many else "two names"
+            raise FwError(f"columns is {self.columns!r}; expected {expected}, as in text,label")
 
 
 def read_recipe(folder: str | Path) -> Finetune:

@@ -30,6 +30,9 @@ from sharding import Rules, gather, make_mesh
 from sharding import rules as make_rules
 
 VARIANTS = ("f32", "bf16", "int8")
+QUALITY = ("accuracy", "micro_f1", "exact_match", "mse", "spearman", "perplexity")
+"""Figures of a summary that a table of variants or domains shows beside the task's own metric."""
+
 INT8, REPORT = "int8", "report.json"
 """The folder in a run with its compressed parameters, and in it what compressing them cost."""
 
@@ -141,7 +144,7 @@ def _evaluate(
         by_domain = {domain: task.summarise(c) for domain, c in counts.items()}
         figures["domains"] = {d: dict(s.figures) for d, s in by_domain.items()}
         lines = [
-            f"{d:<12} {s.metric} {s.value:.4f}  accuracy {s.figures['accuracy']:.4f}"
+            f"{d:<12} " + "  ".join(f"{name} {value:.4f}" for name, value in _quality(s).items())
             for d, s in by_domain.items()
         ]
         summary = Summary(summary.metric, figures, "\n".join([summary.text, "", *lines]))
@@ -258,7 +261,7 @@ def _read_report(path: Path) -> list[compress.Record]:
 
 
 def _quality(summary: Summary) -> dict[str, float]:
-    names = ("accuracy", "macro_f1", "f1")
+    names = dict.fromkeys((summary.metric, *QUALITY))
     return {name: summary.figures[name] for name in names if name in summary.figures}
 
 
@@ -273,7 +276,7 @@ def summary_rows(
       split: what the quality is measured on.
 
     Returns:
-      The rows of `compare` with accuracy, and macro_f1 or f1.
+      The rows of `compare` with the task's metric, and what it has of `QUALITY`.
 
     Raises:
       FwError: as `compare` and `evaluate_run` do.

@@ -6,6 +6,7 @@ import re
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -246,7 +247,7 @@ def test_vader(tmp_path):
     with pytest.raises(FwError, match=r"nytEditorial.*:1: expected an id, a mean rating in -4…4"):
         read_vader(folder)
     bad = []
-    records = read_vader(tmp_path, on_bad_row=bad.append)
+    records: Any = read_vader(tmp_path, on_bad_row=bad.append)
     assert len(bad) == 1
     assert [(r.domain, r.label, r.text) for r in records] == [
         ("tweets", "negative", "é tweets"),

@@ -9,6 +9,7 @@ import pytest
 from fw import hub
 from fw.errors import FwError
 from fw.hub import FAMILIES
+from fw.labels import PROBLEMS
 from fw.models import heads
 from fw.models.bert import BertConfig
 from fw.models.distilbert import DistilBertConfig
@@ -50,8 +51,8 @@ def make(family, task, **options):
 def test_packed_as_unpacked_on_any_mesh_and_back_from_a_folder(family, task, tmp_path):
     made = make(family, task)
     alone = outputs(made, tuple((i,) for i in range(len(LENGTHS))))
-    size = {"token_classification": 3, "sequence_classification": 3, "question_answering": 2,
-            "masked_lm": 60, "embedding": 16}[task]  # fmt: skip
+    size = {"token_classification": 3, "question_answering": 2,
+            "masked_lm": 60, "embedding": 16, **dict.fromkeys(PROBLEMS, 3)}[task]  # fmt: skip
     assert {y.shape[-1] for y in alone} == {size}
     if alone[0].ndim == 1:
         assert np.abs(alone[0] - alone[1]).max() > 1e-3  # texts differ
@@ -115,7 +116,7 @@ def test_vectors_are_of_length_1_and_means_of_their_text_alone():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"task": "regression"}, "task 'regression' is unknown"),
+        ({"task": "poetry"}, "task 'poetry' is unknown"),
         ({"pooling": "max"}, "pooling 'max' is unknown; choose one of mean, cls"),
         ({"num_attention_heads": 3}, "hidden_size 16 is not a multiple of num_attention_heads 3"),
         ({"classifier_pooling": "max"}, "classifier_pooling 'max' is unknown"),

@@ -439,8 +439,8 @@ REFUSED = {
         r"'classifier.bias': expected shape \(2,\), as config.json says, found \(3,\)",
     ),
     "several labels a text": (
-        with_config(problem_type="multi_label_classification"),
-        "problem_type 'multi_label_classification' is not supported",
+        with_config(architectures=["BertForSequenceClassification"], problem_type="several"),
+        "problem_type 'several' is not supported; expected one of single_label_classification, ",
     ),
     "missing": (drop(KERNEL), f"tensor {KERNEL} is missing, which config.json calls for"),
     "too deep": (with_config(num_hidden_layers=7), "and 75 more are missing"),

@@ -42,7 +42,7 @@ def make(template=TEMPLATE):
     fast.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
     fast.encode_special_tokens = True
     settings = {"chat_template": template, "eos_token": "<end>"}
-    return Tokenizer(fast, (), (), 0, None, settings)
+    return Tokenizer(fast, (), (), 0, None, settings=settings)
 
 
 def spell(tokenizer, ids):
@@ -59,7 +59,7 @@ def test_only_answers_are_learnt_and_what_ends_them():
     assert spell(tokenizer, data.Chat(tokenizer).prompt(TALK[:1])) == (
         "<|user|>hi you<end><|assistant|>"
     )
-    encoded = data.encode_conversations(tokenizer, [Conversation(TALK)], max_length=18)
+    encoded = data.encode_documents(tokenizer, [Conversation(TALK)], max_length=18)
     counted = encoded.labels != IGNORE
     assert spell(tokenizer, encoded.labels[counted]) == "oh no<end>"  # the rest is cut
     np.testing.assert_array_equal(encoded.labels[:-1][counted[:-1]],
@@ -75,7 +75,7 @@ def test_a_long_document_goes_on_and_every_piece_has_its_successor():
     assert encoded.lengths.tolist() == [4, 4, 3, 3]
     whole = [*tokenizer.fast.encode("abcdefghij").ids, tokenizer.end]
     assert encoded.labels[:11].tolist() == [*whole[1:], IGNORE]
-    rows = data.pack_words(encoded, 8)
+    rows = data.pack(encoded, 8)
     assert set(rows.arrays) == {"input_ids", "segment_ids", "position_ids", "targets"}
     assert (rows.arrays["targets"][rows.arrays["segment_ids"] == 0] == IGNORE).all()
     assert np.sum(rows.arrays["targets"] != IGNORE) == 10 + 2
@@ -114,7 +114,7 @@ def test_messages_that_forge_or_lack_are_refused(messages, message):
         data.Chat(make()).example(messages)
     with pytest.raises(FwError, match=r"lines\.jsonl:3"):
         bad = Conversation(tuple(messages), "lines.jsonl:3")
-        data.encode_conversations(make(), [bad], max_length=9)
+        data.encode_documents(make(), [bad], max_length=9)
 
 
 def test_files_are_read_and_bad_lines_named(tmp_path):
@@ -122,10 +122,10 @@ def test_files_are_read_and_bad_lines_named(tmp_path):
     good = json.dumps({"messages": TALK})
     path.write_text(f'{good}\n[]\n{{"messages": [{{"role": "user", "content": "x"}}]}}\n{{\n')
     bad: list[str] = []
-    assert data.read_conversations(path, on_bad_row=bad.append) == [Conversation(TALK, f"{path}:1")]
+    assert data.read_documents(path, on_bad_row=bad.append) == [Conversation(TALK, f"{path}:1")]
     assert [line.split(": ")[0] for line in bad] == [f"{path}:{n}" for n in (2, 3, 4)]
-    with pytest.raises(FwError, match=r"talk\.jsonl:2: expected a JSON object"):
-        data.read_conversations(path)
+    with pytest.raises(FwError, match=r"talk\.jsonl:2: expected \{\"text\": a text\}, or"):
+        data.read_documents(path)
     (tmp_path / "a.txt").write_text("one\ntwo\n")
     assert [d.text for d in data.read_documents(tmp_path / "a.txt")] == ["one\ntwo\n"]
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": 2}\n')
@@ -172,10 +172,10 @@ def test_a_language_model_is_scored_by_the_likelihood_of_next_words():
     model = llama(LlamaConfig(300, 16, 1, 2, 16))
     variables = model.init(jax.random.key(0))
     documents = [Document("the cat sat on the mat"), Document("oh"), Document("a b c d")]
-    rows = data.pack_words(data.encode_documents(tokenizer, documents, max_length=16), 16)
+    rows = data.pack(data.encode_documents(tokenizer, documents, max_length=16), 16)
     task = tasks.make_task("causal_lm", ())
     counter = make_counter(lambda v, b: model.apply(v, b)[0], task)
-    summary = evaluate(counter, variables, rows, task, size=2, mesh=mesh, rules=layout)
+    summary = evaluate(counter, variables, rows, size=2, mesh=mesh, rules=layout)
     total, count, right, apply = 0.0, 0, 0, jax.jit(model.apply)
     for document in documents:
         ids = [*tokenizer.fast.encode(document.text).ids, tokenizer.end]

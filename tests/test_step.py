@@ -474,12 +474,12 @@ def test_counts_over_a_mesh_are_plain_counts(name, mesh):
     else:
         np.testing.assert_array_equal(counts["confusion"], confusion)
 
-    summary = evaluate(counter, variables, rows, task, **where)
+    summary = evaluate(counter, variables, rows, **where)
     assert json.loads(json.dumps(summary.figures))[summary.metric] == summary.value
     assert math.isclose(summary.figures["loss"], total / weight, rel_tol=1e-6)
     assert math.isclose(summary.figures["accuracy"], np.trace(confusion) / weight)
 
 
 def test_an_unknown_task_is_refused():
-    with pytest.raises(FwError, match="task 'regression' is unknown; choose one of"):
-        make_task("regression", ("a", "b"))
+    with pytest.raises(FwError, match="task 'poetry' is unknown; choose one of"):
+        make_task("poetry", ("a", "b"))

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 
+from fw.labels import PROBLEMS
 from sharding import gather, make_mesh, put, rules, scope, shardings
 
 LENGTHS, LENGTH = (9, 5, 7, 3, 16, 11), 16
@@ -37,7 +38,7 @@ def outputs(made, rows, spec="data=1"):
     variables = jax.device_put(made.variables, where)
     with scope(mesh, layout):
         y = jax.jit(made.model.apply)(variables, put(batch, mesh, layout))[0]
-    y, of_texts = gather(y), made.model.config.task in ("sequence_classification", "embedding")
+    y, of_texts = gather(y), made.model.config.task in (*PROBLEMS, "embedding")
     return [
         y[row, slot] if of_texts else y[row, part]
         for _, (row, slot, part) in sorted(places.items())

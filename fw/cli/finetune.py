@@ -15,6 +15,8 @@ checkpoints/, model/ (the best parameters, as transformers reads them) and repor
 
   fw finetune --task ner --data wnut17/ --run runs/wnut --epochs 5 --learning-rate 3e-4
   fw finetune --task classify --data reviews.csv --columns text,stars --run runs/reviews
+  fw finetune --task qa --data squad/ --length 384 --batch 16 --run runs/squad
+  fw finetune --task regress --data vader-sentiment --run runs/valence
   fw finetune ... --mesh data=2,fsdp=2,tensor=2     the same numbers on 8 devices
   mpirun -n 2 fw finetune ... --mesh data=2         the same in two processes, also with srun
   fw finetune ... --resume                          go on where it stopped, on any mesh

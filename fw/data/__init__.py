@@ -2,20 +2,26 @@
 
 from fw.data.batches import Batches, count_tokens, eval_batches, prefetch
 from fw.data.chat import Chat
-from fw.data.encode import Encoded, encode_labelled, encode_tagged
+from fw.data.encode import Encoded, encode_tagged
+from fw.data.encode_texts import encode_labelled, encode_multi_labelled, encode_rated
 from fw.data.feed import feed
-from fw.data.language import (
+from fw.data.formats import FORMATS, Format
+from fw.data.language import encode_documents, read_documents
+from fw.data.masking import Masking, encode_maskable, masking
+from fw.data.pack import Packed, best_fit_decreasing, pack, unpack_texts, unpack_words
+from fw.data.questions import Answer, Question, read_questions
+from fw.data.readers import read_conll, read_json_lines, read_table
+from fw.data.records import (
     Conversation,
     Document,
-    encode_conversations,
-    encode_documents,
-    pack_words,
-    read_conversations,
-    read_documents,
+    Labelled,
+    MultiLabelled,
+    Rated,
+    Record,
+    Tagged,
+    iob1_to_bio,
+    label_names,
 )
-from fw.data.pack import Packed, best_fit_decreasing, pack, unpack_texts, unpack_words
-from fw.data.readers import read_conll, read_json_lines, read_table
-from fw.data.records import Labelled, Record, Tagged, iob1_to_bio, label_names
 from fw.data.splits import (
     SPLITS,
     TASKS,
@@ -27,27 +33,40 @@ from fw.data.splits import (
 )
 from fw.data.tokenizer import Tokenizer, load_tokenizer
 from fw.data.vader import read_vader, sentiment
+from fw.data.windows import Passage, Windows, encode_questions, passages
 from fw.labels import IGNORE
 
 __all__ = [
+    "FORMATS",
     "IGNORE",
     "SPLITS",
     "TASKS",
+    "Answer",
     "Batches",
     "Chat",
     "Conversation",
     "Document",
     "Encoded",
+    "Format",
     "Labelled",
+    "Masking",
+    "MultiLabelled",
     "Packed",
+    "Passage",
+    "Question",
+    "Rated",
     "Record",
     "Tagged",
     "Tokenizer",
+    "Windows",
     "best_fit_decreasing",
     "count_tokens",
-    "encode_conversations",
     "encode_documents",
     "encode_labelled",
+    "encode_maskable",
+    "encode_multi_labelled",
+    "encode_questions",
+    "encode_rated",
     "encode_tagged",
     "eval_batches",
     "feed",
@@ -56,13 +75,14 @@ __all__ = [
     "label_names",
     "load_splits",
     "load_tokenizer",
+    "masking",
     "pack",
-    "pack_words",
+    "passages",
     "prefetch",
     "read_conll",
-    "read_conversations",
     "read_documents",
     "read_json_lines",
+    "read_questions",
     "read_records",
     "read_table",
     "read_vader",

@@ -30,6 +30,8 @@ class Batches:
         arrays: [R, ...] each.
         size: B, rows in a batch; more than R is allowed, the next epochs fill it.
         seed: of the order, in 0 … 2⁶⁴ - 1.
+        change: makes of the rows of a batch, and their places in the stream, the same arrays with
+            other values; each row's by itself and its place alone, so that parts can be made.
 
     Raises:
         FwError: no rows, unequal numbers of rows, or a size or seed out of range.
@@ -43,6 +45,7 @@ class Batches:
     arrays: Mapping[str, np.ndarray]
     size: int
     seed: int = 0
+    change: Callable[[dict[str, np.ndarray], np.ndarray], dict[str, np.ndarray]] | None = None
 
     def __post_init__(self) -> None:
         """Refuse what no batch can be made of."""
@@ -91,15 +94,17 @@ class Batches:
         """
         if step < 0:
             raise FwError(f"step: expected 0 or more; got {step}")
-        epoch, place = divmod(step * self.size + np.arange(self.size)[rows], self.rows)
+        places = step * self.size + np.arange(self.size)[rows]
+        epoch, place = divmod(places, self.rows)
         chosen = np.empty_like(place)
         for e in np.unique(epoch):
             chosen[epoch == e] = _order(self.seed, int(e), self.rows)[place[epoch == e]]
-        return {name: values[chosen] for name, values in self.arrays.items()}
+        taken = {name: values[chosen] for name, values in self.arrays.items()}
+        return taken if self.change is None else self.change(taken, places)
 
 
 def eval_batches(
-    arrays: Mapping[str, np.ndarray], size: int, *, empty: Mapping[str, int]
+    arrays: Mapping[str, np.ndarray], size: int, *, empty: Mapping[str, float]
 ) -> Iterator[dict[str, np.ndarray]]:
     """Every row once, in order; the last batch is filled up with empty rows.
 

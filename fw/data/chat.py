@@ -37,7 +37,7 @@ class Chat:
     >>> fast = tokenizers.Tokenizer(tokenizers.models.WordLevel({"hi": 0, "?": 1}, "?"))
     >>> fast.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     >>> text = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\\n{% endfor %}"
-    >>> chat = Chat(Tokenizer(fast, (), (), 0, None, {"chat_template": text}))
+    >>> chat = Chat(Tokenizer(fast, (), (), 0, None, settings={"chat_template": text}))
     >>> chat.render([{"role": "user", "content": "hi"}])
     'user: hi\\n'
     """

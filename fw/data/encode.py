@@ -1,24 +1,31 @@
 """Records become numbers, and every number remembers the word it came from.
 
-`encode_tagged` and `encode_labelled` lay the pieces of all texts end to end in one `Encoded`,
-which `pack` then cuts into rows.
+`encode_tagged` lays the pieces of all sentences end to end in one `Encoded`, which `pack` then cuts
+into rows; `encode_texts` does so for texts that are judged whole.
 """
 
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import batched
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fw.data.records import Labelled, Tagged
+from fw.data.records import Record, Tagged
 from fw.data.tokenizer import Tokenizer
 from fw.errors import FwError
 from fw.labels import IGNORE
 
+if TYPE_CHECKING:
+    from fw.data.windows import Windows
+
 # Texts given to the tokenizer's threads at once: bounds the memory of its per-piece objects.
-_CHUNK = 4096
+CHUNK = 4096
+
+LABELS, TARGETS = "labels", "targets"
+"""What the rows call labels, and call words that the model itself makes the losses of."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +38,8 @@ class Encoded:
         input_ids: [T] int32, special tokens included.
         words: [T] int32, which word of its record a piece belongs to; -1 for special tokens, and
             throughout for texts that were not given as words.
-        labels: [T] int32 for words, [N] int32 for texts; `IGNORE` where there is none.
+        labels: [T] int32 for words, [N] int32 for texts, [N, C] int32 for several labels of a text,
+            [N, C] float32 for numbers; `IGNORE`, or NaN, where there is none.
         offsets: [N + 1] int64.
         record: [N] int32.
         records: how many records there were.
@@ -39,6 +47,9 @@ class Encoded:
         per_word: whether words are labelled rather than texts.
         cut: how many pieces were cut off for length.
         cut_texts: from how many records.
+        types: [T] int32, which of two texts a piece belongs to, where there are two.
+        windows: what texts with questions were cut into.
+        called: what the rows are to call the labels, `LABELS` or `TARGETS`.
     """
 
     input_ids: np.ndarray
@@ -51,6 +62,9 @@ class Encoded:
     per_word: bool
     cut: int = 0
     cut_texts: int = 0
+    types: np.ndarray | None = None
+    windows: "Windows | None" = None
+    called: str = LABELS
 
     @property
     def lengths(self) -> np.ndarray:
@@ -93,7 +107,7 @@ def encode_tagged(
     ([3, 0, 1, 2, 4], [-1, 0, 1, -1, -1])
     """
     ids_of = None if names is None else {name: i for i, name in enumerate(names)}
-    room = _room(tokenizer, max_length)
+    room = space(tokenizer, max_length)
     input_ids, words, labels = array("i"), array("i"), array("i")
     lengths, record_of = array("i"), array("i")
     cut = cut_texts = 0
@@ -119,71 +133,14 @@ def encode_tagged(
         cut += len(ids) - kept
         cut_texts += len(ids) > kept
     return Encoded(
-        input_ids=_int32(input_ids),
-        words=_int32(words),
-        labels=_int32(labels),
-        offsets=_offsets(lengths),
-        record=_int32(record_of),
+        input_ids=int32(input_ids),
+        words=int32(words),
+        labels=int32(labels),
+        offsets=offsets(lengths),
+        record=int32(record_of),
         records=len(records),
         pad=tokenizer.pad,
         per_word=True,
-        cut=cut,
-        cut_texts=cut_texts,
-    )
-
-
-def encode_labelled(
-    tokenizer: Tokenizer,
-    records: Sequence[Labelled],
-    names: Sequence[str] | None = None,
-    *,
-    max_length: int,
-) -> Encoded:
-    """Encode texts to be classified whole; what is too long is cut at its end, and counted.
-
-    Args:
-        tokenizer: from `load_tokenizer`.
-        records: the texts.
-        names: the labels, in the order of the model's classes; None to leave all `IGNORE`.
-        max_length: most pieces in a text, special tokens included.
-
-    Returns:
-        the pieces, `labels` [N], `cut` and `cut_texts`.
-
-    Raises:
-        FwError: a label that is not in `names`, or `max_length` without room for a piece.
-
-    >>> from tokenizers import Tokenizer as Fast, models
-    >>> fast = Fast(models.WordPiece({"[UNK]": 0, "ada": 1, "##s": 2}, unk_token="[UNK]"))
-    >>> tokenizer = Tokenizer(fast, prefix=(3,), suffix=(4,), pad=0, unknown=0)
-    >>> encoded = encode_labelled(tokenizer, [Labelled("adass", "b")], ("a", "b"), max_length=4)
-    >>> encoded.input_ids.tolist(), encoded.labels.tolist(), encoded.cut
-    ([3, 1, 2, 4], [1], 1)
-    """
-    ids_of = None if names is None else {name: i for i, name in enumerate(names)}
-    room = _room(tokenizer, max_length)
-    input_ids, labels, lengths = array("i"), array("i"), array("i")
-    cut = cut_texts = 0
-    for chunk in batched(records, _CHUNK):
-        encodings = tokenizer.fast.encode_batch_fast(
-            [record.text for record in chunk], add_special_tokens=False
-        )
-        for record, encoding in zip(chunk, encodings, strict=True):
-            ids = encoding.ids
-            input_ids.extend((*tokenizer.prefix, *ids[:room], *tokenizer.suffix))
-            lengths.append(len(tokenizer.prefix) + min(len(ids), room) + len(tokenizer.suffix))
-            labels.append(IGNORE if ids_of is None else _label_id(record.label, record, ids_of))
-            cut += max(len(ids) - room, 0)
-            cut_texts += len(ids) > room
-    return Encoded(
-        input_ids=_int32(input_ids),
-        words=np.full(len(input_ids), -1, np.int32),
-        labels=_int32(labels),
-        offsets=_offsets(lengths),
-        record=np.arange(len(records), dtype=np.int32),
-        records=len(records),
-        pad=tokenizer.pad,
-        per_word=False,
         cut=cut,
         cut_texts=cut_texts,
     )
@@ -193,9 +150,11 @@ def _pieces_of_words(
     tokenizer: Tokenizer, records: Sequence[Tagged]
 ) -> Iterator[tuple[Tagged, tuple[list[int], list[int]]]]:
     """Each sentence with the ids of its pieces and the word of each; no word without a piece."""
-    for chunk in batched(records, _CHUNK):
+    for chunk in batched(records, CHUNK):
         encodings = tokenizer.fast.encode_batch(
-            [record.words for record in chunk], is_pretokenized=True, add_special_tokens=False
+            [tokenizer.words(record.words) for record in chunk],
+            is_pretokenized=True,
+            add_special_tokens=False,
         )
         for record, encoding in zip(chunk, encodings, strict=True):
             ids, word_of = encoding.ids, [word for word in encoding.word_ids if word is not None]
@@ -235,10 +194,11 @@ def _windows(starts: list[int], total: int, room: int) -> Iterator[tuple[int, in
 def _tag_ids(record: Tagged, ids_of: dict[str, int]) -> list[int]:
     if not record.tags:
         raise FwError(f"{record.source or 'Tagged'}: expected tags to learn from; got none")
-    return [_label_id(tag, record, ids_of) for tag in record.tags]
+    return [label_id(tag, record, ids_of) for tag in record.tags]
 
 
-def _label_id(label: str, record: Tagged | Labelled, ids_of: dict[str, int]) -> int:
+def label_id(label: str, record: Record, ids_of: Mapping[str, int]) -> int:
+    """The id of a record's label; `FwError` if the training data does not have it."""
     if label not in ids_of:
         known = ", ".join(list(ids_of)[:20])
         raise FwError(
@@ -248,7 +208,8 @@ def _label_id(label: str, record: Tagged | Labelled, ids_of: dict[str, int]) -> 
     return ids_of[label]
 
 
-def _room(tokenizer: Tokenizer, max_length: int) -> int:
+def space(tokenizer: Tokenizer, max_length: int) -> int:
+    """How many pieces a text may have beside the special tokens; `FwError` if none."""
     special = len(tokenizer.prefix) + len(tokenizer.suffix)
     if max_length <= special:
         raise FwError(
@@ -257,9 +218,11 @@ def _room(tokenizer: Tokenizer, max_length: int) -> int:
     return max_length - special
 
 
-def _int32(numbers: array) -> np.ndarray:
+def int32(numbers: array) -> np.ndarray:
+    """The numbers without a copy."""
     return np.frombuffer(numbers, np.int32) if len(numbers) else np.zeros(0, np.int32)
 
 
-def _offsets(lengths: array) -> np.ndarray:
-    return np.concatenate([np.zeros(1, np.int64), np.cumsum(_int32(lengths), dtype=np.int64)])
+def offsets(lengths: array) -> np.ndarray:
+    """Where each of some texts begins, and the last ends: [N + 1] int64."""
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(int32(lengths), dtype=np.int64)])

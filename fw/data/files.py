@@ -1,6 +1,7 @@
 """Bytes become text or a clear error; a bad row is raised or reported. Every reader uses both."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,32 @@ def read_text(path: str | Path) -> str:
             f"{path}:{line}: expected UTF-8; got byte 0x{error.object[error.start]:02x}; "
             "convert the file, for instance with iconv -f latin1 -t utf-8"
         ) from error
+
+
+def json_lines(path: str | Path, on_bad_row: OnBadRow) -> Iterator[tuple[str, Any]]:
+    """The values of JSON lines, each with its file and line; blank lines are left out.
+
+    Args:
+        path: the file, UTF-8.
+        on_bad_row: gets the message of each line that is no JSON; None raises instead.
+
+    Raises:
+        FwError: the file cannot be read, or a line not.
+    """
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            value = json.loads(line)
+            if "\\u" in line:  # an escape may spell half a pair, which is no text
+                json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            refuse(f"{where}: expected Unicode text; half a surrogate pair", on_bad_row)
+        except (ValueError, RecursionError) as error:
+            refuse(f"{where}: expected a JSON object; {error}", on_bad_row)
+        else:
+            yield where, value
 
 
 def refuse(message: str, on_bad_row: OnBadRow) -> None:

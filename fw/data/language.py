@@ -1,63 +1,48 @@
-"""What a language model learns: the next token of documents, and of answers in conversations.
+"""What a language model learns: the next word of documents, and of answers in conversations.
 
-`Document` and `Conversation` are read from files, their ids laid end to end in an `Encoded` whose
-labels are the tokens that come next, and `pack_words` puts them in rows with `targets`.
+Both are read from files by `read_documents`; `encode_documents` lays their pieces end to end in an
+`Encoded` whose labels are the pieces that come next. Rows call those `targets`: a model that is
+given them makes the losses itself, and no logits.
 """
 
 import json
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from itertools import batched
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fw.data.chat import ANSWER, Chat
-from fw.data.encode import Encoded
-from fw.data.files import OnBadRow, read_text, refuse
-from fw.data.pack import Packed, pack
+from fw.data.encode import CHUNK, TARGETS, Encoded, int32, offsets
+from fw.data.files import OnBadRow, json_lines, read_text, refuse
+from fw.data.records import Conversation, Document
 from fw.data.tokenizer import Tokenizer
 from fw.errors import FwError
 from fw.labels import IGNORE
 
+TEXT, MESSAGES = "text", "messages"
+"""The keys of a document and of a conversation in JSON lines."""
 
-@dataclass(frozen=True)
-class Document:
-    """A text to go on with.
-
-    >>> Document("Once upon a time").text
-    'Once upon a time'
-    """
-
-    text: str
-    source: str = ""
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """Messages in order, {"role": "user", "content": "text"} each; what "assistant" says is learnt.
-
-    >>> Conversation(({"role": "assistant", "content": "Hello"},)).messages[0]["role"]
-    'assistant'
-    """
-
-    messages: tuple[dict[str, Any], ...]
-    source: str = ""
+_EXPECTED = (
+    f'expected {{"{TEXT}": a text}}, or {{"{MESSAGES}": [{{"role": "user", "content": a text}}, '
+    f"...]}} with an answer of {ANSWER!r}"
+)
 
 
 def read_documents(
-    path: str | Path, *, column: str = "text", on_bad_row: OnBadRow = None
-) -> list[Document]:
-    """Read a text file as one document, or JSON lines with one each.
+    path: str | Path, *, on_bad_row: OnBadRow = None
+) -> list[Document | Conversation]:
+    """Read a text file as one document, or JSON lines with a document or a conversation each.
 
     Args:
-        path: the file, UTF-8; `.jsonl` or `.json` for JSON lines.
-        column: the key of the text there.
+        path: the file, UTF-8. In `.jsonl` and `.ndjson` a line is `{"text": "Once"}` or
+            `{"messages": [{"role": "user", "content": "Hi"}, ...]}`; all else is one document.
         on_bad_row: gets the message of each line left out; None raises instead.
 
     Returns:
-        the documents in the order of the file, none empty.
+        the records in the order of the file; no document is empty, each conversation has an answer.
 
     Raises:
         FwError: the file cannot be read, or has a bad line.
@@ -68,171 +53,105 @@ def read_documents(
     ...     read_documents(Path(folder, "a.txt"))[0].text
     'Once upon a time\\n'
     """
-    if Path(path).suffix.lower() not in (".json", ".jsonl"):
+    if Path(path).suffix.lower() not in (".jsonl", ".ndjson"):
         text = read_text(path)
         return [Document(text, str(path))] if text.strip() else []
-    found = []
-    for where, row in _objects(path, on_bad_row):
-        text = row.get(column)
+    found: list[Document | Conversation] = []
+    for where, row in json_lines(path, on_bad_row):
+        own: dict[str, Any] = row if isinstance(row, dict) else {}
+        text, messages = own.get(TEXT), own.get(MESSAGES, [])
         if isinstance(text, str) and text.strip():
             found.append(Document(text, where))
-        else:
-            refuse(f'{where}: expected {{"{column}": a text}}; got {str(row)[:200]}', on_bad_row)
-    return found
-
-
-def read_conversations(
-    path: str | Path, *, column: str = "messages", on_bad_row: OnBadRow = None
-) -> list[Conversation]:
-    """Read JSON lines `{"messages": [{"role": "user", "content": "text"}, ...]}`.
-
-    Args:
-        path: the file, UTF-8.
-        column: the key of the messages.
-        on_bad_row: gets the message of each line left out; None raises instead.
-
-    Returns:
-        the conversations in the order of the file; each has an answer.
-
-    Raises:
-        FwError: the file cannot be read, or has a bad line.
-    """
-    found = []
-    for where, row in _objects(path, on_bad_row):
-        messages: Any = row.get(column)
-        good = isinstance(messages, list) and all(
-            isinstance(m, dict)
-            and isinstance(m.get("role"), str)
-            and isinstance(m.get("content"), str)
-            for m in messages
-        )
-        if good and any(m["role"] == ANSWER for m in messages):
+        elif _answers(messages):
             found.append(Conversation(tuple(messages), where))
         else:
-            refuse(
-                f'{where}: expected {{"{column}": [{{"role": "user", "content": a text}}, ...]}} '
-                f"with an answer of {ANSWER!r}; got {str(row)[:200]}",
-                on_bad_row,
-            )
+            refuse(f"{where}: {_EXPECTED}; got {json.dumps(row)[:200]}", on_bad_row)
     return found
 
 
 def encode_documents(
-    tokenizer: Tokenizer, documents: Sequence[Document], *, max_length: int
+    tokenizer: Tokenizer,
+    records: Sequence[Document | Conversation],
+    names: Sequence[str] | None = None,
+    *,
+    max_length: int,
 ) -> Encoded:
-    """The pieces of documents; long ones go on in further texts, which know what comes next.
+    """The pieces of documents and conversations, each with the one that comes next.
 
-    Args:
-        tokenizer: from `load_tokenizer`; the token that ends a text follows each document.
-        documents: to read.
-        max_length: most pieces in a text.
-
-    Returns:
-        the pieces; `labels` [T], each piece's successor.
-
-    Raises:
-        FwError: `max_length` below 1.
-    """
-    _check(max_length)
-    end = tokenizer.end
-    whole = tokenizer.fast.encode_batch_fast(
-        [document.text for document in documents], add_special_tokens=False
-    )
-    ends = [] if end is None else [end]
-    ids = [[*tokenizer.prefix, *one.ids, *ends] for one in whole]
-    texts = []
-    for number, own in enumerate(ids):
-        following = [*own[1:], IGNORE]
-        texts += [
-            (number, own[i : i + max_length], following[i : i + max_length])
-            for i in range(0, len(own), max_length)
-        ]
-    return _encoded(tokenizer, texts, len(documents))
-
-
-def encode_conversations(
-    tokenizer: Tokenizer, conversations: Sequence[Conversation], *, max_length: int
-) -> Encoded:
-    """The pieces of conversations by the tokenizer's template; what is too long is cut, counted.
+    The token that ends a text follows each document, and a long one goes on in further texts, whose
+    last piece knows what comes next. A conversation is spelled by the tokenizer's template; only
+    its answers are learnt, and what is too long is cut.
 
     Args:
         tokenizer: from `load_tokenizer`.
-        conversations: to learn from.
+        records: to learn from.
+        names: has no meaning here.
         max_length: most pieces in a text.
 
     Returns:
-        the pieces; `labels` [T], each piece's successor where that is of an answer, else `IGNORE`.
+        the pieces; `labels` [T] are their successors, `IGNORE` where there is none to learn.
 
     Raises:
-        FwError: no template, or a conversation that it refuses, with its file and line.
+        FwError: `max_length` below 1; no template, or a conversation that it refuses, with its
+            file and line.
     """
-    _check(max_length)
-    chat, texts, cut, cut_texts = Chat(tokenizer), [], 0, 0
-    for number, one in enumerate(conversations):
-        try:
-            ids, learnt = chat.example(one.messages)
-        except FwError as error:
-            raise FwError(f"{one.source or 'conversation'}: {error}") from error
-        following = np.full(len(ids), IGNORE, np.int32)
-        following[:-1] = np.where(learnt[1:], ids[1:], IGNORE)
-        texts.append((number, ids[:max_length], following[:max_length]))
-        cut += max(len(ids) - max_length, 0)
-        cut_texts += len(ids) > max_length
-    encoded = _encoded(tokenizer, texts, len(conversations))
-    return replace(encoded, cut=cut, cut_texts=cut_texts)
-
-
-def pack_words(encoded: Encoded, length: int, *, packed: bool = True) -> Packed:
-    """Rows for a language model: `pack`, with the labels as `targets`.
-
-    Args:
-        encoded: from `encode_documents` or `encode_conversations`.
-        length: L, tokens a row holds.
-        packed: several texts a row; off: one.
-
-    Returns:
-        arrays `input_ids`, `segment_ids`, `position_ids` and `targets`, int32 [R, L].
-    """
-    rows = pack(encoded, length, max_texts=length, packed=packed)
-    arrays, empty = dict(rows.arrays), dict(rows.empty)
-    arrays["targets"], empty["targets"] = arrays.pop("labels"), empty.pop("labels")
-    return replace(rows, arrays=arrays, empty=empty)
-
-
-def _check(max_length: int) -> None:
     if max_length < 1:
         raise FwError(f"max_length: expected 1 or more; got {max_length}")
-
-
-def _encoded(tokenizer: Tokenizer, texts: list, records: int) -> Encoded:
-    ids, labels = array("i"), array("i")
-    for _, own, following in texts:
-        ids.extend(own)
-        labels.extend(following)
-    lengths = np.array([len(own) for _, own, _ in texts], np.int64)
+    input_ids, labels, lengths, record = array("i"), array("i"), array("i"), array("i")
+    cut = cut_texts = 0
+    for number, (ids, following, whole) in enumerate(_successors(tokenizer, records)):
+        last = len(ids) if whole else min(len(ids), max_length)
+        for start in range(0, last, max_length):
+            part = slice(start, min(start + max_length, last))
+            input_ids.extend(ids[part])
+            labels.extend(following[part])
+            lengths.append(part.stop - part.start)
+            record.append(number)
+        cut += len(ids) - last
+        cut_texts += last < len(ids)
     return Encoded(
-        input_ids=np.array(ids, np.int32),
-        words=np.full(len(ids), -1, np.int32),
-        labels=np.array(labels, np.int32),
-        offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
-        record=np.array([number for number, _, _ in texts], np.int32),
-        records=records,
+        input_ids=int32(input_ids),
+        words=np.full(len(input_ids), -1, np.int32),
+        labels=int32(labels),
+        offsets=offsets(lengths),
+        record=int32(record),
+        records=len(records),
         pad=tokenizer.pad,
         per_word=True,
+        cut=cut,
+        cut_texts=cut_texts,
+        called=TARGETS,
     )
 
 
-def _objects(path: str | Path, on_bad_row: OnBadRow) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            refuse(f"{where}: expected a JSON object; {error}", on_bad_row)
-            continue
-        if isinstance(row, dict):
-            yield where, row
-        else:
-            refuse(f"{where}: expected a JSON object; got {line[:200]}", on_bad_row)
+def _successors(
+    tokenizer: Tokenizer, records: Sequence[Document | Conversation]
+) -> Iterator[tuple[list[int], list[int], bool]]:
+    """Of each record its pieces, what comes next, and whether it may go on in further texts."""
+    chat, end = Chat(tokenizer), tokenizer.end
+    ends = [] if end is None else [end]
+    for chunk in batched(records, CHUNK):
+        texts = [one.text for one in chunk if isinstance(one, Document)]
+        encodings = iter(tokenizer.fast.encode_batch_fast(texts, add_special_tokens=False))
+        for one in chunk:
+            if isinstance(one, Document):
+                ids = [*tokenizer.prefix, *next(encodings).ids, *ends]
+                yield ids, [*ids[1:], IGNORE], True
+                continue
+            try:
+                ids, learnt = chat.example(one.messages)
+            except FwError as error:
+                raise FwError(f"{one.source or 'conversation'}: {error}") from error
+            yield ids.tolist(), [*np.where(learnt, ids, IGNORE)[1:].tolist(), IGNORE], False
+
+
+def _answers(messages: Any) -> bool:
+    """Whether something is messages with an answer among them."""
+    return (
+        isinstance(messages, list)
+        and all(
+            isinstance(m, dict) and all(isinstance(m.get(k), str) for k in ("role", "content"))
+            for m in messages
+        )
+        and any(m["role"] == ANSWER for m in messages)
+    )

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fw.data.encode import Encoded
+from fw.data.windows import Windows
 from fw.errors import FwError
 from fw.labels import IGNORE
 
@@ -28,20 +29,24 @@ class Packed:
 
     Args:
         arrays: int32, leading axis rows: `input_ids`, `segment_ids`, `position_ids` [R, L];
-            `labels` [R, L] for words, or `first` and `labels` [R, S] for texts.
+            `labels` [R, L] for words, `targets` for a language model's, or `first` and `labels`
+            [R, S] for texts; labels of several classes are [R, S, C], and those that are numbers
+            float32; for questions `labels` [R, S, 2] and `token_type_ids` [R, L].
         empty: what each array holds where there is nothing; `input_ids` the pad id, `labels`
-            `IGNORE`, 0 elsewhere.
+            `IGNORE` or NaN, 0 elsewhere.
         slots: [N] int64, place of each text in the flattened [R, S].
         pieces: [W] int64, place of each word's first piece in the flattened [R, L], in the order
             of records and words; empty for texts.
         words: [records] int64, words in each record.
+        windows: what texts with questions were cut into.
     """
 
     arrays: dict[str, np.ndarray]
-    empty: dict[str, int]
+    empty: dict[str, float]
     slots: np.ndarray
     pieces: np.ndarray
     words: np.ndarray
+    windows: Windows | None = None
 
     @property
     def rows(self) -> int:
@@ -152,12 +157,14 @@ def pack(
     position = np.arange(len(encoded.input_ids)) - np.repeat(encoded.offsets[:-1], sizes)
     place = np.repeat(row * length + start, sizes) + position
 
-    def lay(values: np.ndarray, where: np.ndarray, width: int, fill: int) -> np.ndarray:
-        flat = np.full(rows * width, fill, np.int32)
+    def lay(values: np.ndarray, where: np.ndarray, width: int, fill: float) -> np.ndarray:
+        numbers = np.float32 if values.dtype.kind == "f" else np.int32
+        flat = np.full((rows * width, *values.shape[1:]), fill, numbers)
         flat[where] = values
-        return flat.reshape(rows, width)
+        return flat.reshape(rows, width, *values.shape[1:])
 
-    empty = {"input_ids": encoded.pad, "segment_ids": 0, "position_ids": 0}
+    empty: dict[str, float] = {"input_ids": encoded.pad, "segment_ids": 0, "position_ids": 0}
+    empty[encoded.called] = np.nan if encoded.labels.dtype.kind == "f" else IGNORE
     arrays = {
         "input_ids": lay(encoded.input_ids, place, length, encoded.pad),
         "segment_ids": lay(np.repeat(slot + 1, sizes), place, length, 0),
@@ -165,18 +172,23 @@ def pack(
     }
     slots = row * max_texts + slot
     if encoded.per_word:
-        arrays["labels"] = lay(encoded.labels, place, length, IGNORE)
+        arrays[encoded.called] = lay(encoded.labels, place, length, empty[encoded.called])
+    elif encoded.types is not None:
+        arrays["token_type_ids"] = lay(encoded.types, place, length, 0)
+        arrays[encoded.called] = lay(encoded.labels, slots, max_texts, empty[encoded.called])
+        empty["token_type_ids"] = 0
     else:
         arrays["first"] = lay(start, slots, max_texts, 0)
-        arrays["labels"] = lay(encoded.labels, slots, max_texts, IGNORE)
+        arrays[encoded.called] = lay(encoded.labels, slots, max_texts, empty[encoded.called])
         empty["first"] = 0
-    empty["labels"] = IGNORE
 
     opens = encoded.words >= 0
     opens[1:] &= (encoded.words[1:] != encoded.words[:-1]) | (position[1:] == 0)
     record_of = np.repeat(encoded.record, sizes)
     words = np.bincount(record_of[opens], minlength=encoded.records)
-    return Packed(arrays, empty, slots=slots, pieces=place[opens], words=words)
+    return Packed(
+        arrays, empty, slots=slots, pieces=place[opens], words=words, windows=encoded.windows
+    )
 
 
 def unpack_texts(packed: Packed, outputs: np.ndarray) -> np.ndarray:

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fw.data.files import OnBadRow, read_text, refuse
-from fw.data.records import Labelled, Tagged, iob1_to_bio, opens_with_i
+from fw.data.files import OnBadRow, json_lines, read_text, refuse
+from fw.data.records import Tagged, iob1_to_bio, opens_with_i
+from fw.data.targets import SEPARATOR, WANTED, WANTED_JSON, make_record, read_cell
 from fw.errors import FwError
 
 SCHEMES = ("auto", "iob1", "bio")
@@ -79,17 +80,25 @@ def read_conll(
 
 
 def read_table(
-    path: str | Path, *, columns: tuple[str, str] | None = None, on_bad_row: OnBadRow = None
-) -> list[Labelled]:
-    """Read labelled texts from CSV (RFC 4180) or, for `.tsv`, from tab-separated values.
+    path: str | Path,
+    task: str = "sequence_classification",
+    *,
+    columns: tuple[str, ...] | None = None,
+    separator: str = SEPARATOR,
+    on_bad_row: OnBadRow = None,
+) -> list[Any]:
+    """Read texts and what is said of them from CSV (RFC 4180) or tab-separated values (`.tsv`).
 
     A `.tsv` has no quoting: a quotation mark is a character like any other, as in GLUE's files
     and in IANA's text/tab-separated-values.
 
     Args:
         path: the file, UTF-8, with a header.
-        columns: the names of the text's and the label's column. None takes "text" and "label",
-            or "text" and the other one of two.
+        task: one of `fw.labels.PROBLEMS`.
+        columns: the names of the text's and the label's column, for "regression" of one column for
+            each number. None takes "text" and "label", or "text" and the other one of two.
+        separator: stands between the labels of a "multi_label_classification"; a text without
+            labels has an empty cell.
         on_bad_row: gets the message of each row left out; None raises instead.
 
     Returns:
@@ -112,17 +121,19 @@ def read_table(
         reader = csv.reader(stream, strict=True)
     rows = _rows(path, reader, on_bad_row)
     _, header = next(rows, (1, []))
-    text_at, label_at = _find_columns(path, header, columns)
+    text_at, *places = _find_columns(path, header, columns)
 
     records = []
     for line, row in rows:
         if len(row) != len(header):
             refuse(f"{path}:{line}: expected {len(header)} cells; got {len(row)}", on_bad_row)
-        elif not (row[text_at].strip() and row[label_at].strip()):
-            refuse(f"{path}:{line}: expected a text and a label; got {row}", on_bad_row)
+            continue
+        values = {header[i]: read_cell(task, row[i], separator) for i in places}
+        record = make_record(task, row[text_at], values, f"{path}:{line}")
+        if record is None:
+            refuse(f"{path}:{line}: expected a text and {WANTED[task]}; got {row}", on_bad_row)
         else:
-            label = row[label_at].strip()
-            records.append(Labelled(row[text_at], label, source=f"{path}:{line}"))
+            records.append(record)
     return records
 
 
@@ -130,16 +141,17 @@ def read_json_lines(
     path: str | Path,
     task: str,
     *,
-    columns: tuple[str, str] | None = None,
+    columns: tuple[str, ...] | None = None,
     scheme: str = "auto",
     on_bad_row: OnBadRow = None,
-) -> list[Tagged] | list[Labelled]:
+) -> list[Any]:
     """Read one JSON object a line: `{"tokens": [...], "tags": [...]}` or `{"text":, "label":}`.
 
     Args:
         path: the file, UTF-8.
-        task: "token_classification" or "sequence_classification".
-        columns: other names for the two keys.
+        task: "token_classification", or one of `fw.labels.PROBLEMS`: then "label" is a text or
+            whole number, a list of those, or a number.
+        columns: other names for the keys; for "regression" one for each number.
         scheme: of the tags, as in `read_conll`.
         on_bad_row: gets the message of each line left out; None raises instead.
 
@@ -157,30 +169,25 @@ def read_json_lines(
     '1'
     """
     tagged = task == "token_classification"
-    one, two = columns or (("tokens", "tags") if tagged else ("text", "label"))
+    one, *others = columns or (("tokens", "tags") if tagged else ("text", "label"))
     expected = (
-        f'{{"{one}": [words], "{two}": [tags]}}, one tag (O, B-type, I-type) for each word'
+        f'{{"{one}": [words], "{others[0]}": [tags]}}, one tag (O, B-type, I-type) for each word'
         if tagged
-        else f'{{"{one}": a text, "{two}": a text or a whole number}}'
+        else f'{{"{one}": a text, ' + ", ".join(f'"{n}": {WANTED_JSON[task]}' for n in others) + "}"
     )
     sentences: list[_Sentence] = []
-    labelled: list[Labelled] = []
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            refuse(f"{path}:{number}: expected a JSON object; {error}", on_bad_row)
-            continue
-        first, second = (row.get(one), row.get(two)) if isinstance(row, dict) else (None, None)
-        if tagged and (pair := _tagged_words(first, second)):
+    records: list[Any] = []
+    for where, found in json_lines(path, on_bad_row):
+        row = found if isinstance(found, dict) else {}
+        first, values = row.get(one), {n: row.get(n) for n in others}
+        number = int(where.rpartition(":")[2])
+        if tagged and (pair := _tagged_words(first, values[others[0]])):
             sentences.append(_Sentence(*pair, (number,) * len(pair[0])))
-        elif not tagged and _is_labelled_text(first, second):
-            labelled.append(Labelled(str(first), str(second).strip(), source=f"{path}:{number}"))
+        elif not tagged and (record := make_record(task, first, values, where)):
+            records.append(record)
         else:
-            refuse(f"{path}:{number}: expected {expected}; got {line[:200]}", on_bad_row)
-    return _in_bio(path, sentences, scheme, on_bad_row) if tagged else labelled
+            refuse(f"{where}: expected {expected}; got {json.dumps(found)[:200]}", on_bad_row)
+    return _in_bio(path, sentences, scheme, on_bad_row) if tagged else records
 
 
 @dataclass(frozen=True)
@@ -247,18 +254,18 @@ def _rows(path: str | Path, reader: Any, on_bad_row: OnBadRow) -> Iterator[tuple
 
 
 def _find_columns(
-    path: str | Path, header: list[str], columns: tuple[str, str] | None
-) -> tuple[int, int]:
-    text, label = columns or ("text", "label")
-    if columns is None and label not in header and len(header) == 2 and text in header:
-        label = header[1 - header.index(text)]
-    for name in (text, label):
+    path: str | Path, header: list[str], columns: tuple[str, ...] | None
+) -> list[int]:
+    names = columns or ("text", "label")
+    if columns is None and "label" not in header and len(header) == 2 and "text" in header:
+        names = ("text", header[1 - header.index("text")])
+    for name in names:
         if header.count(name) != 1:
             raise FwError(
                 f"{path}:1: expected one column named {name!r}; got {', '.join(header) or 'none'}; "
                 "name the text's and the label's column with `columns`"
             )
-    return header.index(text), header.index(label)
+    return [header.index(name) for name in names]
 
 
 def _tagged_words(words: object, tags: object) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
@@ -271,11 +278,3 @@ def _tagged_words(words: object, tags: object) -> tuple[tuple[str, ...], tuple[s
     ):
         return tuple(words), tuple(tags)
     return None
-
-
-def _is_labelled_text(text: object, label: object) -> bool:
-    return (
-        isinstance(text, str)
-        and bool(text.strip())
-        and ((isinstance(label, str) and bool(label.strip())) or type(label) is int)
-    )

@@ -1,13 +1,16 @@
 """Texts as frozen records: one kind for each task.
 
-`Tagged` has a label for every word, `Labelled` one for the whole text. `readers` make them from
+`Tagged` has a label for every word; `Labelled` one for the whole text, `MultiLabelled` any number
+of them, `Rated` numbers. `readers` make them from
 files, `splits` deals them out to training and testing, `encode` turns them into numbers. Tags are
 BIO from here on, whatever the file used.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
+from fw.data.questions import Question
 from fw.errors import FwError
 
 
@@ -53,33 +56,116 @@ class Labelled:
     source: str = ""
 
 
-Record = Tagged | Labelled
+@dataclass(frozen=True)
+class MultiLabelled:
+    """A text and its labels, of which it may have none; None when they are to be predicted.
+
+    >>> MultiLabelled("Late, and broken.", ("delivery", "quality")).labels
+    ('delivery', 'quality')
+    """
+
+    text: str
+    labels: tuple[str, ...] | None = None
+    domain: str = ""
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Rated:
+    """A text and its numbers by name; none when they are to be predicted.
+
+    >>> Rated("It was fine.", {"valence": 1.5}).numbers
+    {'valence': 1.5}
+    """
+
+    text: str
+    numbers: Mapping[str, float] = MappingProxyType({})
+    domain: str = ""
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text, and nothing said of it.
+
+    >>> Document("Once upon a time").text
+    'Once upon a time'
+    """
+
+    text: str
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages in order, {"role": "user", "content": "text"} each; what "assistant" says is learnt.
+
+    >>> Conversation(({"role": "assistant", "content": "Hello"},)).text
+    'Hello'
+    """
+
+    messages: tuple[Mapping[str, str], ...]
+    source: str = ""
+
+    @property
+    def text(self) -> str:
+        """What was said, a line a message."""
+        return "\n".join(message["content"] for message in self.messages)
+
+
+Record = Document | Conversation | Tagged | Labelled | MultiLabelled | Rated | Question
 
 
 def label_names(records: Sequence[Record]) -> tuple[str, ...]:
     """Every label the records use, in the order of the model's output classes.
 
     Args:
-        records: all `Tagged` or all `Labelled`.
+        records: all of one kind.
 
     Returns:
         the sorted labels; for tags "O" first, then B- and I- of every type, seen or not, so that
-        a type seen only in one-word entities can still be predicted over two words.
+        a type seen only in one-word entities can still be predicted over two words; for numbers
+        their names, in the order of the first record; for questions, documents and
+        conversations none.
 
     Raises:
-        FwError: a record has no label.
+        FwError: a record has no label, none has one, or numbers of other names than the first.
 
     >>> label_names([Tagged(("Ada", "wrote"), ("B-person", "O"))])
     ('O', 'B-person', 'I-person')
     """
+    if all(isinstance(record, Question | Document | Conversation) for record in records):
+        return ()
+    names: dict[str, None] = {}
     for record in records:
-        if not (record.tags if isinstance(record, Tagged) else record.label):
+        match record:
+            case Tagged():
+                own = record.tags
+            case Labelled():
+                own = (record.label,) if record.label else ()
+            case MultiLabelled():
+                own = record.labels
+            case Rated():
+                own = tuple(record.numbers)
+            case Question() | Document() | Conversation():
+                own = ()
+        # A text may have none of many labels, but the others have one at least.
+        if not own and not (isinstance(record, MultiLabelled) and own is not None):
             raise FwError(f"{record.source or record}: expected a label to learn from; got none")
-    if any(isinstance(record, Tagged) for record in records):
-        tags = {tag for record in records if isinstance(record, Tagged) for tag in record.tags}
-        types = sorted({tag[2:] for tag in tags} - {""})
+        if isinstance(record, Rated) and names and set(own) != set(names):
+            raise FwError(
+                f"{record.source or record}: expected numbers for {', '.join(names)}; got "
+                f"{', '.join(own)}"
+            )
+        names |= dict.fromkeys(own)
+    if not names:
+        raise FwError("records: expected a label to learn from; none has any")
+    if isinstance(records[0], Rated):
+        return tuple(names)
+    if isinstance(records[0], Tagged):
+        types = sorted({tag[2:] for tag in names} - {""})
         return ("O", *(f"{mark}-{kind}" for kind in types for mark in "BI"))
-    return tuple(sorted({record.label for record in records if isinstance(record, Labelled)}))
+    return tuple(sorted(names))
 
 
 def iob1_to_bio(tags: Sequence[str]) -> tuple[str, ...]:

@@ -5,18 +5,19 @@ their names. Where there is only one file, the text itself decides, by a hash: s
 no seed, no order and no second file, and a text that occurs twice is never in two splits.
 """
 
+import dataclasses
 import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from fw.data.files import OnBadRow
-from fw.data.readers import read_conll, read_json_lines, read_table
-from fw.data.records import Labelled, Record, Tagged
+from fw.data.formats import FORMATS, Options
+from fw.data.records import Document, Record
 from fw.data.vader import is_vader, read_vader
 from fw.errors import FwError
 
-TASKS = ("token_classification", "sequence_classification")
+TASKS = tuple(FORMATS)
 SPLITS = ("train", "dev", "test")
 
 _WORDS = {
@@ -26,13 +27,6 @@ _WORDS = {
 }
 # Letters may not touch the word, so that "latest" and "device" are no split; digits may ("wnut17").
 _IN_NAME = {split: re.compile(f"(?<![a-z])(?:{words})(?![a-z])") for split, words in _WORDS.items()}
-_SUFFIXES = {
-    "token_classification": (
-        *(".conll", ".txt", ".annotated", ".iob", ".iob2", ".bio", ".tsv"),
-        *(".jsonl", ".ndjson"),
-    ),
-    "sequence_classification": (".csv", ".tsv", ".jsonl", ".ndjson"),
-}
 
 
 def split_by_hash(text: str) -> str:
@@ -57,7 +51,7 @@ def split_by_hash(text: str) -> str:
 
 
 def split_records(records: Sequence[Record]) -> dict[str, list]:
-    """Give every record to the split of its text.
+    """Give every record to the split of its text, and of one document alone its parts.
 
     Args:
         records: any records.
@@ -65,10 +59,13 @@ def split_records(records: Sequence[Record]) -> dict[str, list]:
     Returns:
         {"train": [...], "dev": [...], "test": [...]}, each in the given order.
 
+    >>> from fw.data.records import Labelled
     >>> {name: len(part) for name, part in split_records([Labelled("Hello", "a")]).items()}
     {'train': 0, 'dev': 1, 'test': 0}
     """
     splits: dict[str, list] = {name: [] for name in SPLITS}
+    if alone := _alone(records):
+        return _parts(alone, {"train": 8, "dev": 1, "test": 1})
     for record in records:
         splits[split_by_hash(record.text)].append(record)
     return splits
@@ -81,12 +78,17 @@ def hold_out(records: Sequence[Record]) -> tuple[list, list]:
         records: the training records.
 
     Returns:
-        (train, dev): dev holds the tenth of the texts that `split_by_hash` calls "dev".
+        (train, dev): dev holds the tenth of the texts that `split_by_hash` calls "dev", or the last
+        tenth of one document alone.
 
+    >>> from fw.data.records import Labelled
     >>> train, dev = hold_out([Labelled(str(i), "a") for i in range(1000)])
     >>> len(train) + len(dev), 70 < len(dev) < 130
     (1000, True)
     """
+    if alone := _alone(records):
+        parts = _parts(alone, {"train": 9, "dev": 1})
+        return parts["train"], parts["dev"]
     dev = [split_by_hash(record.text) == "dev" for record in records]
     return (
         [record for record, held in zip(records, dev, strict=True) if not held],
@@ -94,22 +96,13 @@ def hold_out(records: Sequence[Record]) -> tuple[list, list]:
     )
 
 
-def read_records(
-    path: str | Path,
-    task: str,
-    *,
-    columns: tuple[str, str] | None = None,
-    scheme: str = "auto",
-    on_bad_row: OnBadRow = None,
-) -> list[Tagged] | list[Labelled]:
+def read_records(path: str | Path, task: str, **options: Any) -> list[Any]:
     """Read one file by the reader its suffix asks for.
 
     Args:
-        path: `.jsonl`, `.ndjson`; `.csv`, `.tsv` for sequences; CoNLL columns for tokens.
+        path: `.jsonl`, `.ndjson`; `.csv`, `.tsv` for whole texts; CoNLL columns for tokens.
         task: one of `TASKS`.
-        columns: the names of input and target, for tables and JSON lines.
-        scheme: of the tags: "auto", "iob1" or "bio".
-        on_bad_row: gets the message of each row left out; None raises instead.
+        options: fields of `fw.data.formats.Options`.
 
     Returns:
         the records in the order of the file.
@@ -123,28 +116,16 @@ def read_records(
     fw.errors.FwError: notes.pdf: expected .csv .tsv .jsonl .ndjson for sequence_classification
     """
     _check_task(task)
-    suffix = Path(path).suffix.lower()
-    if suffix in (".jsonl", ".ndjson"):
-        records = read_json_lines(path, task, columns=columns, scheme=scheme, on_bad_row=on_bad_row)
-    elif suffix not in _SUFFIXES[task]:
-        raise FwError(f"{path}: expected {' '.join(_SUFFIXES[task])} for {task}")
-    elif task == "token_classification":
-        records = read_conll(path, scheme=scheme, on_bad_row=on_bad_row)
-    else:
-        records = read_table(path, columns=columns, on_bad_row=on_bad_row)
+    read = FORMATS[task].readers.get(Path(path).suffix.lower())
+    if read is None:
+        raise FwError(f"{path}: expected {' '.join(FORMATS[task].readers)} for {task}")
+    records = read(Path(path), task, Options(**options))
     if not records:
         raise FwError(f"{path}: expected at least one record for {task}; found none")
     return records
 
 
-def load_splits(
-    path: str | Path,
-    task: str,
-    *,
-    columns: tuple[str, str] | None = None,
-    scheme: str = "auto",
-    on_bad_row: OnBadRow = None,
-) -> dict[str, list]:
+def load_splits(path: str | Path, task: str, **options: Any) -> dict[str, list]:
     """Read a data set: a folder with files for train, dev and test, or one file.
 
     The word of the split stands in a file's name, or in the name of a folder above it. A folder
@@ -154,9 +135,7 @@ def load_splits(
     Args:
         path: the folder or file.
         task: one of `TASKS`.
-        columns: the names of input and target, for tables and JSON lines.
-        scheme: of the tags: "auto", "iob1" or "bio".
-        on_bad_row: gets the message of each row left out; None raises instead.
+        options: fields of `fw.data.formats.Options`.
 
     Returns:
         the records of each split that is there.
@@ -173,9 +152,8 @@ def load_splits(
     """
     _check_task(task)
     path = Path(path)
-    if task == "sequence_classification" and is_vader(path):
-        return split_records(read_vader(path, on_bad_row=on_bad_row))
-    options = {"columns": columns, "scheme": scheme, "on_bad_row": on_bad_row}
+    if task in ("sequence_classification", "regression") and is_vader(path):
+        return split_records(read_vader(path, task, on_bad_row=Options(**options).on_bad_row))
     if path.is_dir():
         files = _find_files(path, task)
         return {split: read_records(file, task, **options) for split, file in files.items()}
@@ -187,7 +165,7 @@ def _find_files(folder: Path, task: str) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for file in sorted(folder.rglob("*")):
         names = file.relative_to(folder).parts
-        if file.suffix.lower() not in _SUFFIXES[task] or not file.is_file():
+        if file.suffix.lower() not in FORMATS[task].readers or not file.is_file():
             continue
         split = next(
             (
@@ -209,10 +187,29 @@ def _find_files(folder: Path, task: str) -> dict[str, Path]:
     if "train" not in found:
         raise FwError(
             f"{folder}: expected a file for {task} with 'train' in its name "
-            f"({' '.join(_SUFFIXES[task])}); found {', '.join(found) or 'none'}; "
+            f"({' '.join(FORMATS[task].readers)}); found {', '.join(found) or 'none'}; "
             "a single file can be given by its own path"
         )
     return {split: found[split] for split in SPLITS if split in found}
+
+
+def _alone(records: Sequence[Record]) -> Document | None:
+    """The one record, if it is a document: a book, say."""
+    [first, *others] = records or [None]
+    return first if isinstance(first, Document) and not others else None
+
+
+def _parts(document: Document, tenths: dict[str, int]) -> dict[str, list]:
+    """A document cut at ends of lines, as near to so many tenths as these allow; none is empty."""
+    text, start, share = document.text, 0, 0
+    parts: dict[str, list] = {}
+    for split, size in tenths.items():
+        share += size
+        stop = text.find("\n", len(text) * share // 10 - 1) + 1 if share < 10 else len(text)
+        part = text[start : stop or len(text)]
+        parts[split] = [dataclasses.replace(document, text=part)] if part.strip() else []
+        start += len(part)
+    return parts
 
 
 def _check_task(task: str) -> None:

@@ -4,7 +4,7 @@
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -31,6 +31,9 @@ class Tokenizer:
         pad: id for padding.
         unknown: id for a word without a single piece; None where the vocabulary has none.
         settings: what `tokenizer_config.json` says, the chat template included.
+        mask: id that stands for a word to be guessed; None where the vocabulary has none.
+        spaced: a word is told from the rest of another by the space before it, as in RoBERTa's
+            byte-level BPE; words that are given one by one need one put there.
     """
 
     fast: tokenizers.Tokenizer
@@ -38,6 +41,8 @@ class Tokenizer:
     suffix: tuple[int, ...]
     pad: int
     unknown: int | None
+    mask: int | None = None
+    spaced: bool = False
     settings: Mapping[str, Any] = field(default=MappingProxyType({}), repr=False)
 
     @property
@@ -45,6 +50,10 @@ class Tokenizer:
         """The id that ends a text, where the settings say one."""
         token = _spelling(dict(self.settings), "eos_token")
         return None if token is None else self.fast.token_to_id(token)
+
+    def words(self, words: Iterable[str]) -> list[str]:
+        """Words as `fast` has to be given them to make the pieces that running text has."""
+        return [f" {word}" for word in words] if self.spaced else list(words)
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
@@ -103,8 +112,21 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         # Any id will do where the vocabulary has none: segment 0 hides it.
         pad=0 if pad is None else pad,
         unknown=_token_id(fast, config, "unk_token", "[UNK]", "<unk>"),
+        mask=_token_id(fast, config, "mask_token", "[MASK]", "<mask>"),
+        spaced=_is_spaced(fast),
         settings=config,
     )
+
+
+def _is_spaced(fast: tokenizers.Tokenizer) -> bool:
+    """Whether the second word of a text gets other pieces by itself, and the same with a space."""
+
+    def pieces(*words: str) -> list[int]:
+        whole = {"is_pretokenized": True, "add_special_tokens": False}
+        return fast.encode(list(words), **whole).ids
+
+    running = fast.encode("a a", add_special_tokens=False).ids
+    return pieces("a", "a") != running == pieces("a", " a")
 
 
 def _from_json(path: Path, text: str) -> tokenizers.Tokenizer:

@@ -13,7 +13,7 @@ import math
 from pathlib import Path
 
 from fw.data.files import OnBadRow, read_text, refuse
-from fw.data.records import Labelled
+from fw.data.records import Labelled, Rated
 from fw.errors import FwError
 
 # A mean that rounds to 0, the raters' "neutral", is neutral: 38 % of the sentences are negative,
@@ -52,16 +52,19 @@ def sentiment(mean: float) -> str:
     return "positive" if mean > 0 else "negative"
 
 
-def read_vader(folder: str | Path, *, on_bad_row: OnBadRow = None) -> list[Labelled]:
+def read_vader(
+    folder: str | Path, task: str = "sequence_classification", *, on_bad_row: OnBadRow = None
+) -> list[Labelled] | list[Rated]:
     """Read the four `*_GroundTruth.txt` files: id, mean rating and text, parted by tabs.
 
     Args:
         folder: `hutto_ICWSM_2014`, unpacked, or the folder that holds it.
+        task: "regression" for the mean ratings themselves; they are called "valence".
         on_bad_row: gets the message of each line left out; None raises instead.
 
     Returns:
-        texts labelled negative, neutral or positive, `domain` one of tweets, products, films and
-        editorials.
+        texts labelled negative, neutral or positive, or rated; `domain` one of tweets, products,
+        films and editorials.
 
     Raises:
         FwError: a file is missing or has a bad line.
@@ -92,9 +95,11 @@ def read_vader(folder: str | Path, *, on_bad_row: OnBadRow = None) -> list[Label
                     on_bad_row,
                 )
                 continue
-            records.append(
-                Labelled(text.strip(), sentiment(mean), domain, source=f"{path}:{number}")
-            )
+            whole = {"domain": domain, "source": f"{path}:{number}"}
+            if task == "regression":
+                records.append(Rated(text.strip(), {"valence": mean}, **whole))
+            else:
+                records.append(Labelled(text.strip(), sentiment(mean), **whole))
     return records
 
 

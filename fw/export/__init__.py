@@ -8,6 +8,7 @@
 | `save` | that, weights, tokenizer and golden outputs → folder |
 | `load` | folder → `Artifact`, with no code of the model |
 | `predict` | texts → answers |
+| `ask`, `fill` | the same for questions; for hidden words |
 | `command` | `fw predict` |
 """
 

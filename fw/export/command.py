@@ -26,8 +26,8 @@ EXAMPLES = """examples:
   echo '{"text": "Ada Lovelace wrote to Charles Babbage."}' | fw predict artifact -f - --read jsonl
 
 JSON lines are {"text": "…"}, or for token classification also {"tokens": ["…", …]}, which are
-taken for words as they are. Each answer is a line, in the order of the texts; offsets count
-characters."""
+taken for words as they are; for question answering {"question": "…", "context": "…"}. Each answer
+is a line, in the order of the texts; offsets count characters."""
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -107,7 +107,7 @@ def read_texts(file: str, task: str, form: str | None = None) -> list[Text]:
             continue
         text: Any = line.rstrip("\r")
         if form == "jsonl" or (form is None and Path(file).suffix in JSON_LINES):
-            text = _from_json(line, f"{name}:{number}")
+            text = _from_json(line, f"{name}:{number}", task)
         if why := problem(text, task):
             raise FwError(f"{name}:{number}: {why}")
         texts.append(text)
@@ -122,9 +122,27 @@ def to_text(answer: Mapping[str, Any]) -> str:
     >>> print(to_text({"text": "Good.", "label": "good", "score": 0.987, "truncated": False}))
     good 0.99  Good.
     """
+    if "question" in answer:
+        found = answer["answer"] or {"text": "–", "score": 0.0}
+        unsure = f"  (no answer {answer['no_answer_score']:.2f})"
+        return f"{found['text']} {found['score']:.2f}{unsure}  {answer['question']}"
+    if "next" in answer:
+        guesses = " ".join(f"{g['token']} {g['score']:.2f}" for g in answer["next"])
+        mean = answer["log_likelihood"] / max(answer["tokens"], 1)
+        return f"{answer['text']}\n  {guesses}  (log likelihood {mean:.3f} a token)"
+    if "masks" in answer:
+        guesses = (" ".join(f"{g['token']} {g['score']:.2f}" for g in m) for m in answer["masks"])
+        return "\n  ".join((answer["text"], *guesses))
     if "entities" not in answer:
         cut = "  (cut for length)" if answer["truncated"] else ""
-        return f"{answer['label']} {answer['score']:.2f}  {answer['text']}{cut}"
+        if "numbers" in answer:
+            said = ", ".join(f"{name} {value:.4g}" for name, value in answer["numbers"].items())
+        elif "labels" in answer:
+            scores = answer["scores"]
+            said = ", ".join(f"{name} {scores[name]:.2f}" for name in answer["labels"]) or "–"
+        else:
+            said = f"{answer['label']} {answer['score']:.2f}"
+        return f"{said}  {answer['text']}{cut}"
     found = (
         f"  {e['type']} {e['score']:.2f}  {e['text']}  [{e['start']}:{e['end']}]"
         for e in answer["entities"]
@@ -132,11 +150,13 @@ def to_text(answer: Mapping[str, Any]) -> str:
     return "\n".join((answer["text"], *found))
 
 
-def _from_json(line: str, where: str) -> Any:
+def _from_json(line: str, where: str, task: str) -> Any:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise FwError(f"{where}: expected a JSON object; {error}") from error
+    if task == "question_answering":
+        return row
     if not isinstance(row, dict) or ("text" in row) == ("tokens" in row):
         raise FwError(f'{where}: expected {{"text": …}} or {{"tokens": […]}}; got {line[:200]}')
     if "tokens" in row and not isinstance(row["tokens"], list):

@@ -18,6 +18,7 @@ import numpy as np
 from jax import export
 
 from fw.errors import FwError
+from fw.labels import PROBLEMS
 
 if TYPE_CHECKING:
     from fw.model import Model
@@ -38,8 +39,10 @@ def batch_specs(task: str, length: int) -> dict[str, jax.ShapeDtypeStruct]:
     scope = export.SymbolicScope([f"t <= {length}"])
     b, t, s = export.symbolic_shape("b, t, s", scope=scope)
     shapes: dict[str, Any] = dict.fromkeys(("input_ids", "segment_ids", "position_ids"), (b, t))
-    if task == "sequence_classification":
+    if task in PROBLEMS:
         shapes["first"] = (b, s)
+    if task == "question_answering":
+        shapes["token_type_ids"] = (b, t)
     return {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in shapes.items()}
 
 
@@ -86,7 +89,7 @@ def functional(
         for n, x in weights.items()
         if chosen.weights == "bfloat16"
         and x.dtype == np.float32
-        and x.ndim == 2
+        and x.ndim >= 2  # stacked layers' too
         and any(compress.match(pattern, n) for pattern in compress.DEFAULT_SELECT)
     }
     weights |= {n: weights[n].astype(jnp.bfloat16) for n in narrow}

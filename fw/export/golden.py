@@ -14,6 +14,7 @@ from fw.data.tokenizer import Tokenizer
 from fw.errors import FwError
 from fw.export import manifest as files
 from fw.export.predict import inputs, pack_items, read_items, row_length
+from fw.labels import PROBLEMS
 from fw.tensors import read_tensors
 
 if TYPE_CHECKING:
@@ -47,8 +48,10 @@ def golden_batch(
     """A small batch of the examples, or of random ids if there are none.
 
     Raises:
-        FwError: none of the examples has a word.
+        FwError: none of the examples has a word, or the task takes no texts.
     """
+    if examples is not None and task in ("question_answering", "masked_lm", "causal_lm"):
+        raise FwError(f"examples: expected None for {task}")
     if examples is not None:
         items = read_items(tokenizer, examples)
         items = [i for i in items if i.spans]
@@ -70,8 +73,10 @@ def golden_batch(
             np.where(segments == 2, positions - half, positions), (GOLDEN_ROWS, 1)
         ),
     }
-    if task == "sequence_classification":
+    if task in PROBLEMS:
         batch["first"] = np.tile([0, half], (GOLDEN_ROWS, 1))
+    if task == "question_answering":
+        batch["token_type_ids"] = np.zeros_like(ids)
     return {name: x.astype(np.int32) for name, x in batch.items()}
 
 

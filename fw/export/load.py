@@ -5,7 +5,7 @@ can run it, and that the function still gives what it gave when it was saved. Th
 from the StableHLO itself and must agree with the manifest and the weights.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from fw.errors import FwError
 from fw.export import manifest as files
 from fw.export.function import batch_specs, check_function, form
 from fw.export.golden import check_golden
-from fw.export.predict import predict
+from fw.export.predict import Text, predict
 from fw.tensors import read_tensors
 
 
@@ -43,7 +43,7 @@ class Artifact:
 
     @property
     def task(self) -> str:
-        """Either "token_classification" or "sequence_classification"."""
+        """One of `fw.data.TASKS`."""
         return self.manifest["task"]
 
     @property
@@ -61,7 +61,7 @@ class Artifact:
 
         Args:
             batch: int32 `input_ids`, `segment_ids`, `position_ids` [b, t] with t ≤ `length`; for
-                sequence classification also `first` [b, s]. See `fw.data.pack`.
+                whole texts also `first` [b, s], for questions `token_type_ids`. See `fw.data.pack`.
 
         Returns:
             float32 [b, t, labels] or [b, s, labels].
@@ -88,19 +88,20 @@ class Artifact:
             raise FwError(f"batch: rows of {sizes['t']} tokens; expected at most {self.length}")
         return np.asarray(self.call(self.weights, arrays))
 
-    def predict(
-        self, texts: Iterable[str | Sequence[str]], batch_size: int = 32
-    ) -> Iterator[dict[str, Any]]:
+    def predict(self, texts: Iterable[Text], batch_size: int = 32) -> Iterator[dict[str, Any]]:
         """Answer texts in their order; see `fw.export.predict.predict`.
 
         Args:
-            texts: a text each, or for token classification the words of one.
+            texts: a text each, or for token classification the words of one; for question answering
+                {"question", "context"}.
             batch_size: the most rows computed at once; a row holds several short texts.
 
         Yields:
             For token classification `{"text", "entities": [{"type", "text", "start", "end",
             "score"}, …]}` with offsets in characters; for sequence classification `{"text",
-            "label", "score", "scores", "truncated"}`.
+            "label", "score", "scores", "truncated"}`; for several labels `{"text", "labels",
+            "scores", "truncated"}`; for regression `{"text", "numbers", "truncated"}`; for question
+            answering what `fw.export.ask.ask` says, for hidden words `fw.export.fill.fill`.
 
         Raises:
             FwError: an item is no text, or `batch_size` is below 1.
@@ -178,7 +179,7 @@ def _function(folder: Path, manifest: Mapping[str, Any]) -> export.Exported:
     want = form(batch_specs(manifest["task"], manifest["length"]))
     if found["batch"] != want or any(manifest["signature"][k] != v for k, v in found.items()):
         raise FwError(f"{path}: takes and gives something else than the manifest says")
-    if found["logits"]["shape"][-1] != len(manifest["labels"]):
+    if manifest["labels"] and found["logits"]["shape"][-1] != len(manifest["labels"]):
         raise FwError(f"{path}: gives {found['logits']['shape'][-1]} classes, not one a label")
     check_function(exported, str(path))
     return exported

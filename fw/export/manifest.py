@@ -21,6 +21,7 @@ from typing import Any
 from fw.data.splits import TASKS
 from fw.errors import FwError
 from fw.json_files import dumps, plain
+from fw.labels import LABELLED
 
 FORMAT = 1
 """Version of the folder's layout; another one is refused."""
@@ -162,10 +163,12 @@ def _check_fields(path: Path, manifest: Mapping[str, Any]) -> None:
     for name, kind in _FIELDS.items():
         if type(manifest.get(name)) is not kind:
             raise FwError(f"{path}: {name!r}: expected a JSON {kind.__name__}")
-    if not (manifest["labels"] and all(isinstance(label, str) for label in manifest["labels"])):
-        raise FwError(f"{path}: 'labels': expected a list of names, not empty")
     if manifest["task"] not in TASKS or manifest["length"] < 1:
         raise FwError(f"{path}: expected a task of {', '.join(TASKS)} and a length above 0")
+    if bool(manifest["labels"]) != (manifest["task"] in LABELLED) or not all(
+        isinstance(label, str) for label in manifest["labels"]
+    ):
+        raise FwError(f"{path}: 'labels': expected a list of names, one at least for classes")
     files = manifest["files"]
     if strange := sorted(set(files) ^ set(FILES)):
         raise FwError(

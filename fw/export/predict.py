@@ -7,20 +7,25 @@ compile. `Artifact.predict` is the door; `fw.export.save` makes its golden batch
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import batched
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fw.data import questions
 from fw.data.batches import eval_batches
-from fw.data.encode import encode_labelled, encode_tagged
+from fw.data.encode import LABELS, TARGETS, encode_tagged
+from fw.data.encode_texts import encode_labelled
 from fw.data.pack import Packed, pack, unpack_texts, unpack_words
 from fw.data.records import Labelled, Tagged
 from fw.data.tokenizer import Tokenizer
 from fw.errors import FwError
+from fw.export.ask import ask
+from fw.export.words import say_words
 from fw.metrics.entities import entity_spans
+from fw.metrics.multi_label import THRESHOLD
 
 if TYPE_CHECKING:
     from fw.export.load import Artifact
@@ -32,8 +37,8 @@ SHORTEST_ROW, ROW_FACTOR = 32, 4
 """Row lengths are 32, 128, 512 … tokens: each is one more program to compile, and packing fills
 the longer rows."""
 
-Text = str | Sequence[str]
-"""A text, or the words of one."""
+Text = str | Sequence[str] | Mapping[str, Any]
+"""A text, or the words of one, or a question and its text."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +63,12 @@ def predict(
     Token classification: the words of a text are what the tokenizer parts before it makes pieces
     (for BERT, at white space and punctuation), or the given ones; a word has the label of its first
     piece, and words make entities as in evaluation. A text longer than a row goes on in the next.
-    Sequence classification: what is longer than a row is cut at its end, and "truncated" says so.
+    Whole texts: what is longer than a row is cut at its end, and "truncated" says so.
 
     Args:
         artifact: from `fw.export.load`.
         texts: a text each, or for token classification the words of one, which make a text with a
-            space between them.
+            space between them; for question answering {"question", "context"}.
         batch_size: the most rows computed at once.
 
     Yields:
@@ -91,6 +96,8 @@ def problem(text: Any, task: str) -> str:
     >>> problem("Ada", "token_classification"), problem(["Ada"], "sequence_classification")
     ('', 'expected a text; got list')
     """
+    if task == "question_answering":
+        return questions.problem(text)
     tagged = task == "token_classification"
     words = [text] if isinstance(text, str) else text
     if not (isinstance(text, str) or (tagged and isinstance(text, list | tuple))):
@@ -106,7 +113,7 @@ def problem(text: Any, task: str) -> str:
     return ""
 
 
-def read_items(tokenizer: Tokenizer, texts: Sequence[Text]) -> list[Item]:
+def read_items(tokenizer: Tokenizer, texts: Sequence[str | Sequence[str]]) -> list[Item]:
     """Find the words of each text and count its pieces, special tokens included.
 
     >>> from tokenizers import Tokenizer as Fast, models, pre_tokenizers
@@ -129,7 +136,7 @@ def read_items(tokenizer: Tokenizer, texts: Sequence[Text]) -> list[Item]:
         items[i] = Item(text, tuple(s for s in spans if s[0] < s[1]), special + len(encoding.ids))
     parted = [i for i in range(len(texts)) if i not in items]
     found = tokenizer.fast.encode_batch(
-        [list(texts[i]) for i in parted], is_pretokenized=True, add_special_tokens=False
+        [tokenizer.words(texts[i]) for i in parted], is_pretokenized=True, add_special_tokens=False
     )
     for i, encoding in zip(parted, found, strict=True):
         ends = np.cumsum([len(word) + 1 for word in texts[i]]) - 1
@@ -149,7 +156,7 @@ def pack_items(tokenizer: Tokenizer, items: Sequence[Item], task: str, row: int)
 
 def inputs(packed: Packed) -> dict[str, np.ndarray]:
     """The arrays of packed rows that the exported function takes."""
-    return {name: array for name, array in packed.arrays.items() if name != "labels"}
+    return {name: array for name, array in packed.arrays.items() if name not in (LABELS, TARGETS)}
 
 
 def row_length(pieces: int, length: int) -> int:
@@ -171,7 +178,19 @@ def _strip(text: str, start: int, end: int) -> tuple[int, int]:
     return start, start + len(word.strip())
 
 
-def _answer(artifact: Artifact, texts: Sequence[Text], batch_size: int) -> Iterator[dict[str, Any]]:
+def _answer(artifact: Artifact, texts: Sequence[Any], batch_size: int) -> Iterator[dict[str, Any]]:
+    def run(packed: Packed) -> np.ndarray:
+        # A power of two: texts that come one by one share a few compiled programs.
+        size = min(batch_size, 1 << (packed.rows - 1).bit_length())
+        batches = eval_batches(inputs(packed), size, empty=packed.empty)
+        return np.concatenate([artifact.logits(batch) for batch in batches])
+
+    if artifact.task == "question_answering":
+        yield from ask(artifact, texts, row_length, run)
+        return
+    if artifact.task in ("masked_lm", "causal_lm"):
+        yield from say_words(artifact, texts, row_length, run)
+        return
     items = read_items(artifact.tokenizer, texts)
     tagged = artifact.task == "token_classification"
     groups: dict[int, list[int]] = {}
@@ -182,25 +201,45 @@ def _answer(artifact: Artifact, texts: Sequence[Text], batch_size: int) -> Itera
     logits: dict[int, np.ndarray] = {}
     for row, group in sorted(groups.items()):
         packed = pack_items(artifact.tokenizer, [items[i] for i in group], artifact.task, row)
-        # A power of two: texts that come one by one share a few compiled programs.
-        size = min(batch_size, 1 << (packed.rows - 1).bit_length())
-        batches = eval_batches(inputs(packed), size, empty=packed.empty)
-        outputs = np.concatenate([artifact.logits(batch) for batch in batches])
+        outputs = run(packed)
         unpacked = unpack_words(packed, outputs) if tagged else unpack_texts(packed, outputs)
         logits.update(zip(group, unpacked, strict=True))
 
     for i, item in enumerate(items):
-        scores = _softmax(logits.get(i, np.zeros((0, len(artifact.labels)))))
+        own = logits.get(i, np.zeros((0, len(artifact.labels))))
         if tagged:
-            yield {"text": item.text, "entities": _entities(item, scores, artifact.labels)}
+            yield {"text": item.text, "entities": _entities(item, _softmax(own), artifact.labels)}
         else:
-            yield {
-                "text": item.text,
-                "label": artifact.labels[scores.argmax()],
-                "score": float(scores.max()),
-                "scores": dict(zip(artifact.labels, scores.tolist(), strict=True)),
-                "truncated": item.pieces > artifact.length,
-            }
+            said = _SAY[artifact.task](own, artifact.labels)
+            yield {"text": item.text, **said, "truncated": item.pieces > artifact.length}
+
+
+def _one_label(logits: np.ndarray, labels: Sequence[str]) -> dict[str, Any]:
+    scores = _softmax(logits)
+    return {
+        "label": labels[int(scores.argmax())],
+        "score": float(scores.max()),
+        "scores": dict(zip(labels, scores.tolist(), strict=True)),
+    }
+
+
+def _many_labels(logits: np.ndarray, labels: Sequence[str]) -> dict[str, Any]:
+    # As 1 / (1 + exp(-x)), which overflows nowhere.
+    scores = 0.5 + 0.5 * np.tanh(0.5 * logits.astype(np.float64))
+    given = [name for name, score in zip(labels, scores, strict=True) if score > THRESHOLD]
+    return {"labels": given, "scores": dict(zip(labels, scores.tolist(), strict=True))}
+
+
+def _numbers(logits: np.ndarray, labels: Sequence[str]) -> dict[str, Any]:
+    return {"numbers": dict(zip(labels, logits.tolist(), strict=True))}
+
+
+_SAY = {
+    "sequence_classification": _one_label,
+    "multi_label_classification": _many_labels,
+    "regression": _numbers,
+}
+"""What the logits [C] of a whole text say."""
 
 
 def _entities(item: Item, scores: np.ndarray, labels: Sequence[str]) -> list[dict[str, Any]]:

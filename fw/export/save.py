@@ -28,6 +28,7 @@ from fw.export import manifest as files
 from fw.export.function import batch_specs, check_function, form, functional, trace
 from fw.export.golden import golden_batch, largest_id, tolerance
 from fw.export.load import load
+from fw.labels import LABELLED
 from fw.metrics.entities import entity_types
 from fw.tensors import read_tensors, write_tensors
 
@@ -59,8 +60,9 @@ def save(
         folder: where to; an artifact that is there is replaced, anything else is not.
         model: the record; its config is a dataclass or a mapping, or None.
         variables: {"params", "state"}, whose leaves may be compressed (`compress.quantize`).
-        task: "token_classification" or "sequence_classification".
-        labels: names of the classes, in the order of the logits.
+        task: one of `fw.data.TASKS`.
+        labels: names of the classes or numbers, in the order of the logits; empty where there
+            are none.
         tokenizer: from `fw.data.load_tokenizer`, or a model folder, or a `tokenizer.json`.
         length: the most tokens in a row, special tokens included.
         precision: policy of the products that are not compressed, see `fw.precision`.
@@ -96,7 +98,7 @@ def save(
     weights, function, forward, kind = functional(model, variables, precision)
     exported = trace(function, weights, task, length)
     check_function(exported, "the model")
-    if exported.out_avals[0].shape[-1] != len(labels):
+    if labels and exported.out_avals[0].shape[-1] != len(labels):
         raise FwError(
             f"labels: the model has {exported.out_avals[0].shape[-1]} classes; got {len(labels)}"
         )
@@ -180,8 +182,10 @@ def _check_arguments(
 ) -> None:
     if task not in TASKS:
         raise FwError(f"task: expected one of {', '.join(TASKS)}; got {task!r}")
-    if isinstance(labels, str) or len(set(labels)) != len(labels) or not labels:
-        raise FwError(f"labels: expected names, each once; got {labels!r}")
+    named = not isinstance(labels, str) and len(set(labels)) == len(labels)
+    if not named or bool(labels) != (task in LABELLED):
+        expected = "names, each once" if task in LABELLED else f"none for {task}"
+        raise FwError(f"labels: expected {expected}; got {labels!r}")
     if task == "token_classification":
         entity_types(labels)
     special = len(tokenizer.prefix) + len(tokenizer.suffix)

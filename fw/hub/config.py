@@ -17,12 +17,12 @@ from fw.data.files import read_text
 from fw.errors import FwError
 from fw.hub.families import FAMILIES, OWN, Family
 from fw.hub.files import CONFIG, read_json
-from fw.models.heads import LABELLED
+from fw.labels import LABELLED, PROBLEMS
 
 SUPERSEDED = (
     "auto_map",  # code beside the source, which is not carried along
     "num_labels",  # id2label says it, and they may differ
-    "problem_type",  # that of the source's head
+    "problem_type",  # the task says it
     "torch_dtype",  # older spelling of dtype
 )
 """Keys of the source that are not written back."""
@@ -74,6 +74,9 @@ def choose_head(
             f"{where}: 'architectures' is {shown(classes)}; expected a list of class names"
         )
     stated = next((t for t, name in family.architectures.items() if [name] == classes[:1]), None)
+    of_texts, problem = stated in PROBLEMS, source.get("problem_type")
+    if of_texts and task is None:
+        stated = _task_of(problem, _own_labels(source, where, limit), where)
     task = task or stated
     if task is None:
         raise FwError(
@@ -86,18 +89,15 @@ def choose_head(
         if labels:
             raise FwError(f"labels: {task} has no classes to name")
         return Head(task, (), task == stated)
-    own = _own_labels(source, where, limit) if task == stated or not classes else None
-    single = source.get("problem_type") in (None, "single_label_classification")
+    same = not classes or task == stated or (of_texts and task in PROBLEMS)
+    own = _own_labels(source, where, limit) if same else None
+    if task in PROBLEMS and own is not None and not _solves(problem, task, len(own)):
+        own = None
     if labels is not None:
         labels = check_labels(labels, "labels")
-        return Head(task, labels, single and own in (labels, _unnamed(len(labels))))
+        return Head(task, labels, own in (labels, _unnamed(len(labels))))
     if own is None:
         raise FwError(f"{where}: {shown(classes)} has no labels for {task}; give labels")
-    if not single:
-        raise FwError(
-            f"{where}: problem_type {shown(source['problem_type'])} is not supported; expected "
-            "'single_label_classification'; with labels given, a new classifier is made"
-        )
     return Head(task, own, True)
 
 
@@ -167,6 +167,8 @@ def write_config(
             "id2label": {str(i): label for i, label in enumerate(labels)},
             "label2id": {label: i for i, label in enumerate(labels)},
         }
+    if config.task in ("multi_label_classification", "regression"):
+        named["problem_type"] = PROBLEMS[config.task]
     fields = {k: v for k, v in family.writes(config).items() if k not in OWN}
     return {
         **{key: value for key, value in source.items() if key not in SUPERSEDED},
@@ -208,6 +210,29 @@ def check_labels(labels: Sequence[str], where: object) -> tuple[str, ...]:
     if not labels or isinstance(labels, str) or not named or len(set(labels)) < len(labels):
         raise FwError(f"{where}: expected different, non-empty names, got {shown(labels)}")
     return tuple(labels)
+
+
+def _solves(problem: Any, task: str, outputs: int) -> bool:
+    """Whether a classifier of texts is one for a task.
+
+    Without a `problem_type`, transformers takes a single output for a number.
+    """
+    if problem is None:
+        return task == "sequence_classification" or (task == "regression" and outputs == 1)
+    return problem == PROBLEMS[task]
+
+
+def _task_of(problem: Any, own: tuple[str, ...], where: object) -> str:
+    """The task that a classifier of texts was made for."""
+    if problem is None:
+        return "regression" if len(own) == 1 else "sequence_classification"
+    for task, name in PROBLEMS.items():
+        if problem == name:
+            return task
+    raise FwError(
+        f"{where}: problem_type {shown(problem)} is not supported; expected one of "
+        f"{', '.join(PROBLEMS.values())}; with a task and labels given, a new classifier is made"
+    )
 
 
 def _own_labels(source: Mapping[str, Any], where: object, limit: int) -> tuple[str, ...]:

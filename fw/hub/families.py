@@ -13,6 +13,7 @@ from typing import Any
 
 from fw.errors import FwError
 from fw.hub.files import AnyTensor, Tensors
+from fw.labels import PROBLEMS
 from fw.model import Model
 from fw.models import bert, distilbert, llama, modernbert, roberta
 from fw.models.names import Name
@@ -94,7 +95,7 @@ OWN = ("task", "num_labels", "pooling", "normalize", "microbatches", "remat", "s
 def _architectures(name: str) -> dict[str, str]:
     return {
         "token_classification": f"{name}ForTokenClassification",
-        "sequence_classification": f"{name}ForSequenceClassification",
+        **dict.fromkeys(PROBLEMS, f"{name}ForSequenceClassification"),
         "question_answering": f"{name}ForQuestionAnswering",
         "masked_lm": f"{name}ForMaskedLM",
         "embedding": f"{name}Model",

@@ -2,14 +2,15 @@
 
 | step | where | functions |
 | --- | --- | --- |
-| count | inside jit, on sharded arrays | `confusion`, `entity_counts`, `mean` |
+| count | inside jit, on sharded arrays | `confusion`, `label_counts`, `entity_counts`, `mean` |
 | add | on the host, in 64 bits | `merge` |
-| summarise | on the host | `classification_report`, `entity_report`, `mean_value` |
+| summarise | on the host | `classification_report`, `multi_label_report`, `entity_report`, |
+| | | `regression_report`, `mean_value` |
 | show | on the host | `to_text`, `to_dict` |
 """
 
 from fw.labels import IGNORE
-from fw.metrics.accumulate import Mean, mean, mean_value, merge
+from fw.metrics.accumulate import Mean, Sample, mean, mean_value, merge
 from fw.metrics.classification import classification_report, confusion
 from fw.metrics.entities import (
     Mode,
@@ -19,14 +20,19 @@ from fw.metrics.entities import (
     entity_spans,
     entity_types,
 )
+from fw.metrics.multi_label import THRESHOLD, label_counts, multi_label_report
+from fw.metrics.regression import regression_report
 from fw.metrics.report import Report, Row, to_dict, to_text
+from fw.metrics.squad import squad_scores
 
 __all__ = [
     "IGNORE",
+    "THRESHOLD",
     "Mean",
     "Mode",
     "Report",
     "Row",
+    "Sample",
     "Scheme",
     "classification_report",
     "confusion",
@@ -34,9 +40,13 @@ __all__ = [
     "entity_report",
     "entity_spans",
     "entity_types",
+    "label_counts",
     "mean",
     "mean_value",
     "merge",
+    "multi_label_report",
+    "regression_report",
+    "squad_scores",
     "to_dict",
     "to_text",
 ]

@@ -5,6 +5,7 @@ long evaluation nor a large vocabulary overflows. The counts themselves come fro
 `fw.metrics.classification`, `fw.metrics.entities` and, for scalars such as the loss, `mean` here.
 """
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +23,17 @@ class Mean(NamedTuple):
 
     total: jax.Array | np.ndarray
     weight: jax.Array | np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """What has no sum: the values themselves, on the host; merging lays them end to end.
+
+    Attributes:
+        values: [n, ...].
+    """
+
+    values: np.ndarray
 
 
 def mean(values: jax.Array, weights: jax.Array | None = None) -> Mean:
@@ -80,7 +92,8 @@ def merge(*trees: Any) -> Any:
     together. Inside jit, `jax.tree.map(jnp.add, a, b)` adds without leaving the device.
 
     Args:
-        trees: one or more pytrees of one structure whose leaves are real jax or numpy arrays.
+        trees: one or more pytrees of one structure whose leaves are real jax or numpy arrays, or
+            a `Sample`.
             In a multi-process program they must be fully replicated, as the counts of a global
             batch under jit are.
 
@@ -97,8 +110,8 @@ def merge(*trees: Any) -> Any:
     if not trees:
         raise ValueError("merge: needs at least one tree of counts")
 
-    def add(path: Any, *leaves: jax.Array | np.ndarray) -> np.ndarray:
-        shapes = {np.shape(leaf) for leaf in leaves}
+    def add(path: Any, *leaves: Any) -> np.ndarray | Sample:
+        shapes = {np.shape(leaf) for leaf in leaves if not isinstance(leaf, Sample)}
         if len(shapes) > 1:
             raise ValueError(
                 f"merge: leaf {jax.tree_util.keystr(path)!r} has shapes "
@@ -106,6 +119,8 @@ def merge(*trees: Any) -> Any:
             )
         # Added pairwise in 64 bits: a stack of all batches would hold them in memory twice.
         first, *rest = leaves
+        if isinstance(first, Sample):
+            return Sample(np.concatenate([leaf.values for leaf in leaves]))
         total = _wide(first)
         for leaf in rest:
             total = np.asarray(total + _wide(leaf))

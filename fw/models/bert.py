@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fw.errors import FwError
+from fw.labels import PROBLEMS
 from fw.model import Batch, Model, from_nnx
 from fw.models import names
 from fw.models.layers import Embedding, LayerNorm, embeddings
@@ -138,7 +139,7 @@ def hf_names(config: BertConfig) -> Iterator[Name]:
             yield Name("words/bias", "cls.predictions.bias")
         case "question_answering":
             yield from names.dense("classifier", "qa_outputs")
-        case "sequence_classification":
+        case task if task in PROBLEMS:
             yield from names.dense("pooler", "bert.pooler.dense")
             yield from names.dense("classifier", "classifier")
         case "token_classification":

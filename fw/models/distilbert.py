@@ -8,6 +8,7 @@ import jax
 from flax import nnx
 
 from fw.errors import FwError
+from fw.labels import PROBLEMS
 from fw.model import Batch, Model, from_nnx
 from fw.models import names
 from fw.models.layers import Embedding, LayerNorm, embeddings
@@ -75,7 +76,7 @@ class DistilBertConfig:
         """What the encoder is for; each task has a dropout of its own."""
         rates = {
             "question_answering": self.qa_dropout,
-            "sequence_classification": self.seq_classif_dropout,
+            **dict.fromkeys(PROBLEMS, self.seq_classif_dropout),
         }
         return Head(
             self.task,
@@ -140,7 +141,7 @@ def hf_names(config: DistilBertConfig) -> Iterator[Name]:
             yield Name("words/bias", "vocab_projector.bias")
         case "question_answering":
             yield from names.dense("classifier", "qa_outputs")
-        case "sequence_classification":
+        case task if task in PROBLEMS:
             yield from names.dense("pooler", "pre_classifier")
             yield from names.dense("classifier", "classifier")
         case "token_classification":

@@ -4,6 +4,8 @@
 | --- | --- | --- |
 | token_classification | [B, L, labels] | logits of every token |
 | sequence_classification | [B, S, labels] | logits of every text of a row |
+| multi_label_classification | [B, S, labels] | the same: a logit for each label by itself |
+| regression | [B, S, labels] | the same: numbers |
 | question_answering | [B, L, 2] | logits of every token as an answer's first and its last |
 | masked_lm | [B, L, vocab] | logits of every token's word, or what `words` says of them |
 | embedding | [B, S, size] | a vector for every text of a row |
@@ -17,13 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from fw.labels import LABELLED
 from fw.model import Batch
 from fw.models.layers import Dense, Embedding, LayerNorm, gelu
 from sharding import constrain, linear, word_losses
 from sharding.context import differentiated
-
-LABELLED = ("token_classification", "sequence_classification")
-"""The tasks whose classes have names."""
 
 TASKS = (*LABELLED, "question_answering", "masked_lm", "embedding")
 SPAN = 2

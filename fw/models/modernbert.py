@@ -13,6 +13,7 @@ import jax
 from flax import nnx
 
 from fw.errors import FwError
+from fw.labels import PROBLEMS
 from fw.model import Batch, Model, from_nnx
 from fw.models import heads, names
 from fw.models.layers import (
@@ -200,7 +201,7 @@ class ModernBert(nnx.Module):
         if config.task == "embedding":
             return heads.embed(x, batch, config.pooling, config.normalize)
         rows = ("batch", "length")
-        if config.task == "sequence_classification":
+        if config.task in PROBLEMS:
             rows, mean = ("batch", None), config.classifier_pooling == "mean"
             x = heads.means(x, batch) if mean else heads.first_tokens(x, batch)
         x = self.head_norm(gelu(self.head(x, rows)))

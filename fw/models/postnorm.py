@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fw.errors import FwError
+from fw.labels import PROBLEMS
 from fw.model import Batch
 from fw.models import heads
 from fw.models.layers import Dense, LayerNorm, attention, denses, dropout, gelu, visible
@@ -120,7 +121,7 @@ class Encoder(nnx.Module):
         self.embeddings = embeddings
         self.layers = nnx.List([Layer(shape, rngs) for _ in range(shape.layers)])
         labels = heads.SPAN if head.task == "question_answering" else head.labels
-        if head.task == "sequence_classification":
+        if head.task in PROBLEMS:
             self.pooler = Dense(size, size, ("embed", "pooled"), std=std, rngs=rngs)
         if head.task == "masked_lm":
             words = embeddings.word.embedding.shape[0]
@@ -141,7 +142,7 @@ class Encoder(nnx.Module):
             return heads.embed(x, batch, head.pooling, head.normalize)
         if head.task == "masked_lm":
             return self.words(x, self.embeddings.word, batch)
-        if head.task == "sequence_classification":
+        if head.task in PROBLEMS:
             texts = ("batch", None)
             last = keys[-1]
             before = None if last is None else jax.random.fold_in(last, 1)

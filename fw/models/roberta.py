@@ -11,6 +11,7 @@ from typing import ClassVar
 from flax import nnx
 
 from fw.errors import FwError
+from fw.labels import PROBLEMS
 from fw.model import Model, from_nnx
 from fw.models import names
 from fw.models.bert import BertConfig, Embeddings, encoder_names
@@ -83,7 +84,7 @@ def hf_names(config: RobertaConfig) -> Iterator[Name]:
             yield Name("words/bias", "lm_head.bias")
         case "question_answering":
             yield from names.dense("classifier", "qa_outputs")
-        case "sequence_classification":
+        case task if task in PROBLEMS:
             yield from names.dense("pooler", "classifier.dense")
             yield from names.dense("classifier", "classifier.out_proj")
         case "token_classification":

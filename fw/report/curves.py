@@ -15,21 +15,26 @@ Records = Sequence[Mapping[str, Any]]
 _POINTS = 400  # about one a pixel
 _WINDOW = 20  # the smoothed line averages over one part in so many of the run
 UNITS = {"loss": "nats"}
-FRACTIONS = ("accuracy", "precision", "recall", "f1", "macro_f1", "micro_f1", "weighted_f1")
+SQUARES = "squares"  # of the loss of numbers, whatever they measure
+FRACTIONS = (
+    *("accuracy", "precision", "recall", "f1", "macro_f1", "micro_f1", "weighted_f1"),
+    "exact_match",
+)
 
 
-def curves(records: Records) -> Element | None:
+def curves(records: Records, unit: str = UNITS["loss"]) -> Element | None:
     """Draw what was logged over the steps; what was not is left out.
 
     Args:
         records: of kind "train" and "eval", as in `fw.run`.
+        unit: of the loss.
 
     Returns:
         Charts beside each other, None if there is nothing to draw.
     """
     train = [record for record in records if record.get("kind") == "train"]
     charts = [
-        _loss(train, records),
+        _loss(train, records, unit),
         _metric(records),
         _one(train, "tokens_per_second", "Throughput", "real tokens/s"),
         _one(train, "learning_rate", "Learning rate", "learning rate"),
@@ -77,13 +82,13 @@ def smooth(points: Sequence[Point], reach: int) -> list[Point]:
     return out
 
 
-def _loss(train: Records, records: Records) -> Element | None:
+def _loss(train: Records, records: Records, unit: str) -> Element | None:
     series = _lines("train", _points(train, "train", "loss"))
     for split in _splits(records):
         dots = _points(_of(records, split), "eval", "loss")
         if any(y is not None for _, y in dots):
             series.append(Series(split, thin(dots, _POINTS), "dots", "b"))
-    return chart("Loss", series, x="step", y="loss (nats)") if series else None
+    return chart("Loss", series, x="step", y=f"loss ({unit})") if series else None
 
 
 def _lines(name: str, raw: Sequence[Point]) -> list[Series]:

@@ -14,11 +14,11 @@ from xml.etree.ElementTree import Element
 from fw import run
 from fw.errors import FwError
 from fw.report import scores
-from fw.report.curves import Records, curves, label, not_finite, throughput
+from fw.report.curves import SQUARES, UNITS, Records, curves, label, not_finite, throughput
 from fw.report.markup import Child, page, table, tag
 from fw.report.text import seconds, size
 
-_HEADLINES = ("f1", "macro_f1", "accuracy", "loss")
+_HEADLINES = ("f1", "macro_f1", "accuracy", "micro_f1", "pearson", "spearman", "loss")
 # Belt and braces: all is escaped and nothing is linked, and the browser is told to hold to it.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
@@ -57,7 +57,7 @@ def write(folder: str | Path) -> Path:
         "main",
         _header(title, options, starts),
         _tiles(records, result),
-        *_training(records),
+        *_training(records, options),
         *_results(result, path),
         *_rest(result, path),
         _options(options, starts),
@@ -125,8 +125,9 @@ def _tiles(records: Records, result: Mapping[str, Any]) -> Element | None:
     return tag("div", *boxes, class_="tiles")
 
 
-def _training(records: Records) -> list[Element]:
-    drawn = curves(records)
+def _training(records: Records, options: Mapping[str, Any]) -> list[Element]:
+    unit = SQUARES if options.get("task") == "regress" else UNITS["loss"]
+    drawn = curves(records, unit)
     lost = not_finite(records)
     warning = f"The loss of {lost:,} records is not finite: NaN or infinite. The lines have gaps."
     if drawn is None and not lost:

@@ -1,7 +1,13 @@
 """Tasks: what is minimised, what is counted and how the counts read, as values of functions."""
 
 from fw.tasks.by_name import make_task
-from fw.tasks.language_modelling import causal_lm, word_loss
+from fw.tasks.language_modelling import causal_lm, masked_lm, word_loss
+from fw.tasks.multi_label_classification import (
+    multi_label_classification,
+    sigmoid_cross_entropy,
+)
+from fw.tasks.question_answering import question_answering, span_loss
+from fw.tasks.regression import regression, squared_error
 from fw.tasks.sequence_classification import sequence_classification
 from fw.tasks.task import Summary, Task, cross_entropy
 from fw.tasks.token_classification import token_classification
@@ -12,7 +18,14 @@ __all__ = [
     "causal_lm",
     "cross_entropy",
     "make_task",
+    "masked_lm",
+    "multi_label_classification",
+    "question_answering",
+    "regression",
     "sequence_classification",
+    "sigmoid_cross_entropy",
+    "span_loss",
+    "squared_error",
     "token_classification",
     "word_loss",
 ]

@@ -3,13 +3,24 @@
 from collections.abc import Sequence
 
 from fw.errors import FwError
-from fw.tasks.language_modelling import causal_lm
+from fw.tasks.language_modelling import causal_lm, masked_lm
+from fw.tasks.multi_label_classification import multi_label_classification
+from fw.tasks.question_answering import question_answering
+from fw.tasks.regression import regression
 from fw.tasks.sequence_classification import sequence_classification
 from fw.tasks.task import Task
 from fw.tasks.token_classification import token_classification
 
-_KINDS = (token_classification, sequence_classification, causal_lm)
-_TASKS = {task.__name__: task for task in _KINDS}
+_EVERY = (
+    token_classification,
+    sequence_classification,
+    multi_label_classification,
+    regression,
+    question_answering,
+    masked_lm,
+    causal_lm,
+)
+_TASKS = {task.__name__: task for task in _EVERY}
 
 
 def make_task(name: str, labels: Sequence[str]) -> Task:

@@ -1,4 +1,4 @@
-"""The next word of a text, scored by its likelihood."""
+"""The words of a text, the next ones or hidden ones, scored by their likelihood."""
 
 import math
 from typing import Any
@@ -7,9 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from fw import metrics
+from fw.errors import FwError
 from fw.labels import IGNORE
 from fw.model import Batch
 from fw.tasks.task import Summary, Task
+
+METRIC = "log_likelihood"
+"""Of a word, in nats, on average."""
 
 
 def word_loss(outputs: dict[str, jax.Array], batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -28,7 +32,26 @@ def word_loss(outputs: dict[str, jax.Array], batch: Batch) -> tuple[jax.Array, j
 
 
 def causal_lm(labels: tuple[str, ...] = ()) -> Task:
-    """The next token of every token; it has no labels."""
+    """The next token of every token, or of every one of an answer.
+
+    Raises:
+      FwError: labels; it has none.
+    """
+    return _words("causal_lm", labels)
+
+
+def masked_lm(labels: tuple[str, ...] = ()) -> Task:
+    """The tokens that are hidden, from both sides (Devlin et al. 2019, arXiv:1810.04805).
+
+    Raises:
+      FwError: labels; it has none.
+    """
+    return _words("masked_lm", labels)
+
+
+def _words(name: str, labels: tuple[str, ...]) -> Task:
+    if labels:
+        raise FwError(f"{name} has no labels; got {', '.join(labels)}")
 
     def count(outputs: dict[str, jax.Array], batch: Batch) -> dict[str, Any]:
         hits = jnp.sum(outputs["hits"], dtype=jnp.float32)
@@ -36,11 +59,15 @@ def causal_lm(labels: tuple[str, ...] = ()) -> Task:
         return {"loss": metrics.Mean(total, weight), "hits": metrics.Mean(hits, weight)}
 
     def summarise(counts: dict[str, Any]) -> Summary:
-        loss, accuracy = (metrics.mean_value(counts[key]) for key in ("loss", "hits"))
-        perplexity = math.exp(loss) if loss < 700 else math.inf
-        figures = {"log_likelihood": -loss, "loss": loss, "perplexity": perplexity,
-                   "accuracy": accuracy, "tokens": float(counts["loss"].weight)}  # fmt: skip
-        text = f"loss {loss:.4f}, perplexity {perplexity:.3f}, accuracy {accuracy:.4f}"
-        return Summary("log_likelihood", figures, text)
+        loss = metrics.mean_value(counts["loss"])
+        figures = {
+            METRIC: -loss,
+            "loss": loss,
+            "perplexity": math.exp(loss) if loss < 700 else math.inf,
+            "accuracy": metrics.mean_value(counts["hits"]),
+            "tokens": float(counts["loss"].weight),
+        }
+        text = "  ".join(f"{key.replace('_', ' ')} {v:.4f}" for key, v in figures.items())
+        return Summary(METRIC, figures, text)
 
-    return Task("causal_lm", labels, word_loss, count, summarise)
+    return Task(name, (), word_loss, count, summarise, METRIC)

@@ -36,4 +36,4 @@ def sequence_classification(labels: tuple[str, ...]) -> Task:
         }
         return Summary("macro_f1", figures, metrics.to_text(report, digits=4))
 
-    return Task("sequence_classification", labels, cross_entropy, count, summarise)
+    return Task("sequence_classification", labels, cross_entropy, count, summarise, "macro_f1")

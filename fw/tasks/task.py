@@ -1,6 +1,6 @@
 """What a task is: a loss and counts for the mesh, a summary for the reader.
 
-A task is data: the model's head it wants, its labels, and three functions. Counts add up over
+A task is data: the model's head it wants, its labels, and a few functions. Counts add up over
 batches, devices and processes; only `summarise` looks at the whole.
 """
 
@@ -10,7 +10,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from fw.data.pack import Packed
 from fw.labels import IGNORE
 from fw.model import Batch
 
@@ -45,6 +47,9 @@ class Task:
       loss: `(logits, batch) -> (sum, weight)`, scalars in the dtype of the logits.
       count: `(logits, batch) -> tree` of additive arrays, for `fw.metrics.merge`.
       summarise: `counts -> Summary`, on the host.
+      metric: the figure of the summary that checkpoints are chosen by.
+      judge: `(rows, logits of all rows) -> tree` of further counts, for what the device cannot
+        count: ranks, spellings. On the host; None for most tasks.
     """
 
     name: str
@@ -52,6 +57,8 @@ class Task:
     loss: Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
     count: Callable[[Any, Batch], Any]
     summarise: Callable[[Any], Summary]
+    metric: str
+    judge: Callable[[Packed, np.ndarray], Any] | None = None
 
 
 def cross_entropy(logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:

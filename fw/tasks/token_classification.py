@@ -44,4 +44,4 @@ def token_classification(labels: tuple[str, ...]) -> Task:
         text = f"entities\n{metrics.to_text(entities, digits=4)}\n\ntags\n"
         return Summary("f1", figures, text + metrics.to_text(tags, digits=4))
 
-    return Task("token_classification", labels, cross_entropy, count, summarise)
+    return Task("token_classification", labels, cross_entropy, count, summarise, "f1")

@@ -62,7 +62,7 @@ def main() -> int:
             figures["perplexity"] = perplexity(loaded, root, ids)
         if arguments.steps:
             encoded = data.encode_documents(tokenizer, documents, max_length=arguments.length)
-            rows = data.pack_words(encoded, arguments.length).arrays
+            rows = data.pack(encoded, arguments.length).arrays
             batches = data.Batches(rows, arguments.batch, seed=1)
             figures["training"] = training(loaded, root, batches, arguments)
     if arguments.json:

@@ -1,8 +1,9 @@
 """Every family and head against transformers, both ways: the same numbers, and folders it can load.
 
 Tiny models with random parameters are made by transformers (`peer_models.py`), read by fw on one
-device and on eight, answered, written back, and read by transformers again. With --sentences, the
-vectors that all-MiniLM-L6-v2 gives the first lines of a file are compared, too.
+device and on eight, answered, written back, and read by transformers again. For whole texts, so are
+the losses. With --sentences, the vectors that all-MiniLM-L6-v2 gives the first lines of a file are
+compared, too.
 
     .venv/bin/python scripts/bench/parity.py --sentences README.md
 """
@@ -19,9 +20,12 @@ from typing import Any
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fw import assets, data, hub, report
+from fw.labels import PROBLEMS
+from fw.tasks import make_task
 from sharding import make_mesh, put, rules, scope
 
 BENCH = Path(__file__).parent
@@ -73,14 +77,27 @@ def read(folder: Path) -> dict[str, float]:
             "position_ids": np.broadcast_to(np.arange(mask.shape[1], dtype=np.int32), mask.shape),
             "first": np.zeros((len(mask), 1), np.int32),
         }
+        if loaded.model.config.task == "question_answering":
+            batch["token_type_ids"] = io["types"].astype(np.int32)
         with scope(mesh, layout):
             out: Any = jax.jit(loaded.model.apply)(loaded.variables, put(batch, mesh, layout))[0]
         out = np.asarray(out)
-        per_token = loaded.model.config.task not in ("sequence_classification", "embedding")
+        per_token = loaded.model.config.task not in (*PROBLEMS, "embedding")
         got, want = (out[mask == 1], io["out"][mask == 1]) if per_token else (out[:, 0], io["out"])
-        found[spec] = float(np.abs(got - want).max())
+        found[spec] = max(float(np.abs(got - want).max()), loss_error(loaded, out, io))
     hub.save(folder / "again", loaded)
     return found
+
+
+def loss_error(loaded: hub.Loaded, out: np.ndarray, io: Any) -> float:
+    """How far the loss of texts is from the peer's; 0 for other tasks."""
+    if "loss" not in io:
+        return 0.0
+    labels = io["labels"][:, None]
+    numbers = np.float32 if loaded.model.config.task == "regression" else np.int32
+    task = make_task(loaded.model.config.task, loaded.labels)
+    total, weight = task.loss(jnp.asarray(out), {"labels": jnp.asarray(labels.astype(numbers))})
+    return abs(float(total / weight) - float(io["loss"]))
 
 
 def vectors(texts: list[str]) -> None:

@@ -18,6 +18,8 @@ import transformers
 TASKS = {
     "token_classification": "ForTokenClassification",
     "sequence_classification": "ForSequenceClassification",
+    "multi_label_classification": "ForSequenceClassification",
+    "regression": "ForSequenceClassification",
     "question_answering": "ForQuestionAnswering",
     "masked_lm": "ForMaskedLM",
     "embedding": "Model",
@@ -78,12 +80,11 @@ def cases():
     for family, (prefix, shape) in ENCODERS.items():
         for task, suffix in TASKS.items():
             config = getattr(transformers, f"{prefix}Config")
-            labels = 2 if task == "question_answering" else 3
-            yield (
-                f"{family}/{task}",
-                getattr(transformers, prefix + suffix),
-                config(**shape, num_labels=labels),
-            )
+            more: dict = {"num_labels": 2 if task == "question_answering" else 3}
+            if task in ("multi_label_classification", "regression"):
+                more["problem_type"] = task
+            kind = getattr(transformers, prefix + suffix)
+            yield f"{family}/{task}", kind, config(**shape, **more)
     for name, (prefix, more) in DECODERS.items():
         config = getattr(transformers, f"{prefix}Config")(**DECODER | more)
         yield f"{name}/causal_lm", getattr(transformers, f"{prefix}ForCausalLM"), config
@@ -96,9 +97,12 @@ def cases():
 
 
 def answer(model, task, ids, mask):
-    """The output that fw's head is compared with."""
+    """The output that fw's head is compared with; questions and texts have types, where known."""
+    more = {}
+    if task == "question_answering" and getattr(model.config, "type_vocab_size", 1) > 1:
+        more["token_type_ids"] = torch.tensor(types(ids))
     with torch.no_grad():
-        out = model(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask))
+        out = model(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask), **more)
     if task == "question_answering":
         return torch.stack([out.start_logits, out.end_logits], -1).numpy()
     if task == "embedding":  # as sentence-transformers pools and normalises
@@ -106,6 +110,29 @@ def answer(model, task, ids, mask):
         mean = (out.last_hidden_state * weight).sum(1) / weight.sum(1)
         return torch.nn.functional.normalize(mean, dim=-1).numpy()
     return out.logits.numpy()
+
+
+def types(ids):
+    """The last two thirds of a row are the text, the rest its question."""
+    return np.broadcast_to(
+        (np.arange(ids.shape[1]) >= ids.shape[1] // 3).astype(np.int64), ids.shape
+    )
+
+
+def loss(model, task, ids, mask, number):
+    """Random labels of texts, and the loss of a model that is to give them."""
+    random = np.random.default_rng(number)
+    labels = {
+        "sequence_classification": random.integers(0, 3, len(ids)),
+        "multi_label_classification": random.integers(0, 2, (len(ids), 3)).astype(np.float32),
+        "regression": random.normal(size=(len(ids), 3)).astype(np.float32),
+    }.get(task)
+    if labels is None:
+        return {}
+    given = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    with torch.no_grad():
+        out = model(**{name: torch.tensor(array) for name, array in given.items()})
+    return {"labels": labels, "loss": out.loss.numpy()}
 
 
 def make(root):
@@ -121,7 +148,9 @@ def make(root):
         ids = np.where(mask == 1, ids, config.pad_token_id)
         model.save_pretrained(root / name)
         task = name.split("/")[1]
-        np.savez(root / name / "io.npz", ids=ids, mask=mask, out=answer(model, task, ids, mask))
+        io = {"ids": ids, "mask": mask, "types": types(ids)}
+        io |= {"out": answer(model, task, ids, mask), **loss(model, task, ids, mask, number)}
+        np.savez(root / name / "io.npz", **io)
 
 
 def check(root):
