@@ -1,5 +1,6 @@
 """Every family of encoders and every head: packed as unpacked, on any mesh, through a folder."""
 
+import json
 from typing import Any
 
 import jax
@@ -85,20 +86,29 @@ def test_another_head_is_made_anew_and_the_encoder_kept(family, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("mode", "modules", "expected"),
+    ("pooling", "normalize", "modules"),
     [
-        ("pooling_mode_mean_tokens", "sentence_transformers.models.Normalize", ("mean", True)),
-        ("pooling_mode_cls_token", "sentence_transformers.models.Dense", ("cls", False)),
+        ("mean", True, ["Transformer", "Pooling", "Normalize"]),
+        ("cls", False, ["Transformer", "Pooling"]),
     ],
 )
-def test_a_folder_of_sentence_transformers_says_how_it_pools(tmp_path, mode, modules, expected):
-    hub.save(tmp_path / "m", make("bert", "embedding"))
-    (tmp_path / "m/1_Pooling").mkdir()
-    (tmp_path / "m/1_Pooling/config.json").write_text(f'{{"{mode}": true, "pooling_mode_max": 0}}')
-    (tmp_path / "m/modules.json").write_text(f'[{{"type": "{modules}"}}]')
+def test_how_a_vector_is_made_goes_out_and_in(tmp_path, pooling, normalize, modules):
+    made = make("bert", "embedding", pooling=pooling, normalize=normalize)
+    hub.save(tmp_path / "m", made)
+    path = tmp_path / "m/modules.json"
+    found = [row["type"] for row in json.loads(path.read_text())]
+    assert found == [f"sentence_transformers.models.{kind}" for kind in modules]
     where = {"mesh": make_mesh("data=1"), "rules": rules()}
     config = hub.load(tmp_path / "m", **where).model.config
-    assert (config.pooling, config.normalize) == expected
+    assert (config.pooling, config.normalize) == (pooling, normalize)
+    for text, said in (
+        ('[{"type": "sentence_transformers.models.Dense"}]', "module 'Dense'; expected Transf"),
+        ('[{"path": ""}]', "expected a list of objects with 'type'"),
+        ("{", "expected a list of objects with 'type'"),
+    ):
+        path.write_text(text)
+        with pytest.raises(FwError, match=rf"modules\.json: {said}"):
+            hub.load(tmp_path / "m", **where)
     (tmp_path / "m/1_Pooling/config.json").write_text('{"pooling_mode_max_tokens": true}')
     with pytest.raises(FwError, match=r"pools by .*max_tokens.*expected one of pooling_mode_mean"):
         hub.load(tmp_path / "m", **where)

@@ -5,6 +5,7 @@ out. `families` knows which keys a family has, `folder` brings the parameters.
 """
 
 import dataclasses
+import json
 import sys
 import types
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,13 @@ SUPERSEDED = (
     "torch_dtype",  # older spelling of dtype
 )
 """Keys of the source that are not written back."""
+
+MODULES, POOLING = "modules.json", "1_Pooling"
+"""The file and the folder in which sentence-transformers says how a text gets its vector."""
+
+_PACKAGE = "sentence_transformers.models"
+_MODULES = {"Transformer": "", "Pooling": POOLING, "Normalize": "2_Normalize"}
+_POOLINGS = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token"}
 
 
 @dataclass(frozen=True)
@@ -186,16 +194,55 @@ def read_pooling(folder: Path) -> dict[str, Any]:
     Raises:
       FwError: it pools in another way than "mean" or "cls".
     """
-    modules, path = folder / "modules.json", folder / "1_Pooling" / CONFIG
+    modules, path = folder / MODULES, folder / POOLING / CONFIG
     if not path.is_file():
         return {}
     found = read_json(path)
     modes = [key for key, on in found.items() if key.startswith("pooling_mode_") and on is True]
-    names = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+    names = {mode: name for name, mode in _POOLINGS.items()}
     if len(modes) != 1 or modes[0] not in names:
         raise FwError(f"{path}: pools by {shown(modes)}; expected one of {', '.join(names)}")
-    normalize = modules.is_file() and "sentence_transformers.models.Normalize" in read_text(modules)
-    return {"pooling": names[modes[0]], "normalize": normalize}
+    kinds = _kinds(modules) if modules.is_file() else ()
+    return {"pooling": names[modes[0]], "normalize": "Normalize" in kinds}
+
+
+def _kinds(path: Path) -> tuple[str, ...]:
+    """The modules that make a vector, one after another; `FwError` for any that fw does not."""
+    try:
+        rows = json.loads(read_text(path))
+        kinds = tuple(row["type"].rpartition(".")[2] for row in rows)
+    except (ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
+        raise FwError(f"{path}: expected a list of objects with 'type': {error!r}") from error
+    odd = [kind for kind in kinds if kind not in _MODULES or kinds.count(kind) > 1]
+    if odd:
+        raise FwError(
+            f"{path}: module {shown(odd[0])}; expected {', '.join(_MODULES)}, each at most once"
+        )
+    return kinds
+
+
+def write_pooling(folder: Path, config: Any) -> None:
+    """Writes what `read_pooling` reads, and sentence-transformers loads, of an embedding's config.
+
+    >>> import tempfile
+    >>> from fw.models.bert import BertConfig
+    >>> config = BertConfig(9, 8, 1, 2, 8, 0, task="embedding", pooling="cls")
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_pooling(Path(folder), config)
+    ...     read_pooling(Path(folder))
+    {'pooling': 'cls', 'normalize': True}
+    """
+    kinds = [kind for kind in _MODULES if kind != "Normalize" or config.normalize]
+    rows = [
+        {"idx": i, "name": str(i), "path": _MODULES[kind], "type": f"{_PACKAGE}.{kind}"}
+        for i, kind in enumerate(kinds)
+    ]
+    (folder / MODULES).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    modes: dict[str, Any] = {mode: name == config.pooling for name, mode in _POOLINGS.items()}
+    size = config.dim if hasattr(config, "dim") else config.hidden_size  # as DistilBERT has it
+    (folder / POOLING).mkdir()
+    text = json.dumps({"word_embedding_dimension": size, **modes}, indent=2)
+    (folder / POOLING / CONFIG).write_text(f"{text}\n", encoding="utf-8")
 
 
 def check_labels(labels: Sequence[str], where: object) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from fw.errors import FwError
-from fw.hub.config import choose_head, read_config, read_pooling, write_config
+from fw.hub.config import choose_head, read_config, read_pooling, write_config, write_pooling
 from fw.hub.families import Family, family_of
 from fw.hub.files import (
     CONFIG,
@@ -184,6 +184,8 @@ def save(folder: str | Path, loaded: Loaded, *, tokenizer_from: str | Path | Non
             write_tensors(part / WEIGHTS, _tensors(names, host))
             text = json.dumps(config, indent=2, sort_keys=True)
             (part / CONFIG).write_text(f"{text}\n", encoding="utf-8")
+            if model.config.task == "embedding":
+                write_pooling(part, model.config)
             if tokenizer is not None:
                 copy_tokenizer(tokenizer, part)
 
