@@ -9,7 +9,7 @@ from sharding.parallel.experts import experts
 from sharding.parallel.linear import linear, lookup
 from sharding.parallel.pipeline import bubble, pipeline
 from sharding.parallel.ring import ring_attention
-from sharding.parallel.routing import balance_loss, route, z_loss
+from sharding.parallel.routing import balance_loss, route, usage, z_loss
 from sharding.parallel.words import word_losses
 from sharding.place import build, create, gather, put
 from sharding.processes.cluster import Cluster, beat, start
@@ -60,6 +60,7 @@ __all__ = [
     "specs",
     "start",
     "unboxed",
+    "usage",
     "visualize",
     "word_losses",
     "z_loss",

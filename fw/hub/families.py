@@ -166,7 +166,7 @@ FAMILIES: Mapping[str, Family] = types.MappingProxyType(
                 prefix="model.",
                 head=("lm_head.",),
                 buffers=(".rotary_emb.inv_freq",),
-                fixed={"pretraining_tp": 1},
+                fixed={"pretraining_tp": 1, "router_jitter_noise": 0.0},
                 reads=llama.read_config,
                 writes=llama.write_config,
             )

@@ -212,10 +212,11 @@ def _reader(
     names: Sequence[Name], tensors: Tensors, shape: tuple[int, ...], dtype: np.dtype
 ) -> Callable[[tuple[slice, ...]], np.ndarray]:
     """A function that reads a part of a parameter, in our layout, from the files."""
-    lead = len(names[0].entry)
-    of = {name.entry: name for name in names}
+    axes = tuple(i for i, n in enumerate(names[0].entry) if n is not None)  # that tensors lack
+    kept = tuple(i for i in range(len(shape)) if i not in axes)
+    of = {tuple(n for n in name.entry if n is not None): name for name in names}
     for name in names:
-        _check_tensor(tensors[name.tensor], name, shape[lead:])
+        _check_tensor(tensors[name.tensor], name, tuple(shape[i] for i in kept))
 
     def one(name: Name, index: tuple[slice, ...]) -> np.ndarray:
         tensor, (part, parts) = tensors[name.tensor], name.part
@@ -226,13 +227,14 @@ def _reader(
         return block.T if name.transposed else block
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
-        if not lead:
+        if not axes:
             return np.array(one(names[0], index), dtype, order="C")
-        axes = [range(*s.indices(n)) for s, n in zip(index[:lead], shape[:lead], strict=True)]
-        rest = [len(range(*s.indices(n))) for s, n in zip(index[lead:], shape[lead:], strict=True)]
-        found = np.empty((*map(len, axes), *rest), dtype)
-        for place, entry in zip(np.ndindex(*map(len, axes)), product(*axes), strict=True):
-            found[place] = one(of[entry], index[lead:])
+        whole = [range(*s.indices(n)) for s, n in zip(index, shape, strict=True)]
+        found = np.empty([*map(len, whole)], dtype)
+        entries = np.moveaxis(found, axes, range(len(axes)))
+        places = np.ndindex(*entries.shape[: len(axes)])
+        for place, entry in zip(places, product(*(whole[i] for i in axes)), strict=True):
+            entries[place] = one(of[entry], tuple(index[i] for i in kept))
         return found
 
     return read
@@ -258,7 +260,7 @@ def _tensors(names: Sequence[Name], host: Mapping[str, np.ndarray]) -> dict[str,
     """The parameters as the files have them."""
     parts: dict[str, dict[int, np.ndarray]] = {}
     for name in names:
-        own = host[f"params/{name.path}"][name.entry]
+        own = host[f"params/{name.path}"][name.index]
         parts.setdefault(name.tensor, {})[name.part[0]] = own.T if name.transposed else own
     return {
         tensor: np.concatenate([own[i] for i in sorted(own)]) if len(own) > 1 else own[0]

@@ -18,7 +18,7 @@ from fw import precision
 from fw.errors import FwError
 from fw.models.layers import gelu
 from sharding.parallel.experts import experts
-from sharding.parallel.routing import Load, balance_loss, route, z_loss
+from sharding.parallel.routing import Load, Usage, balance_loss, route, usage, z_loss
 
 ACTIVATIONS = ("swiglu", "gelu")
 AXES = {"up": ("experts", "embed", None, "mlp"), "down": ("experts", "mlp", "embed")}
@@ -69,11 +69,13 @@ class ExpertsAux:
       balance: scalar, 1 if the experts are used evenly; to be added to the loss, times 0.01 or so.
       z: scalar, the mean squared log of the router's normaliser; times 0.001 or so.
       load: what each expert computed and what was dropped, for the log.
+      usage: what `balance` is made of, for a loss of several layers together.
     """
 
     balance: jax.Array
     z: jax.Array
     load: Load
+    usage: Usage
 
 
 class Experts(nnx.Module):
@@ -115,7 +117,8 @@ class Experts(nnx.Module):
             group=config.group,
             operands=precision.operands(),
         )
-        return y, ExpertsAux(balance_loss(routing), z_loss(routing), load)
+        used = usage(routing)
+        return y, ExpertsAux(balance_loss(used), z_loss(routing), load, used)
 
 
 def mlp(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:

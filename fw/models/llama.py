@@ -1,8 +1,9 @@
-"""Llama and what is built like it (Touvron et al. 2023, arXiv:2302.13971): Mistral, Qwen2, Qwen3.
+"""Llama and what is built like it (Touvron et al. 2023, arXiv:2302.13971): Mistral, Qwen, Mixtral.
 
-RMS norms before each sublayer, rotary positions, gated MLPs, keys and values shared by groups of
-heads. The families differ in a few switches, which their `config.json` or their name tells. Layers
-are one scanned stack; rows may hold several texts, and a token sees those before it in its own.
+RMS norms before each sublayer, rotary positions, gated MLPs or experts, keys and values shared by
+groups of heads. The families differ in a few switches, which their `config.json` or their name
+tells. Layers are one scanned stack; rows may hold several texts, and a token sees those before it
+in its own.
 """
 
 import dataclasses
@@ -20,7 +21,8 @@ from flax import nnx
 from fw.errors import FwError
 from fw.model import Batch, Model, from_nnx
 from fw.models import names
-from fw.models.cache import Cache, empty_cache
+from fw.models.cache import EMPTY, Cache, empty_cache
+from fw.models.experts import Experts, ExpertsConfig
 from fw.models.heads import word_logits, words
 from fw.models.layers import (
     Dense,
@@ -36,13 +38,14 @@ from fw.models.layers import (
 )
 from fw.models.names import Name
 from fw.models.stack import Stack
-from sharding import constrain
+from sharding import balance_loss, constrain
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
 }
 """transformers' class by `model_type`."""
 
@@ -83,6 +86,9 @@ class LlamaConfig:
     original_max_position_embeddings: int = field(default=8192, metadata=_FREE)
     initializer_range: float = 0.02
     hidden_act: str = "silu"
+    num_local_experts: int | None = None
+    num_experts_per_tok: int = 2
+    router_aux_loss_coef: float = 0.001
     microbatches: int = 1
     remat: str | None = None
     scan: bool = True
@@ -115,6 +121,14 @@ class LlamaConfig:
             raise FwError(f"head_dim {self.size} is odd: rotary positions turn pairs")
         if self.sliding_window is not None and self.sliding_window < 1:
             raise FwError(f"sliding_window {self.sliding_window}: expected 1 or more, or none")
+        if (self.model_type == "mixtral") != (self.num_local_experts is not None):
+            raise FwError(
+                f"num_local_experts {self.num_local_experts}: expected a number of experts for "
+                f"mixtral and none for the others, not for {self.model_type}"
+            )
+        if self.num_local_experts and self.mlp_bias:
+            raise FwError("mlp_bias: experts have no biases")
+        _ = self.experts  # its own checks
         if self.rope_theta <= 0 or self.rope_factor <= 0:
             raise FwError("rope_theta and factor: expected more than 0")
         if self.rope_type == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
@@ -152,6 +166,15 @@ class LlamaConfig:
     def head_norms(self) -> bool:
         """Whether each head's query and key are normalised."""
         return self.model_type == "qwen3"
+
+    @property
+    def experts(self) -> ExpertsConfig | None:
+        """What a layer has in place of an MLP: Mixtral's experts, none of which drops a token."""
+        if self.num_local_experts is None:
+            return None
+        number, chosen = self.num_local_experts, self.num_experts_per_tok
+        std = self.initializer_range
+        return ExpertsConfig(number, chosen, self.hidden_size, self.intermediate_size, std=std)
 
     @property
     def window(self) -> int | None:
@@ -231,22 +254,33 @@ class Mlp(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """Attention and MLP, each of the normalised input and added to it."""
+    """Attention and MLP or experts, each of the normalised input and added to it.
+
+    With experts it returns also what use was made of them, but when it extends a cache.
+    """
 
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
         self.attention_norm = RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps)
         self.attention = Attention(config, rngs)
         self.mlp_norm = RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps)
-        self.mlp = Mlp(config, rngs)
+        self.mlp = Experts(config.experts, rngs) if config.experts else Mlp(config, rngs)
 
     def __call__(
-        self, x: jax.Array, seen: jax.Array, turn: Any, key: Any = None, cache: Any = None
+        self, x: jax.Array, seen: jax.Array, turn: Any, real: Any, key: Any = None, cache: Any = None
     ) -> Any:
         y = self.attention(self.attention_norm(x), seen, turn, cache)
         y, cache = (y, None) if cache is None else y
         x = x + y
-        x = constrain(x + self.mlp(self.mlp_norm(x)), "batch", "length", "embed")
-        return x if cache is None else (x, cache)
+        y, used = self.mlp_norm(x), None
+        if isinstance(self.mlp, Experts):
+            y, aux = self.mlp(y, real)
+            used = aux.usage
+        else:
+            y = self.mlp(y)
+        x = constrain(x + y, "batch", "length", "embed")
+        if cache is not None:
+            return x, cache
+        return x if used is None else (x, used)
 
 
 class Llama(nnx.Module):
@@ -260,6 +294,7 @@ class Llama(nnx.Module):
             config.num_hidden_layers,
             microbatches=config.microbatches,
             remat=config.remat,
+            has_aux=config.experts is not None,
             scan=config.scan,
             rngs=rngs,
         )
@@ -274,11 +309,22 @@ class Llama(nnx.Module):
         x = constrain(self.word(batch["input_ids"]), "batch", "length", "embed")
         turn = rotary(jnp.maximum(positions, 0), speeds(config), x.dtype)
         if (cache := batch.get("cache")) is None:
-            seen = visible(batch["segment_ids"], x.dtype, causal=True, window=config.window)
-            return words(self.norm(self.stack(x, seen, turn)), table, batch)
+            segments = batch["segment_ids"]
+            seen = visible(segments, x.dtype, causal=True, window=config.window)
+            if config.experts is None:
+                return words(self.norm(self.stack(x, seen, turn, None)), table, batch)
+            x, used = self.stack(x, seen, turn, segments > 0)
+            found = words(self.norm(x), table, batch)
+            if isinstance(found, dict):
+                # transformers' loss is not divided by the experts a token, as ours is; and it takes
+                # all layers for one, so `used` is summed over them first, not the losses.
+                scale = config.router_aux_loss_coef * config.num_experts_per_tok
+                found["aux"] = (scale * balance_loss(used)).astype(x.dtype)
+            return found
         cache = cache.begin(positions)
         seen = cache.bias(positions, x.dtype, config.window)
-        x, cache = self.stack.extend(x, cache, seen, turn)
+        real = None if config.experts is None else positions != EMPTY
+        x, cache = self.stack.extend(x, cache, seen, turn, real)
         x = self.norm(x[:, -batch["last"] :])
         return {"logits": word_logits(x, table), "cache": cache.end(positions.shape[1])}
 
@@ -287,8 +333,9 @@ def llama(config: LlamaConfig) -> Model:
     """The model record of a Llama.
 
     `apply` takes [B, L] `input_ids`, `segment_ids` and `position_ids`, and returns the logits of
-    each token's successor, [B, L, vocab_size], or with `targets` what `words` does. With a `cache`
-    instead of `segment_ids`, it goes on behind what that holds, and returns the `logits` of the
+    each token's successor, [B, L, vocab_size], or with `targets` what `words` does and, of a
+    Mixtral, `aux`: `router_aux_loss_coef` times what transformers adds to its loss if told
+    `output_router_logits`, which is small where experts are used evenly. With a `cache` instead of `segment_ids`, it goes on behind what that holds, and returns the `logits` of the
     `last` tokens and the `cache`.
 
     >>> model = llama(LlamaConfig(30, 8, 2, 2, 16, num_key_value_heads=1))
@@ -326,12 +373,28 @@ def hf_names(config: LlamaConfig) -> Iterator[Name]:
         out = f"{theirs}.self_attn.o_proj"
         yield from names.dense(f"{ours}/attention/out", out, bias=config.out_bias, **at)
         yield from names.norm(f"{ours}/mlp_norm", f"{theirs}.post_attention_layernorm", **rms)
+        if config.experts:
+            yield from _expert_names(config, f"{ours}/mlp", theirs, at.get("entry", ()))
+            continue
         for name in ("gate", "up", "down"):
             lin = f"{theirs}.mlp.{name}_proj"
             yield from names.dense(f"{ours}/mlp/{name}", lin, bias=config.mlp_bias, **at)
     yield from names.norm("norm", "model.norm", bias=False)
     if not config.tie_word_embeddings:
         yield from names.table("head", "lm_head")
+
+
+def _expert_names(
+    config: LlamaConfig, ours: str, theirs: str, at: tuple[int, ...]
+) -> Iterator[Name]:
+    """A tensor for each matrix of each expert; our `up` holds the gate, w1, and w3."""
+    moe = f"{theirs}.block_sparse_moe"
+    yield Name(f"{ours}/router", f"{moe}.gate.weight", True, at)
+    for e in range(config.num_local_experts or 0):
+        expert = f"{moe}.experts.{e}"
+        yield Name(f"{ours}/up", f"{expert}.w1.weight", True, (*at, e, None, 0))
+        yield Name(f"{ours}/up", f"{expert}.w3.weight", True, (*at, e, None, 1))
+        yield Name(f"{ours}/down", f"{expert}.w2.weight", True, (*at, e))
 
 
 _SCALING = {
@@ -351,6 +414,13 @@ _ASSUMED: dict[str, dict[str, Any]] = {
     },
     "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32_768},
     "qwen3": {"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32_768},
+    "mixtral": {
+        "num_key_value_heads": 8,
+        "num_local_experts": 8,
+        "max_position_embeddings": 131_072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+    },
 }
 """What transformers takes for keys that a `config.json` lacks, where it is not `LlamaConfig`'s."""
 
@@ -384,7 +454,8 @@ def read_config(source: Mapping[str, Any]) -> dict[str, Any]:
     kinds = {str(t) for t in types} if isinstance(types, list) else set()
     if len(kinds) > 1 or kinds - {"full_attention", "sliding_attention"}:
         raise FwError(f"layer_types: layers of different kinds are not supported: {shown(kinds)}")
-    slides = kinds == {"sliding_attention"} if kinds else source.get("model_type") == "mistral"
+    always = source.get("model_type") in ("mistral", "mixtral")
+    slides = kinds == {"sliding_attention"} if kinds else always
     if not slides:
         found["sliding_window"] = None
         if source.get("use_sliding_window") and not kinds:
@@ -410,6 +481,9 @@ def write_config(config: LlamaConfig) -> dict[str, Any]:
         found["mlp_bias"] = config.mlp_bias
     else:
         found["sliding_window"] = config.sliding_window
+    if config.model_type == "mixtral":
+        routed = ("num_local_experts", "num_experts_per_tok", "router_aux_loss_coef")
+        found |= {name: getattr(config, name) for name in routed}
     if config.model_type.startswith("qwen"):
         slides = config.sliding_window is not None
         kind = "sliding_attention" if slides else "full_attention"

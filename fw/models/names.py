@@ -16,7 +16,8 @@ class Name:
       path: of our parameter, below "params".
       tensor: their name.
       transposed: torch keeps a linear layer's weight as [out, in]; ours is [in, out].
-      entry: indices into the leading axes of ours, of which the tensor has none: a layer's, say.
+      entry: indices into axes of ours that the tensor lacks: a layer's, say. None for an axis
+        before them that it has: (3, 5, None, 0) of [layers, experts, in, 2, out] is [in, out].
       part: (i, n) if theirs is n equal parts, one after another along its first axis, and this is
         the i-th.
     """
@@ -24,8 +25,13 @@ class Name:
     path: str
     tensor: str
     transposed: bool = False
-    entry: tuple[int, ...] = ()
+    entry: tuple[int | None, ...] = ()
     part: tuple[int, int] = (0, 1)
+
+    @property
+    def index(self) -> tuple[int | slice, ...]:
+        """`entry` as numpy takes it."""
+        return tuple(slice(None) if i is None else i for i in self.entry)
 
 
 def dense(path: str, tensor: str, *, bias: bool = True, **more) -> Iterator[Name]:

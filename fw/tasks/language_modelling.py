@@ -20,7 +20,8 @@ def word_loss(outputs: dict[str, jax.Array], batch: Batch) -> tuple[jax.Array, j
     """Σ -log p(target), and how many targets there are.
 
     Args:
-      outputs: of a model that was given `targets`: `losses` [B, L].
+      outputs: of a model that was given `targets`: `losses` [B, L]; a model of experts adds `aux`,
+        a scalar that training adds to the mean loss, and so to the sum as often as it has targets.
       batch: holds `targets` int32 [B, L], `IGNORE` where a token does not count.
 
     >>> losses = jnp.array([[0.5, 0.25, 0.0]])
@@ -28,7 +29,9 @@ def word_loss(outputs: dict[str, jax.Array], batch: Batch) -> tuple[jax.Array, j
     (Array(0.75, dtype=float32), Array(2., dtype=float32))
     """
     losses = outputs["losses"]
-    return jnp.sum(losses), jnp.sum(batch["targets"] != IGNORE, dtype=losses.dtype)
+    weight = jnp.sum(batch["targets"] != IGNORE, dtype=losses.dtype)
+    total = jnp.sum(losses)
+    return (total + outputs["aux"] * weight if "aux" in outputs else total), weight
 
 
 def causal_lm(labels: tuple[str, ...] = ()) -> Task:
@@ -55,7 +58,8 @@ def _words(name: str, labels: tuple[str, ...]) -> Task:
 
     def count(outputs: dict[str, jax.Array], batch: Batch) -> dict[str, Any]:
         hits = jnp.sum(outputs["hits"], dtype=jnp.float32)
-        total, weight = (x.astype(jnp.float32) for x in word_loss(outputs, batch))
+        told = {"losses": outputs["losses"]}  # a likelihood has no aux
+        total, weight = (x.astype(jnp.float32) for x in word_loss(told, batch))
         return {"loss": metrics.Mean(total, weight), "hits": metrics.Mean(hits, weight)}
 
     def summarise(counts: dict[str, Any]) -> Summary:

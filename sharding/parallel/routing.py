@@ -134,7 +134,36 @@ def counts(experts: jax.Array, number: int, where: jax.Array | None = None) -> j
     return jnp.sum(hit, tuple(range(experts.ndim)), dtype=jnp.int32)
 
 
-def balance_loss(routing: Routing) -> jax.Array:
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Usage:
+    """How often each expert was chosen, and how likely it was; adds up over layers and batches.
+
+    Attributes:
+        choices: [experts], how many tokens chose each; no gradient.
+        probabilities: [experts], the sum over tokens of the probability of each.
+        tokens: scalar, how many there were, masked ones not counted.
+    """
+
+    choices: jax.Array
+    probabilities: jax.Array
+    tokens: jax.Array
+
+
+def usage(routing: Routing) -> Usage:
+    """What `balance_loss` looks at, of all tokens of all devices.
+
+    >>> usage(route(jnp.zeros((6, 3)), 1))
+    Usage(choices=Array([6., 0., 0.], dtype=float32), \
+probabilities=Array([2., 2., 2.], dtype=float32), tokens=Array(6., dtype=float32))
+    """
+    real = _real(routing)
+    choices = counts(routing.experts, routing.number).astype(real.dtype)
+    rows = tuple(range(real.ndim))
+    return Usage(choices, jnp.sum(routing.probabilities * real[..., None], rows), jnp.sum(real))
+
+
+def balance_loss(used: Routing | Usage) -> jax.Array:
     """The loss that is 1 where experts are used evenly (Switch Transformer, eq. 4–6).
 
     E Σₑ fₑ Pₑ with fₑ the share of choices that fell on e, which has no gradient, and Pₑ the mean
@@ -142,7 +171,9 @@ def balance_loss(routing: Routing) -> jax.Array:
     k. Add it to the loss of the task with a small factor, such as 0.01.
 
     Args:
-        routing: of `route`; all tokens of all devices count as one batch.
+        used: of `route`; all tokens of all devices count as one batch. Or the sum of several
+            layers' `usage`, which counts them as one layer: where one uses much what another uses
+            little, the mean of their own losses is larger.
 
     Returns:
         A scalar: 1 if balanced, up to the number of experts if all tokens choose one.
@@ -150,11 +181,11 @@ def balance_loss(routing: Routing) -> jax.Array:
     >>> balance_loss(route(jnp.eye(4) * 9, 1))
     Array(1., dtype=float32)
     """
-    real, number = _real(routing), routing.number
-    share = counts(routing.experts, number).astype(real.dtype) / routing.experts.shape[-1]
-    rows = tuple(range(real.ndim))
-    mean = jnp.sum(routing.probabilities * real[..., None], rows)
-    return number * jnp.sum(share * mean) / jnp.square(jnp.maximum(jnp.sum(real), 1))
+    used = usage(used) if isinstance(used, Routing) else used
+    one = jnp.ones((), used.tokens.dtype)
+    share = used.choices / jnp.maximum(jnp.sum(used.choices), one)
+    mean = used.probabilities / jnp.maximum(used.tokens, one)
+    return used.choices.size * jnp.sum(share * mean)
 
 
 def z_loss(routing: Routing) -> jax.Array:
