@@ -29,7 +29,7 @@ from fw.tasks import make_task
 from sharding import make_mesh, put, rules, scope
 
 BENCH = Path(__file__).parent
-MESHES = ("data=1", "data=2,fsdp=2,tensor=2")
+MESHES = ("data=1", "fsdp=2,expert=2,tensor=2")
 
 
 def main() -> int:
@@ -84,18 +84,27 @@ def read(folder: Path) -> dict[str, float]:
         out = np.asarray(out)
         per_token = loaded.model.config.task not in (*PROBLEMS, "embedding")
         got, want = (out[mask == 1], io["out"][mask == 1]) if per_token else (out[:, 0], io["out"])
-        found[spec] = max(float(np.abs(got - want).max()), loss_error(loaded, out, io))
+        found[spec] = max(float(np.abs(got - want).max()), loss_error(loaded, batch, out, io))
     hub.save(folder / "again", loaded)
     return found
 
 
-def loss_error(loaded: hub.Loaded, out: np.ndarray, io: Any) -> float:
-    """How far the loss of texts is from the peer's; 0 for other tasks."""
+def loss_error(loaded: hub.Loaded, batch: Any, out: np.ndarray, io: Any) -> float:
+    """How far the loss of texts or of next words is from the peer's; 0 for other tasks."""
     if "loss" not in io:
         return 0.0
+    task = make_task(loaded.model.config.task, loaded.labels)
+    if task.name == "causal_lm":  # with that of the routers, if there are any
+        after = np.where(io["labels"][:, 1:] < 0, data.IGNORE, io["labels"][:, 1:])
+        after = np.pad(after, ((0, 0), (0, 1)), constant_values=data.IGNORE).astype(np.int32)
+        assert loaded.mesh is not None and loaded.rules is not None
+        with scope(loaded.mesh, loaded.rules):
+            given = put({**batch, "targets": after}, loaded.mesh, loaded.rules)
+            told: Any = jax.jit(loaded.model.apply)(loaded.variables, given)[0]
+            total, weight = task.loss(told, given)
+        return abs(float(total / weight) - float(io["loss"]))
     labels = io["labels"][:, None]
     numbers = np.float32 if loaded.model.config.task == "regression" else np.int32
-    task = make_task(loaded.model.config.task, loaded.labels)
     total, weight = task.loss(jnp.asarray(out), {"labels": jnp.asarray(labels.astype(numbers))})
     return abs(float(total / weight) - float(io["loss"]))
 

@@ -72,7 +72,13 @@ DECODERS = {
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen2-slides": ("Qwen2", SLIDES),
     "qwen3": ("Qwen3", {"head_dim": 16}),
-}
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "router_aux_loss_coef": 1.0}),
+    "mixtral-slides": (
+        "Mixtral",
+        {"num_local_experts": 6, "num_experts_per_tok": 3, "router_aux_loss_coef": 0.5,
+         "sliding_window": 4, "tie_word_embeddings": True, "head_dim": 16},
+    ),
+}  # fmt: skip
 
 
 def cases():
@@ -120,18 +126,20 @@ def types(ids):
 
 
 def loss(model, task, ids, mask, number):
-    """Random labels of texts, and the loss of a model that is to give them."""
+    """Random labels of texts, or their own words, and the loss of a model that is to give them."""
     random = np.random.default_rng(number)
     labels = {
         "sequence_classification": random.integers(0, 3, len(ids)),
         "multi_label_classification": random.integers(0, 2, (len(ids), 3)).astype(np.float32),
         "regression": random.normal(size=(len(ids), 3)).astype(np.float32),
+        "causal_lm": np.where(mask == 1, ids, -100),
     }.get(task)
     if labels is None:
         return {}
     given = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    routed = {"output_router_logits": True} if hasattr(model, "router_aux_loss_coef") else {}
     with torch.no_grad():
-        out = model(**{name: torch.tensor(array) for name, array in given.items()})
+        out = model(**{name: torch.tensor(array) for name, array in given.items()}, **routed)
     return {"labels": labels, "loss": out.loss.numpy()}
 
 
