@@ -23,6 +23,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "mistral": {"num_key_value_heads": 2, "sliding_window": 4},
     "qwen2": {"num_key_value_heads": 2, "tie_word_embeddings": True},
     "qwen3": {"num_key_value_heads": 4, "head_dim": 8},
+    "mixtral": {"num_key_value_heads": 2, "num_local_experts": 4},
 }  # fmt: skip
 
 
@@ -149,6 +150,13 @@ def test_a_folder_that_asks_for_more_is_refused(source, said, tmp_path):
             "expected the first less than the second",
         ),
         ({"rope_theta": 0.0}, "rope_theta and factor: expected more than 0"),
+        ({"num_local_experts": 4}, "num_local_experts 4: expected .* none .* not for llama"),
+        ({"model_type": "mixtral"}, "num_local_experts None: expected a number of experts"),
+        (
+            {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 5},
+            "num_experts_per_tok 5: expected 1 to num_local_experts 4",
+        ),
+        ({"model_type": "mixtral", "num_local_experts": 4, "mlp_bias": True}, "mlp_bias: experts"),
     ],
 )
 def test_a_config_that_cannot_be_computed_is_refused(changes, said):

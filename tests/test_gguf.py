@@ -23,7 +23,7 @@ LAYER = {
     "attention_norm": "attn_norm", "mlp_norm": "ffn_norm", "attention/query": "attn_q",
     "attention/key": "attn_k", "attention/value": "attn_v", "attention/out": "attn_output",
     "attention/query_norm": "attn_q_norm", "attention/key_norm": "attn_k_norm",
-    "mlp/gate": "ffn_gate", "mlp/up": "ffn_up", "mlp/down": "ffn_down",
+    "mlp/gate": "ffn_gate", "mlp/up": "ffn_up", "mlp/down": "ffn_down", "mlp": "ffn_gate_inp",
 }  # fmt: skip
 KINDS = {
     "llama": {"tie_word_embeddings": True},
@@ -31,6 +31,7 @@ KINDS = {
                 "original_max_position_embeddings": 8192},
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", "head_dim": 32},
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 3},
 }  # fmt: skip
 TYPE = gguf.GGMLQuantizationType
 
@@ -81,8 +82,11 @@ def add_tokenizer(out):
 def write(path, loaded, quantised=TYPE.F32, scaling=None):
     """As llama.cpp's converter writes a Llama: pairs of a head side by side, and so on."""
     config = loaded.model.config
-    name = config.model_type
+    name = "llama" if config.experts else config.model_type
     out = gguf.GGUFWriter(path, name)
+    if config.experts:
+        out.add_expert_count(config.experts.number)
+        out.add_expert_used_count(config.experts.chosen)
     out.add_block_count(config.num_hidden_layers)
     out.add_context_length(config.positions)
     out.add_embedding_length(config.hidden_size)
@@ -98,15 +102,20 @@ def write(path, loaded, quantised=TYPE.F32, scaling=None):
         out.add_tensor("rope_freqs.weight", (speeds(plain) / speeds(config)).astype(np.float32))
 
     def add(name, array):
-        if array.ndim == 2 and quantised != TYPE.F32:
+        if array.ndim > 1 and quantised != TYPE.F32:
             packed = gguf.quantize(array, quantised)
             out.add_tensor(name, packed, raw_dtype=quantised)
         else:
             out.add_tensor(name, np.ascontiguousarray(array))
 
+    stacks: dict[str, list[np.ndarray]] = {}
     for n in hf_names(config):
-        array = np.asarray(dig(loaded.variables["params"], n.path))[n.entry]
+        array = np.asarray(dig(loaded.variables["params"], n.path))[n.index]
         array = array.T if n.transposed else array
+        if ".experts." in n.tensor:
+            part = {"w1": "ffn_gate", "w2": "ffn_down", "w3": "ffn_up"}[n.tensor.split(".")[-2]]
+            stacks.setdefault(f"blk.{n.entry[0]}.{part}_exps.weight", []).append(array)
+            continue
         own, leaf = n.path.rsplit("/", 1)
         kind = "bias" if leaf == "bias" else "weight"
         if own in NAMES:
@@ -118,6 +127,8 @@ def write(path, loaded, quantised=TYPE.F32, scaling=None):
             halves = array.reshape(heads, 2, config.size // 2, *array.shape[1:])
             array = halves.swapaxes(1, 2).reshape(array.shape)
         add(f"blk.{n.entry[0]}.{LAYER[part]}.{kind}", array)
+    for stacked, arrays in stacks.items():
+        add(stacked, np.stack(arrays))
     if scaling:
         out.add_string(f"{name}.rope.scaling.type", scaling)
     out.write_header_to_file()
@@ -142,7 +153,8 @@ def test_a_file_is_the_model_that_it_was_written_from(kind, tmp_path):
         jax.tree.map(np.testing.assert_array_equal, again.variables, made.variables)
     told, config = made.model.config, again.model.config
     for name in ("rms_norm_eps", "rope_theta", "rope_type", "rope_factor", "tie_word_embeddings",
-                 "key_heads", "size", "positions", "qkv_bias", "head_norms"):  # fmt: skip
+                 "key_heads", "size", "positions", "qkv_bias", "head_norms", "experts",
+                 "model_type"):  # fmt: skip
         assert getattr(config, name) == getattr(told, name), name
 
 

@@ -32,6 +32,8 @@ _KEYS = {
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "rope.freq_base": "rope_theta",
     "attention.sliding_window": "sliding_window",
+    "expert_count": "num_local_experts",
+    "expert_used_count": "num_experts_per_tok",
 }
 _TENSORS = {
     "token_embd": "model.embed_tokens",
@@ -48,7 +50,12 @@ _TENSORS = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "block_sparse_moe.gate",
+    "ffn_gate_exps": "block_sparse_moe.experts.{}.w1",
+    "ffn_up_exps": "block_sparse_moe.experts.{}.w3",
+    "ffn_down_exps": "block_sparse_moe.experts.{}.w2",
 }
+"""transformers' names; a `{}` stands for each expert of a stack of them."""
 _FREQUENCIES = "rope_freqs.weight"
 _LLAMA3 = {
     "rope_type": "llama3",
@@ -138,7 +145,7 @@ def gguf_file(place: Path) -> Path | None:
 
 
 def open_gguf(path: Path) -> Gguf:
-    """Opens a file of llama.cpp: a Llama, Mistral, Qwen2 or Qwen3.
+    """Opens a file of llama.cpp: a Llama, Mistral, Mixtral, Qwen2 or Qwen3.
 
     Raises:
       FwError: it cannot be read, is cut off, or holds another architecture.
@@ -161,6 +168,13 @@ def open_gguf(path: Path) -> Gguf:
         if len(shape) != tensor.data.ndim or (len(shape) == 1 and tensor.data.dtype == np.uint8):
             raise FwError(f"{path}: tensor {tensor.name!r} {shape} is packed in a way unknown here")
         kind, data = tensor.tensor_type, tensor.data
+        if "{}" in name:
+            if len(shape) != 3:
+                raise FwError(f"{path}: tensor {tensor.name!r} {shape} is no stack of experts")
+            for number, own in enumerate(data):
+                one = name.format(number)
+                found[one] = GgufTensor(one, path, shape[1:], "F32", own, kind)
+            continue
         found[name] = GgufTensor(name, path, shape, "F32", data, kind, swapped)
     if (table := found.get("model.embed_tokens.weight")) is not None:
         config["vocab_size"] = table.shape[0]
@@ -182,8 +196,14 @@ def _config(path: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
             value = float(str(np.float32(value)))  # it was stored so: 1e-5, not 9.99999975e-06
         if value is not None:
             config[ours] = value
-    sliding = name == "llama" and "sliding_window" in config
-    config["model_type"] = model_type = "mistral" if sliding else name
+    if not config.get("num_local_experts"):  # 0 says that it has none
+        config.pop("num_local_experts", None)
+    model_type = name
+    if name == "llama" and "num_local_experts" in config:
+        model_type = "mixtral"
+    elif name == "llama" and "sliding_window" in config:
+        model_type = "mistral"
+    config["model_type"] = model_type
     config["architectures"] = [ARCHITECTURES[model_type]]
     scaling = f"{name}.rope.scaling"
     kind = fields.get(f"{scaling}.type", "none")

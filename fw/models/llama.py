@@ -128,7 +128,11 @@ class LlamaConfig:
             )
         if self.num_local_experts and self.mlp_bias:
             raise FwError("mlp_bias: experts have no biases")
-        _ = self.experts  # its own checks
+        if not 1 <= self.num_experts_per_tok <= (self.num_local_experts or math.inf):
+            raise FwError(
+                f"num_experts_per_tok {self.num_experts_per_tok}: expected 1 to num_local_experts "
+                f"{self.num_local_experts}"
+            )
         if self.rope_theta <= 0 or self.rope_factor <= 0:
             raise FwError("rope_theta and factor: expected more than 0")
         if self.rope_type == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
