@@ -150,8 +150,11 @@ def test_a_folder_that_asks_for_more_is_refused(source, said, tmp_path):
             "expected the first less than the second",
         ),
         ({"rope_theta": 0.0}, "rope_theta and factor: expected more than 0"),
-        ({"num_local_experts": 4}, "num_local_experts 4: expected .* none .* not for llama"),
-        ({"model_type": "mixtral"}, "num_local_experts None: expected a number of experts"),
+        (
+            {"num_local_experts": 4},
+            "num_local_experts 4 of a llama: expected .* none for the others",
+        ),
+        ({"model_type": "mixtral"}, "num_local_experts None of a mixtral: expected a number"),
         (
             {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 5},
             "num_experts_per_tok 5: expected 1 to num_local_experts 4",

@@ -124,8 +124,7 @@ def write(path, loaded, quantised=TYPE.F32, scaling=None):
         part = own.removeprefix("stack/layers/")
         if name == "llama" and part in ("attention/query", "attention/key"):
             heads = config.num_attention_heads if part.endswith("query") else config.key_heads
-            halves = array.reshape(heads, 2, config.size // 2, *array.shape[1:])
-            array = halves.swapaxes(1, 2).reshape(array.shape)
+            array = side_by_side(array, heads, config.size)
         add(f"blk.{n.entry[0]}.{LAYER[part]}.{kind}", array)
     for stacked, arrays in stacks.items():
         add(stacked, np.stack(arrays))
@@ -135,6 +134,12 @@ def write(path, loaded, quantised=TYPE.F32, scaling=None):
     out.write_kv_data_to_file()
     out.write_tensors_to_file()
     out.close()
+
+
+def side_by_side(array, heads, size):
+    """Rows that rotary positions turn together, as neighbours."""
+    halves = array.reshape(heads, 2, size // 2, *array.shape[1:])
+    return halves.swapaxes(1, 2).reshape(array.shape)
 
 
 def dig(tree, path):

@@ -121,18 +121,6 @@ class LlamaConfig:
             raise FwError(f"head_dim {self.size} is odd: rotary positions turn pairs")
         if self.sliding_window is not None and self.sliding_window < 1:
             raise FwError(f"sliding_window {self.sliding_window}: expected 1 or more, or none")
-        if (self.model_type == "mixtral") != (self.num_local_experts is not None):
-            raise FwError(
-                f"num_local_experts {self.num_local_experts}: expected a number of experts for "
-                f"mixtral and none for the others, not for {self.model_type}"
-            )
-        if self.num_local_experts and self.mlp_bias:
-            raise FwError("mlp_bias: experts have no biases")
-        if not 1 <= self.num_experts_per_tok <= (self.num_local_experts or math.inf):
-            raise FwError(
-                f"num_experts_per_tok {self.num_experts_per_tok}: expected 1 to num_local_experts "
-                f"{self.num_local_experts}"
-            )
         if self.rope_theta <= 0 or self.rope_factor <= 0:
             raise FwError("rope_theta and factor: expected more than 0")
         if self.rope_type == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
@@ -140,6 +128,19 @@ class LlamaConfig:
                 f"low_freq_factor {self.low_freq_factor} and high_freq_factor "
                 f"{self.high_freq_factor}: expected the first less than the second"
             )
+        self._check_experts()
+
+    def _check_experts(self):
+        number, chosen = self.num_local_experts, self.num_experts_per_tok
+        if (self.model_type == "mixtral") != (number is not None):
+            raise FwError(
+                f"num_local_experts {number} of a {self.model_type}: expected a number of experts "
+                "for mixtral, and none for the others"
+            )
+        if number is not None and not 1 <= chosen <= number:
+            raise FwError(f"num_experts_per_tok {chosen}: expected 1 to num_local_experts {number}")
+        if number is not None and self.mlp_bias:
+            raise FwError("mlp_bias: experts have no biases")
 
     @property
     def positions(self) -> int:
@@ -260,7 +261,8 @@ class Mlp(nnx.Module):
 class Layer(nnx.Module):
     """Attention and MLP or experts, each of the normalised input and added to it.
 
-    With experts it returns also what use was made of them, but when it extends a cache.
+    `real`, bool [B, L], keeps padding from experts; of these it returns the `Usage` besides, where
+    there is no cache to return.
     """
 
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
@@ -270,21 +272,23 @@ class Layer(nnx.Module):
         self.mlp = Experts(config.experts, rngs) if config.experts else Mlp(config, rngs)
 
     def __call__(
-        self, x: jax.Array, seen: jax.Array, turn: Any, real: Any, key: Any = None, cache: Any = None
+        self,
+        x: jax.Array,
+        seen: jax.Array,
+        turn: Any,
+        real: Any,
+        key: Any = None,
+        cache: Any = None,
     ) -> Any:
         y = self.attention(self.attention_norm(x), seen, turn, cache)
         y, cache = (y, None) if cache is None else y
         x = x + y
-        y, used = self.mlp_norm(x), None
-        if isinstance(self.mlp, Experts):
-            y, aux = self.mlp(y, real)
-            used = aux.usage
-        else:
-            y = self.mlp(y)
+        y = self.mlp_norm(x)
+        y, aux = self.mlp(y, real) if isinstance(self.mlp, Experts) else (self.mlp(y), None)
         x = constrain(x + y, "batch", "length", "embed")
         if cache is not None:
             return x, cache
-        return x if used is None else (x, used)
+        return x if aux is None else (x, aux.usage)
 
 
 class Llama(nnx.Module):
@@ -337,10 +341,10 @@ def llama(config: LlamaConfig) -> Model:
     """The model record of a Llama.
 
     `apply` takes [B, L] `input_ids`, `segment_ids` and `position_ids`, and returns the logits of
-    each token's successor, [B, L, vocab_size], or with `targets` what `words` does and, of a
-    Mixtral, `aux`: `router_aux_loss_coef` times what transformers adds to its loss if told
-    `output_router_logits`, which is small where experts are used evenly. With a `cache` instead of `segment_ids`, it goes on behind what that holds, and returns the `logits` of the
-    `last` tokens and the `cache`.
+    each token's successor, [B, L, vocab_size], or with `targets` what `words` does; a Mixtral adds
+    the scalar `aux`, what transformers adds to the mean loss if told `output_router_logits`. With a
+    `cache` instead of `segment_ids`, it goes on behind what that holds, and returns the `logits` of
+    the `last` tokens and the `cache`.
 
     >>> model = llama(LlamaConfig(30, 8, 2, 2, 16, num_key_value_heads=1))
     >>> ids = jax.numpy.ones((2, 5), jax.numpy.int32)
