@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
+from fw.models.flash import Kernel, Seen, flash, has_cudnn, kernel_for, operands, platform
 from sharding import cutting, linear, lookup
 from sharding.noise import dropout_mask
 from sharding.parallel.ring import ring_attention
@@ -207,7 +208,7 @@ def visible(
     *,
     causal: bool = False,
     window: int | None = None,
-) -> jax.Array:
+) -> Seen | jax.Array:
     """What `attention` needs to keep the texts of a row apart; made once for all layers.
 
     Args:
@@ -216,18 +217,18 @@ def visible(
       causal, window: as in `segment_bias`, and given to `attention` as well.
 
     Returns:
-      The bias, or, where the mesh cuts length and nobody holds all of a row, the segments.
+      Segments and bias, or, where the mesh cuts length and nobody holds all of a row, the segments.
     """
     if cutting("length"):
         return segments
-    return segment_bias(segments, dtype, causal=causal, window=window)
+    return Seen(segments, segment_bias(segments, dtype, causal=causal, window=window))
 
 
 def attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    seen: jax.Array,
+    seen: Seen | jax.Array,
     *,
     causal: bool = False,
     window: int | None = None,
@@ -236,12 +237,15 @@ def attention(
 ) -> jax.Array:
     """Softmax attention among the tokens of one text (Vaswani et al. 2017, arXiv:1706.03762).
 
+    By the kernel of `kernel_for` where it serves: in a scope, that of the mesh's devices; outside,
+    as in an export, that of the platform which it is compiled for.
+
     Args:
       q: [batch, length, heads, head_dim].
       k, v: [batch, length, key heads, head_dim]; each serves heads / key heads neighbouring heads
         of queries (Ainslie et al. 2023, arXiv:2305.13245).
       seen: as `visible` returns it, or any bias that broadcasts to [batch, 1, length, length] where
-        the mesh does not cut length.
+        the mesh does not cut length; for a bias there is no kernel.
       causal, window: those that `visible` was given.
       rate, key: dropout of the attention weights.
 
@@ -249,8 +253,28 @@ def attention(
       [batch, length, heads, head_dim].
     """
     if cutting("length"):
+        assert not isinstance(seen, Seen)  # `visible` gives the segments there
         return ring_attention(q, k, v, seen, causal=causal, window=window, rate=rate, key=key)
-    return attend(q, k, v, seen, rate, key)
+    if not isinstance(seen, Seen):
+        return attend(q, k, v, seen, rate, key)
+    options = {"rate": 0.0 if key is None else rate, "cudnn": has_cudnn()}
+    chosen: dict[str, Kernel] = {
+        name: kernel
+        for name in ("tpu", "cuda")
+        if (kernel := kernel_for(name, q.shape, k.shape, operands(q.dtype), **options)) != "xla"
+    }
+    by = {
+        name: functools.partial(flash, kernel, causal=causal, window=window)
+        for name, kernel in chosen.items()
+    }
+    plain = functools.partial(_plain, rate=rate, key=key)
+    if (here := platform()) is not None or not by:
+        return by.get(here or "", plain)(q, k, v, seen)
+    return lax.platform_dependent(q, k, v, seen, **by, default=plain)
+
+
+def _plain(q, k, v, seen, *, rate, key):
+    return attend(q, k, v, seen.bias, rate, key)
 
 
 def attend(
