@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from fw.models.flash import Kernel, Seen, flash, has_cudnn, kernel_for, operands, platform
+from fw.models.flash import Seen, by_platform, sees
 from sharding import cutting, linear, lookup
 from sharding.noise import dropout_mask
 from sharding.parallel.ring import ring_attention
@@ -193,12 +193,7 @@ def segment_bias(
            [ True,  True, False],
            [False, False,  True]], dtype=bool)
     """
-    same = segments[:, None, :, None] == segments[:, None, None, :]
-    place = jnp.arange(segments.shape[1], dtype=jnp.int32)
-    if causal:
-        same &= place[:, None] >= place
-    if window is not None:
-        same &= abs(place[:, None] - place) <= window
+    same = sees(segments, causal=causal, window=window)
     return jnp.where(same, jnp.zeros((), dtype), jnp.asarray(jnp.finfo(dtype).min / 2, dtype))
 
 
@@ -237,8 +232,8 @@ def attention(
 ) -> jax.Array:
     """Softmax attention among the tokens of one text (Vaswani et al. 2017, arXiv:1706.03762).
 
-    By the kernel of `kernel_for` where it serves: in a scope, that of the mesh's devices; outside,
-    as in an export, that of the platform which it is compiled for.
+    By a kernel that stores no scores where `flash.attention_kernel` says so, of the platform that
+    the program is for; else, and on every CPU, by `attend`.
 
     Args:
       q: [batch, length, heads, head_dim].
@@ -257,24 +252,12 @@ def attention(
         return ring_attention(q, k, v, seen, causal=causal, window=window, rate=rate, key=key)
     if not isinstance(seen, Seen):
         return attend(q, k, v, seen, rate, key)
-    options = {"rate": 0.0 if key is None else rate, "cudnn": has_cudnn()}
-    chosen: dict[str, Kernel] = {
-        name: kernel
-        for name in ("tpu", "cuda")
-        if (kernel := kernel_for(name, q.shape, k.shape, operands(q.dtype), **options)) != "xla"
-    }
-    by = {
-        name: functools.partial(flash, kernel, causal=causal, window=window)
-        for name, kernel in chosen.items()
-    }
-    plain = functools.partial(_plain, rate=rate, key=key)
-    if (here := platform()) is not None or not by:
-        return by.get(here or "", plain)(q, k, v, seen)
-    return lax.platform_dependent(q, k, v, seen, **by, default=plain)
 
+    def plain(q, k, v, seen):
+        return attend(q, k, v, seen.bias, rate, key)
 
-def _plain(q, k, v, seen, *, rate, key):
-    return attend(q, k, v, seen.bias, rate, key)
+    drops = 0.0 if key is None else rate
+    return by_platform(plain, q, k, v, seen, causal=causal, window=window, rate=drops)
 
 
 def attend(

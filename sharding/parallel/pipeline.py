@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sharding.context import current, differentiated, scope
+from sharding.context import batching, current, differentiated, scope
 from sharding.errors import ShardingError
 from sharding.layout import paths
 from sharding.parallel import stages as along
@@ -125,7 +125,8 @@ def pipeline(
     rows = _same_size({"x": x, "extra": extra}, 0, "rows")
     if schedule.stages > 1:
         schedule.check()
-    with _without_pipe(schedule.stages):
+    maps = batching() if schedule.stages > 1 or microbatches > 1 else nullcontext()
+    with _without_pipe(schedule.stages), maps:
         _check_rows(rows, microbatches)
         x, extra = jax.tree.map(partial(_split, count=microbatches), (x, extra))
         run = _together if schedule.stages == 1 else _staged
@@ -169,10 +170,22 @@ def _together(
     lead = 1 if schedule.rounds == 1 else 2
     params = jax.tree.map(lambda p: p.reshape(schedule.layers, *p.shape[lead:]), params)
     x, extra = _pin((x, extra), None, _rows_axes())
-    chain = _chain(jax.vmap(one, (None, 0, 0, 0, None)), again=remat is not None)
+    every = _alone(one) if schedule.microbatches == 1 else jax.vmap(one, (None, 0, 0, 0, None))
+    chain = _chain(every, again=remat is not None)
     number = jnp.arange(schedule.microbatches)
     x, aux = chain(params, x, extra, number, jnp.arange(schedule.layers))
     return x, jax.tree.map(partial(jnp.sum, axis=0), aux)
+
+
+def _alone(one: Callable) -> Callable:
+    """What a map over one microbatch would be, for layers that a map is too much for."""
+
+    def alone(params, *of_batch):
+        *of_batch, index = of_batch
+        out = one(params, *jax.tree.map(lambda a: a[0], of_batch), index)
+        return jax.tree.map(lambda a: a[None], out)
+
+    return alone
 
 
 def _staged(
