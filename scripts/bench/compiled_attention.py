@@ -1,85 +1,130 @@
-"""What a training step's attention compiles to on TPUs and H100s: the kernels, and what they save.
+"""What a training step's attention compiles to for TPUs v5e and H100s, with kernels and without.
 
-Steps of fw (a Llama, and a BERT without dropout of attention) in bf16, compiled for 8 devices that
-are not here, with kernels and without. Printed: the kernels in the program, its temporary memory,
-and its copies and transposes of 1 MB or more, of which a loop's count once. For CUDA, cuDNN must be
-found (`pip install nvidia-cudnn-cu12`, its `lib` in LD_LIBRARY_PATH); no GPU is needed.
+Steps of fw in bf16 (BERT, ModernBERT, Llama: a few layers of the width of the base models), for
+devices that are not here. The table shows the kernels, how many arrays of the size of the scores of
+all heads are in the program, its temporary memory, and what it moves about attention: copies and
+transposes of as many elements as a device's queries, keys or values have. A loop's count once.
+
+For H100s JAX wants a cuDNN, though no GPU: `pip install nvidia-cudnn-cu12`, and its `lib` in
+LD_LIBRARY_PATH.
 
     .venv/bin/python scripts/bench/compiled_attention.py --platform tpu
 """
 
 import argparse
+import logging
 import math
 import os
 import re
 import sys
+import time
 from collections import Counter
+from dataclasses import dataclass
 
-import steps
 import jax
 import jax.numpy as jnp
+import steps
 from jax.sharding import Mesh
 
 from fw import report
 from fw.errors import FwError
 from fw.model import Model
-from fw.models import flash, layers
+from fw.models import flash
 from fw.models.bert import BertConfig, bert
 from fw.models.llama import LlamaConfig, llama
+from fw.models.modernbert import ModernBertConfig, modernbert
 from fw.optimizer import AdamW, optimizer
 from fw.step import abstract_state, make_step
 from fw.tasks import cross_entropy
 from sharding import ShardingError, make_mesh, rules
 from sharding.layout import fit
 
-MESHES = ("fsdp=8", "data=2,fsdp=2,tensor=2")
-ROWS, LENGTH, VOCABULARY = 16, 2048, 32_000
-KERNELS = {"tpu": r"splash_m[a-z_]+", "gpu": r"__cudnn\$fmha\w+"}
+KERNELS = {"tpu": r"splash_m[a-z]+_[a-z]+", "gpu": r"__cudnn\$fmha\w+"}
 """By platform: what the lines that call one hold."""
-LARGE = 1e6
-BYTES = {"bf16": 2, "f32": 4, "s32": 4, "u32": 4, "pred": 1}
+TARGETS = {"tpu": "tpu_custom_call", "gpu": "__cudnn$fmha"}
+MESH = "data=2,fsdp=2,tensor=2"
+VOCABULARY = 8448
+ROWS = 8
 
 
-def models() -> dict[str, Model]:
-    """Of 4 layers, so that a compilation takes seconds."""
+@dataclass(frozen=True)
+class Case:
+    """A model and the shapes of its attention on a device of `MESH`.
+
+    Attributes:
+      model: to train.
+      length: of a row.
+      heads, key_heads, size: of the whole model, as in attention.
+    """
+
+    model: Model
+    length: int
+    heads: int
+    key_heads: int
+    size: int
+
+    @property
+    def scores(self) -> int:
+        """Elements of a device's scores."""
+        return ROWS // 4 * self.heads // 2 * self.length**2
+
+    @property
+    def moved(self) -> set[int]:
+        """Elements of a device's queries, and of its keys."""
+        each = ROWS // 4 * self.length * self.size // 2
+        return {each * self.heads, each * self.key_heads}
+
+
+def cases() -> dict[str, Case]:
+    """Two layers each: for ModernBERT one that sees all and one that sees a window."""
+    task = {"num_labels": 8, "task": "token_classification"}
+    sizes = (VOCABULARY, 768, 2, 12)
     return {
-        "llama": llama(
-            LlamaConfig(VOCABULARY, 1024, 4, 8, 2816, num_key_value_heads=4, remat="layer")
+        "bert": Case(
+            bert(BertConfig(*sizes, 3072, **task, attention_probs_dropout_prob=0.0)),
+            512, 12, 12, 64,
         ),
-        "bert": bert(
-            BertConfig(
-                VOCABULARY, 1024, 4, 16, 4096, 8, "token_classification", LENGTH,
-                attention_probs_dropout_prob=0.0,
-            )
+        "modernbert": Case(modernbert(ModernBertConfig(*sizes, 1152, **task)), 1024, 12, 12, 64),
+        "llama": Case(
+            llama(LlamaConfig(VOCABULARY, 2048, 2, 16, 5632, num_key_value_heads=4)),
+            2048, 16, 4, 128,
         ),
     }  # fmt: skip
 
 
-def compiled(model: Model, mesh: Mesh, platform: str) -> jax.stages.Compiled:
+def compiled(case: Case, mesh: Mesh, platform: str) -> jax.stages.Compiled:
     """A training step for the devices of a mesh."""
-    where, tx, shape = rules(), optimizer(AdamW(), 10), (ROWS, LENGTH)
-    step = make_step(model, cross_entropy, tx, mesh=mesh, rules=where, precision="bf16")
+    where, tx, shape = rules(), optimizer(AdamW(), 10), (ROWS, case.length)
+    step = make_step(case.model, cross_entropy, tx, mesh=mesh, rules=where, precision="bf16")
     lies = fit(("batch", None), shape, mesh, where, activation=True, path="batch")
     integers = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=lies)
     batch = dict.fromkeys(("input_ids", "segment_ids", "position_ids", "labels"), integers)
-    state = abstract_state(model, tx, mesh, where)
+    state = abstract_state(case.model, tx, mesh, where)
     target = steps.LOWERED[platform]
     return step.trace(state, batch).lower(lowering_platforms=(target,)).compile()
 
 
-def figures(program: jax.stages.Compiled, platform: str) -> tuple[Counter[str], float, int]:
-    """Kernels by name, megabytes of temporaries, and large copies and transposes."""
+def figures(program: jax.stages.Compiled, case: Case, platform: str) -> tuple[str, ...]:
+    """Kernels by name, arrays of all scores, megabytes of temporaries, and what is moved."""
     text = program.as_text() or ""
-    kernels = Counter(
-        found[0]
-        for line in text.splitlines()
-        if " custom-call(" in line and (found := re.search(KERNELS[platform], line))
-    )
-    moved = 0
-    for kind, sizes in re.findall(r"= (\w+)\[([\d,]*)\]\S* (?:copy|transpose)\(", text):
-        size = BYTES.get(kind, 8) * math.prod(int(n) for n in sizes.split(",") if n)
-        moved += size >= LARGE
-    return kernels, program.memory_analysis().temp_size_in_bytes / 1e6, moved
+    kernels: Counter[str] = Counter()
+    moved: Counter[str] = Counter()
+    scores = 0
+    for line in text.splitlines():
+        found = re.match(r"\s*(?:ROOT )?%\S+ = (.*?) ([a-z-]+)\(", line)
+        if found is None:
+            continue
+        shape, op = found.groups()
+        if op == "custom-call" and TARGETS[platform] in line:
+            kernels[re.findall(KERNELS[platform], line)[0]] += 1
+        sizes = [math.prod(map(int, s.split(","))) for s in re.findall(r"\w+\[([\d,]+)\]", shape)]
+        scores += case.scores in sizes
+        if op in ("copy", "transpose") and len(sizes) == 1 and sizes[0] in case.moved:
+            moved[f"{op} {shape.split('[')[0]}"] += 1
+    shown = (" ".join(f"{k} ×{n}" for k, n in sorted(c.items())) or "–" for c in (kernels, moved))
+    by, moves = shown
+    memory = program.memory_analysis().temp_size_in_bytes / 1e6
+    return by, str(scores), f"{memory:,.0f}", moves
 
 
 def main() -> int:
@@ -87,26 +132,34 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--platform", choices=KERNELS, default="tpu")
-    platform = parser.parse_args().platform
+    parser.add_argument("--models", default="bert,modernbert,llama", help="with commas between")
+    parser.add_argument("--save", default="", help="write the programs to this folder")
+    options = parser.parse_args()
+    platform = options.platform
     if steps.ENVIRONMENT.items() - os.environ.items():  # JAX reads it as it is imported
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | steps.ENVIRONMENT)
+    logging.basicConfig(format="%(message)s")
+    flash.log.setLevel(logging.INFO)
+    kernels = flash.attention_kernel
     try:
         if platform == "gpu" and not flash.has_cudnn():
-            raise FwError("no cuDNN found; pip install nvidia-cudnn-cu12, and see --help")
+            raise FwError("JAX finds no cuDNN; see --help")
         rows = []
-        for spec in MESHES:
-            mesh = make_mesh(spec, steps.devices(platform))
-            for name, model in models().items():
-                for way in ("xla", "flash"):
-                    # Nothing in the library turns kernels off, so this script does.
-                    layers.kernel_for = (
-                        flash.kernel_for if way == "flash" else lambda *_, **__: "xla"
-                    )
-                    kernels, memory, moved = figures(compiled(model, mesh, platform), platform)
-                    found = " ".join(f"{k} ×{n}" for k, n in kernels.items()) or "none"
-                    rows.append((spec, name, way, found, f"{memory:,.0f}", str(moved)))
-                    print(*rows[-1], file=sys.stderr, flush=True)
-        titles = ("mesh", "model", "attention", "kernels", "MB temporary", "large copies")
+        mesh = make_mesh(MESH, steps.devices(platform))
+        for name in options.models.split(","):
+            case = cases()[name]
+            for way in ("xla", "kernels"):
+                # Nothing in the library turns kernels off, so this script does.
+                off = flash.Choice("xla", "turned off")
+                flash.attention_kernel = kernels if way == "kernels" else lambda *_, **__: off
+                begin = time.perf_counter()
+                program = compiled(case, mesh, platform)
+                if options.save:
+                    with open(f"{options.save}/{platform}_{name}_{way}.hlo", "w") as file:
+                        file.write(program.as_text() or "")
+                rows.append((name, way, *figures(program, case, platform)))
+                print(*rows[-1], f"{time.perf_counter() - begin:.0f} s", file=sys.stderr)
+        titles = ("model", "attention", "kernels", "all scores", "MB temporary", "moved")
         print(report.table(rows, titles))
     except (FwError, ShardingError) as error:
         print(f"compiled_attention: {error}", file=sys.stderr)
