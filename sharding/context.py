@@ -94,7 +94,11 @@ _batched = jax.make_user_context(False)
 
 @contextmanager
 def batching() -> Iterator[None]:
-    """Within it, what is traced is mapped by a `jax.vmap`, over microbatches or stages."""
+    """Within it, what is traced is mapped by a `jax.vmap`, over microbatches or stages.
+
+    >>> batching()(jax.vmap(lambda x: (x, batched())[0]))(jax.numpy.ones(2)).shape
+    (2,)
+    """
     with _batched(True):
         yield
 

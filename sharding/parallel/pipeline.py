@@ -125,8 +125,7 @@ def pipeline(
     rows = _same_size({"x": x, "extra": extra}, 0, "rows")
     if schedule.stages > 1:
         schedule.check()
-    maps = batching() if schedule.stages > 1 or microbatches > 1 else nullcontext()
-    with _without_pipe(schedule.stages), maps:
+    with _without_pipe(schedule.stages):
         _check_rows(rows, microbatches)
         x, extra = jax.tree.map(partial(_split, count=microbatches), (x, extra))
         run = _together if schedule.stages == 1 else _staged
@@ -170,7 +169,9 @@ def _together(
     lead = 1 if schedule.rounds == 1 else 2
     params = jax.tree.map(lambda p: p.reshape(schedule.layers, *p.shape[lead:]), params)
     x, extra = _pin((x, extra), None, _rows_axes())
-    every = _alone(one) if schedule.microbatches == 1 else jax.vmap(one, (None, 0, 0, 0, None))
+    every = batching()(jax.vmap(one, (None, 0, 0, 0, None)))
+    if schedule.microbatches == 1:
+        every = _alone(one)
     chain = _chain(every, again=remat is not None)
     number = jnp.arange(schedule.microbatches)
     x, aux = chain(params, x, extra, number, jnp.arange(schedule.layers))
@@ -207,7 +208,7 @@ def _staged(
     # The microbatches that wait or are done, [stages, groups, rows, ...].
     queue = jax.tree.map(lambda a: a.reshape(stages, groups, *a.shape[1:]), x)
     queue = _pin(queue, PIPE, None, _rows_axes())
-    chain = _chain(jax.vmap(one, spmd_axis_name=PIPE), again=remat == "layer")
+    chain = _chain(batching()(jax.vmap(one, spmd_axis_name=PIPE)), again=remat == "layer")
 
     def stage(params, x, extra, tick):
         """One tick of all stages: x [stages, rows, ...]."""
