@@ -14,11 +14,11 @@ from fw.models import flash, layers
 from fw.models.llama import LlamaConfig, llama
 from fw.models.modernbert import ModernBertConfig, modernbert
 from sharding import make_mesh, rules, scope
-from sharding.context import batching
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
-LENGTH = 256
+LENGTH = 384
+"""Three blocks of splash attention, some of which a window skips."""
 CASES: dict[str, dict[str, Any]] = {
     "texts": {},
     "causal": {"causal": True},
@@ -27,10 +27,10 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def arrays(size=64, key_heads=4):
+def arrays(size=64, key_heads=2, heads=2):
     """Queries, keys, values, segments with padding (0), and the output's gradient."""
     rng = np.random.default_rng(key_heads)
-    q, g = rng.normal(size=(2, 2, LENGTH, 4, size)).astype(np.float32)
+    q, g = rng.normal(size=(2, 2, LENGTH, heads, size)).astype(np.float32)
     k, v = rng.normal(size=(2, 2, LENGTH, key_heads, size)).astype(np.float32)
     texts = np.repeat(np.array([[1, 1, 2, 3], [1, 2, 2, 0]], np.int32), LENGTH // 4, 1)
     return q, k, v, np.roll(texts, -5, 1), g
@@ -50,9 +50,10 @@ def plain(q, k, v, segments, g, **case):
 
 
 def by_kernel(kernel, given, case, spec="data=1"):
-    with scope(make_mesh(spec), rules()):
-        run = functools.partial(results, functools.partial(flash.flash, kernel, **case))
-        return jax.jit(run)(*given)
+    run = jax.jit(functools.partial(results, functools.partial(flash.flash, kernel, **case)))
+    # JAX's own attention promotes dtypes in its backward pass.
+    with scope(make_mesh(spec), rules()), jax.numpy_dtype_promotion("standard"):
+        return run(*given)
 
 
 @pytest.fixture
@@ -64,8 +65,7 @@ def anywhere(monkeypatch):
 
     def same_arguments(*args, implementation, **options):
         assert implementation == "cudnn"
-        with jax.numpy_dtype_promotion("standard"):
-            return attention(*args, implementation="xla", **options)
+        return attention(*args, implementation="xla", **options)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", same_arguments)
 
@@ -73,10 +73,12 @@ def anywhere(monkeypatch):
 @pytest.mark.parametrize(
     ("kernel", "case", "size", "key_heads"),
     [
-        *(("cudnn", case, 64, 2) for case in CASES),
-        ("splash", "causal", 128, 2),
-        ("splash", "window", 64, 4),
-        ("splash", "causal window", 64, 1),
+        ("cudnn", "causal", 64, 1),
+        ("cudnn", "window", 64, 2),
+        ("cudnn", "causal window", 64, 2),
+        ("splash", "texts", 64, 2),
+        ("splash", "causal", 128, 1),
+        ("splash", "window", 64, 2),
     ],
 )
 def test_a_kernel_has_the_numbers_of_plain_attention(
@@ -89,14 +91,15 @@ def test_a_kernel_has_the_numbers_of_plain_attention(
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("kernel", ["cudnn", "splash"])
-def test_a_kernel_in_bfloat16_on_a_mesh(kernel, anywhere):
-    given, case = arrays(64, 2), CASES["texts"]
+@pytest.mark.parametrize(("kernel", "case"), [("cudnn", "texts"), ("splash", "causal window")])
+def test_a_kernel_in_bfloat16_on_a_mesh(kernel, case, anywhere):
+    given, case = arrays(64, 2, heads=4), CASES[case]
     expected = plain(*given, **case)
     for a, b in zip(by_kernel(kernel, given, case, "data=2,tensor=2"), expected, strict=True):
         assert np.abs(a - b).max() < 0.02 * np.abs(b).max()  # bfloat16 has 8 bits
 
 
+@pytest.mark.slow
 def test_a_model_with_kernels_in_stages(anywhere, monkeypatch):
     """A training step's numbers where stages are mapped, rows are cut, and layers scanned."""
     monkeypatch.setattr(flash, "DTYPE", "float32")
@@ -150,9 +153,7 @@ LONG, SHORT = (2, 2048, 8, 128), (2, 256, 8, 128)
         ("cuda", LONG, LONG, "bfloat16", {"batched": True}, "xla", "cannot map"),
     ],
 )
-def test_whose_kernel_and_why(
-    platform, queries, keys, dtype, more, kernel, reason, monkeypatch
-):
+def test_whose_kernel_and_why(platform, queries, keys, dtype, more, kernel, reason, monkeypatch):
     monkeypatch.setattr(flash, "has_cudnn", lambda: True)
     choice = flash.attention_kernel(platform, queries, keys, dtype, **more)
     assert choice.kernel == kernel and reason in choice.reason
@@ -193,16 +194,10 @@ def test_on_cpus_models_take_plain_attention(caplog):
     model = modernbert(
         ModernBertConfig(30, 128, 2, 2, 16, num_labels=3, task="token_classification")
     )
-    ids = jnp.ones((2, 256), jnp.int32)
+    ids = jnp.ones((1, 256), jnp.int32)
     batch = {"input_ids": ids, "segment_ids": ids, "position_ids": ids}
     variables = jax.eval_shape(model.init, jax.random.key(0))
     apply = precision.apply(lambda v: model.apply(v, batch)[0], "bf16")
     with caplog.at_level(logging.INFO, flash.__name__), scope(make_mesh("data=1"), rules()):
         jaxpr = jax.make_jaxpr(apply)(jax.tree.map(lambda x: jnp.zeros(x.shape), variables))
     assert "pallas" not in str(jaxpr) and caplog.text.count("by xla: there is no kernel") == 2
-
-
-def test_maps_are_announced():
-    with batching():
-        assert flash.batched()
-    assert not flash.batched()

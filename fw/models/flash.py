@@ -8,7 +8,7 @@ is the plain JAX of `layers`. Compilers do not cut a kernel over a mesh: `flash`
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -86,34 +86,39 @@ def attention_kernel(
     >>> attention_kernel("tpu", shape, shape, "bfloat16", rate=0.1).reason
     'weights are dropped, which no kernel does'
     """
-    _, length, _, size = queries
-
-    def reason() -> str | None:
-        if platform not in _PLATFORMS:
-            return f"there is no kernel for {platform}"
-        if not all(isinstance(n, int) for n in (*queries, *keys)):
-            return "a size is symbolic, a kernel is made for one"
-        if rate:
-            return "weights are dropped, which no kernel does"
-        if dtype != DTYPE:
-            return f"operands are {dtype}, a kernel takes {DTYPE}"
-        if length != keys[1]:
-            return f"{length} queries see {keys[1]} keys; expected as many"
-        if length < 4 * size:
-            return f"a length of {length} is less than 4 x {size}, the size of a head: no gain"
-        if platform == "tpu":
-            if length % _BLOCKS[-1]:
-                return f"a length of {length} is not a multiple of {_BLOCKS[-1]}"
-            return None if size % 64 == 0 else f"a head of {size} is not a multiple of 64"
-        if length % 2 or size % 8 or size > 128:
-            return f"cuDNN takes even lengths and heads of 8, 16 ... 128; these are {length}, {size}"
-        if batched:
-            return "JAX cannot map cuDNN's kernel over microbatches or stages"
-        return None if has_cudnn() else "JAX finds no cuDNN in this process"
-
-    if (why := reason()) is not None:
+    why = next(_against(platform, queries, keys, dtype, rate, batched), None)
+    if why is not None:
         return Choice("xla", why)
     return Choice("splash" if platform == "tpu" else "cudnn", "it serves")
+
+
+def _against(platform, queries, keys, dtype, rate, batched) -> Iterator[str]:
+    """Why there is no kernel; only the first reason need make sense."""
+    _, length, _, size = queries
+    if platform not in _PLATFORMS:
+        yield f"there is no kernel for {platform}"
+    if not all(isinstance(n, int) for n in (*queries, *keys)):
+        yield "a size is symbolic, a kernel is made for one"
+    if rate:
+        yield "weights are dropped, which no kernel does"
+    if dtype != DTYPE:
+        yield f"operands are {dtype}, a kernel takes {DTYPE}"
+    if length != keys[1]:
+        yield f"{length} queries see {keys[1]} keys; expected as many"
+    if length < 4 * size:
+        yield f"a length of {length} is less than 4 x {size}, the size of a head: no gain"
+    if platform == "tpu":
+        if length % _BLOCKS[-1]:
+            yield f"a length of {length} is not a multiple of {_BLOCKS[-1]}"
+        if size % 64:
+            yield f"a head of {size} is not a multiple of 64"
+        return
+    if length % 2 or size % 8 or size > 128:
+        yield f"cuDNN takes even lengths and heads of 8, 16 ... 128; these are {length}, {size}"
+    if batched:
+        yield "JAX cannot map cuDNN's kernel over microbatches or stages"
+    if not has_cudnn():
+        yield "JAX finds no cuDNN in this process"
 
 
 @functools.cache
@@ -155,9 +160,7 @@ def by_platform(
     dtype = precision.operands() or str(np.dtype(q.dtype))
     kernels = {}
     for platform in platforms:
-        choice = attention_kernel(
-            platform, q.shape, k.shape, dtype, rate=rate, batched=batched()
-        )
+        choice = attention_kernel(platform, q.shape, k.shape, dtype, rate=rate, batched=batched())
         log.info("%s: attention of %s by %s: %s", platform, q.shape, *choice)
         if choice.kernel != "xla":
             options = {"causal": causal, "window": window}

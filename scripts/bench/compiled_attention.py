@@ -21,6 +21,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -118,13 +119,22 @@ def figures(text: str, case: Case, platform: str) -> tuple[str, str, str]:
         if op == "custom-call" and TARGETS[platform] in line:
             named = re.search(KERNELS[platform], line)
             kernels[named[0] if named else TARGETS[platform]] += 1
-        sizes = [math.prod(map(int, s.split(","))) for s in re.findall(r"\w+\[([\d,]+)\]", shape)]
-        scores += case.scores in sizes
+        shapes = [[*map(int, s.split(","))] for s in re.findall(r"\w+\[([\d,]+)\]", shape)]
+        sizes = [math.prod(s) for s in shapes]
+        scores += any(
+            size == case.scores and s[-1] == case.length
+            for s, size in zip(shapes, sizes, strict=True)
+        )
         if op in ("copy", "transpose") and len(sizes) == 1 and sizes[0] in case.moved:
             moved[f"{op} {shape.split('[')[0]}"] += 1
     shown = (" ".join(f"{k} ×{n}" for k, n in sorted(c.items())) or "–" for c in (kernels, moved))
     by, moves = shown
     return by, str(scores), moves
+
+
+def off(*_: Any, **__: Any) -> flash.Choice:
+    """In place of `attention_kernel`."""
+    return flash.Choice("xla", "turned off")
 
 
 def main() -> int:
@@ -150,8 +160,7 @@ def main() -> int:
             case = cases()[name]
             for way in ("xla", "kernels"):
                 # Nothing in the library turns kernels off, so this script does.
-                off = flash.Choice("xla", "turned off")
-                flash.attention_kernel = kernels if way == "kernels" else lambda *_, **__: off
+                flash.attention_kernel = kernels if way == "kernels" else off
                 begin = time.perf_counter()
                 program = compiled(case, mesh, platform)
                 text = program.as_text() or ""
