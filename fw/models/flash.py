@@ -161,7 +161,7 @@ def by_platform(
     kernels = {}
     for platform in platforms:
         choice = attention_kernel(platform, q.shape, k.shape, dtype, rate=rate, batched=batched())
-        log.info("%s: attention of %s by %s: %s", platform, q.shape, *choice)
+        log.info("%s: attention of %s by %s: %s", platform, q.shape, choice.kernel, choice.reason)
         if choice.kernel != "xla":
             options = {"causal": causal, "window": window}
             kernels[platform] = functools.partial(flash, choice.kernel, **options)
@@ -192,6 +192,7 @@ def flash(
     rows, heads = cutting("batch") or None, cutting("heads") or None
     of_rows = PartitionSpec(rows)
     of_heads = PartitionSpec(rows, None, heads, None)
+    run: Callable[..., jax.Array]
     if kernel == "splash":
         run = functools.partial(splash_attention, causal=causal, window=window)
         given = seen.segments

@@ -166,7 +166,8 @@ def main() -> int:
                 text = program.as_text() or ""
                 if options.save:
                     Path(options.save, f"{platform}_{name}_{way}.hlo").write_text(text)
-                memory = program.memory_analysis().temp_size_in_bytes / 1e6
+                found = program.memory_analysis()
+                memory = (found.temp_size_in_bytes if found else math.nan) / 1e6
                 rows.append((name, way, *figures(text, case, platform), f"{memory:,.0f}"))
                 print(*rows[-1], f"{time.perf_counter() - begin:.0f} s", file=sys.stderr)
         titles = ("model", "attention", "kernels", "all scores", "moved", "MB temporary")
