@@ -211,8 +211,8 @@ def flash(
             check_vma=False,
         )
     scale = np.asarray(1 / np.sqrt(q.shape[-1]), q.dtype)
-    small = (x.astype(DTYPE) for x in (q * scale, k, v))
-    return run(*small, given).astype(q.dtype)
+    out = run((q * scale).astype(DTYPE), k.astype(DTYPE), v.astype(DTYPE), given)
+    return out.astype(q.dtype)
 
 
 def sees(segments: jax.Array, *, causal: bool = False, window: int | None = None) -> jax.Array:
