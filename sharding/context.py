@@ -88,6 +88,31 @@ def mapped() -> tuple[str, ...]:
     return () if _scope.value is None else _scope.value.mapped
 
 
+# Apart from the scope: there is a map outside of any, too.
+_batched = jax.make_user_context(False)
+
+
+@contextmanager
+def batching() -> Iterator[None]:
+    """Within it, what is traced is mapped by a `jax.vmap`, over microbatches or stages.
+
+    >>> batching()(jax.vmap(lambda x: (x, batched())[0]))(jax.numpy.ones(2)).shape
+    (2,)
+    """
+    with _batched(True):
+        yield
+
+
+def batched() -> bool:
+    """Whether `batching` is around the trace: not every kernel can be mapped.
+
+    >>> with batching():
+    ...     batched()
+    True
+    """
+    return _batched.value
+
+
 def cutting(name: str) -> tuple[str, ...]:
     """The mesh axes, longer than 1, that cut the axis `name` of activations in this scope.
 

@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
+from fw.models.flash import Seen, by_platform, sees
 from sharding import cutting, linear, lookup
 from sharding.noise import dropout_mask
 from sharding.parallel.ring import ring_attention
@@ -192,12 +193,7 @@ def segment_bias(
            [ True,  True, False],
            [False, False,  True]], dtype=bool)
     """
-    same = segments[:, None, :, None] == segments[:, None, None, :]
-    place = jnp.arange(segments.shape[1], dtype=jnp.int32)
-    if causal:
-        same &= place[:, None] >= place
-    if window is not None:
-        same &= abs(place[:, None] - place) <= window
+    same = sees(segments, causal=causal, window=window)
     return jnp.where(same, jnp.zeros((), dtype), jnp.asarray(jnp.finfo(dtype).min / 2, dtype))
 
 
@@ -207,7 +203,7 @@ def visible(
     *,
     causal: bool = False,
     window: int | None = None,
-) -> jax.Array:
+) -> Seen | jax.Array:
     """What `attention` needs to keep the texts of a row apart; made once for all layers.
 
     Args:
@@ -216,18 +212,18 @@ def visible(
       causal, window: as in `segment_bias`, and given to `attention` as well.
 
     Returns:
-      The bias, or, where the mesh cuts length and nobody holds all of a row, the segments.
+      Segments and bias, or, where the mesh cuts length and nobody holds all of a row, the segments.
     """
     if cutting("length"):
         return segments
-    return segment_bias(segments, dtype, causal=causal, window=window)
+    return Seen(segments, segment_bias(segments, dtype, causal=causal, window=window))
 
 
 def attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    seen: jax.Array,
+    seen: Seen | jax.Array,
     *,
     causal: bool = False,
     window: int | None = None,
@@ -236,12 +232,15 @@ def attention(
 ) -> jax.Array:
     """Softmax attention among the tokens of one text (Vaswani et al. 2017, arXiv:1706.03762).
 
+    By a kernel that stores no scores where `flash.attention_kernel` says so, of the platform that
+    the program is for; else, and on every CPU, by `attend`.
+
     Args:
       q: [batch, length, heads, head_dim].
       k, v: [batch, length, key heads, head_dim]; each serves heads / key heads neighbouring heads
         of queries (Ainslie et al. 2023, arXiv:2305.13245).
       seen: as `visible` returns it, or any bias that broadcasts to [batch, 1, length, length] where
-        the mesh does not cut length.
+        the mesh does not cut length; for a bias there is no kernel.
       causal, window: those that `visible` was given.
       rate, key: dropout of the attention weights.
 
@@ -249,8 +248,16 @@ def attention(
       [batch, length, heads, head_dim].
     """
     if cutting("length"):
+        assert not isinstance(seen, Seen)  # `visible` gives the segments there
         return ring_attention(q, k, v, seen, causal=causal, window=window, rate=rate, key=key)
-    return attend(q, k, v, seen, rate, key)
+    if not isinstance(seen, Seen):
+        return attend(q, k, v, seen, rate, key)
+
+    def plain(q, k, v, seen):
+        return attend(q, k, v, seen.bias, rate, key)
+
+    drops = 0.0 if key is None else rate
+    return by_platform(plain, q, k, v, seen, causal=causal, window=window, rate=drops)
 
 
 def attend(

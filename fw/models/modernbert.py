@@ -109,7 +109,7 @@ class Attention(nnx.Module):
         self.heads, self.rate = config.num_attention_heads, config.attention_dropout
         self.window = None if config.is_global(layer) else config.local_attention // 2
 
-    def __call__(self, x: jax.Array, seen: jax.Array, turn: Any, key: jax.Array | None):
+    def __call__(self, x: jax.Array, seen: Any, turn: Any, key: jax.Array | None):
         split = (*x.shape[:2], self.heads, x.shape[-1] // self.heads)
         q, k, v = (
             constrain(y.reshape(split), "batch", "length", "heads", None)
@@ -148,7 +148,7 @@ class Layer(nnx.Module):
         self.mlp_norm = LayerNorm(config.hidden_size, **norm)
         self.mlp = Mlp(config, rngs)
 
-    def __call__(self, x: jax.Array, seen: jax.Array, turn: Any, key: jax.Array | None):
+    def __call__(self, x: jax.Array, seen: Any, turn: Any, key: jax.Array | None):
         keys = (None, None) if key is None else jax.random.split(key)
         y = x if self.attention_norm is None else self.attention_norm(x)
         x = x + self.attention(y, seen, turn, keys[0])

@@ -80,7 +80,7 @@ class Attention(nnx.Module):
         self.heads = shape.heads
         self.rate = shape.attention_dropout
 
-    def __call__(self, x: jax.Array, seen: jax.Array, key: jax.Array | None) -> jax.Array:
+    def __call__(self, x: jax.Array, seen: Any, key: jax.Array | None) -> jax.Array:
         split = (*x.shape[:2], self.heads, x.shape[-1] // self.heads)
         q, k, v = (
             constrain(y.reshape(split), "batch", "length", "heads", None)
@@ -101,7 +101,7 @@ class Layer(nnx.Module):
         self.norm = LayerNorm(size, epsilon=shape.epsilon)
         self.rate = shape.dropout
 
-    def __call__(self, x: jax.Array, seen: jax.Array, key: jax.Array | None) -> jax.Array:
+    def __call__(self, x: jax.Array, seen: Any, key: jax.Array | None) -> jax.Array:
         keys = (None,) * 3 if key is None else jax.random.split(key, 3)
         attended = self.attention(x, seen, keys[0])
         x = self.attention_norm(x + dropout(attended, self.rate, keys[1]))

@@ -132,7 +132,7 @@ class _Layer(nnx.Module):
         inner = config.intermediate_size
         self.experts = Experts(ExpertsConfig(sizes.experts, sizes.chosen, size, inner), rngs)
 
-    def __call__(self, x: jax.Array, seen: jax.Array, mask: jax.Array, key: jax.Array | None):
+    def __call__(self, x: jax.Array, seen: Any, mask: jax.Array, key: jax.Array | None):
         x = x + self.attention(self.norms[0](x), seen, key)
         y, aux = self.experts(self.norms[1](x), mask)
         return x + y, aux.balance

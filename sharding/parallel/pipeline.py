@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sharding.context import current, differentiated, scope
+from sharding.context import batching, current, differentiated, scope
 from sharding.errors import ShardingError
 from sharding.layout import paths
 from sharding.parallel import stages as along
@@ -169,10 +169,24 @@ def _together(
     lead = 1 if schedule.rounds == 1 else 2
     params = jax.tree.map(lambda p: p.reshape(schedule.layers, *p.shape[lead:]), params)
     x, extra = _pin((x, extra), None, _rows_axes())
-    chain = _chain(jax.vmap(one, (None, 0, 0, 0, None)), again=remat is not None)
+    every = batching()(jax.vmap(one, (None, 0, 0, 0, None)))
+    if schedule.microbatches == 1:
+        every = _alone(one)
+    chain = _chain(every, again=remat is not None)
     number = jnp.arange(schedule.microbatches)
     x, aux = chain(params, x, extra, number, jnp.arange(schedule.layers))
     return x, jax.tree.map(partial(jnp.sum, axis=0), aux)
+
+
+def _alone(one: Callable) -> Callable:
+    """What a map over one microbatch would be, for layers that a map is too much for."""
+
+    def alone(params, *of_batch):
+        *of_batch, index = of_batch
+        out = one(params, *jax.tree.map(lambda a: a[0], of_batch), index)
+        return jax.tree.map(lambda a: a[None], out)
+
+    return alone
 
 
 def _staged(
@@ -194,7 +208,7 @@ def _staged(
     # The microbatches that wait or are done, [stages, groups, rows, ...].
     queue = jax.tree.map(lambda a: a.reshape(stages, groups, *a.shape[1:]), x)
     queue = _pin(queue, PIPE, None, _rows_axes())
-    chain = _chain(jax.vmap(one, spmd_axis_name=PIPE), again=remat == "layer")
+    chain = _chain(batching()(jax.vmap(one, spmd_axis_name=PIPE)), again=remat == "layer")
 
     def stage(params, x, extra, tick):
         """One tick of all stages: x [stages, rows, ...]."""
