@@ -15,10 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental.pallas.ops.tpu.splash_attention import (
-    splash_attention_kernel as splash,
-)
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import PartitionSpec
 
 from fw import precision
@@ -249,6 +245,10 @@ def splash_attention(
       segments: int [batch, length].
       causal, window: as in `layers.attention`.
     """
+    # Half a second that whoever uses no TPU need not wait.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
     _, length, heads, size = q.shape
     shape = (length, length)
     if window is not None:
