@@ -218,11 +218,15 @@ def test_several_files(tagger, copy):
         index.write_text(json.dumps({"weight_map": places | {name: place}}))
         with pytest.raises(FwError, match=r"index.json: expected the name of a .safetensors file"):
             load(copy)
+    for place in (f"{'a' * 5000}.safetensors", "\ud800.safetensors"):
+        index.write_text(json.dumps({"weight_map": places | {name: place}}))
+        with pytest.raises(FwError, match=r"index.json: names .*, which is not in"):
+            load(copy)
     index.write_text(json.dumps({"weight_map": places | {"x": second}}))
     with pytest.raises(FwError, match=f"expected tensor 'x' in {second}"):
         load(copy)
     (copy / second).unlink()
-    with pytest.raises(FwError, match=f"names {second}, which is not in"):
+    with pytest.raises(FwError, match=f"names '{second}', which is not"):
         load(copy)
 
 

@@ -208,9 +208,13 @@ def _read_index(folder: Path) -> dict[str, str]:
     for place in set(map(str, places.values())):
         # No folders at all, on any system: the files lie beside their index.
         if not place.endswith(".safetensors") or set(place) & set("/\\:\0") or place[0] == ".":
-            raise FwError(f"{path}: expected the name of a .safetensors file, got {place!r}")
-        if not (folder / place).is_file():
-            raise FwError(f"{path}: names {place}, which is not in {folder}")
+            raise FwError(f"{path}: expected the name of a .safetensors file, got {place[:100]!r}")
+        try:
+            there = (folder / place).is_file()
+        except (OSError, ValueError):  # a name that no file can have: too long, or no Unicode
+            there = False
+        if not there:
+            raise FwError(f"{path}: names {place[:100]!r}, which is not in {folder}")
     return places
 
 
