@@ -208,11 +208,12 @@ def read_pooling(folder: Path) -> dict[str, Any]:
 
 def _kinds(path: Path) -> tuple[str, ...]:
     """The modules that make a vector, one after another; `FwError` for any that fw does not."""
-    rows = parse_json(read_small(path), path)
+    expected = "a list of objects with 'type'"
+    rows = parse_json(read_small(path), path, expected)
     try:
         kinds = tuple(row["type"].rpartition(".")[2] for row in rows)
     except (TypeError, KeyError, AttributeError) as error:
-        raise FwError(f"{path}: expected a list of objects with 'type': {error!r}") from error
+        raise FwError(f"{path}: expected {expected}: {error!r}") from error
     odd = [kind for kind in kinds if kind not in _MODULES or kinds.count(kind) > 1]
     if odd:
         raise FwError(

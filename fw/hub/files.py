@@ -126,8 +126,12 @@ def open_model(place: Path) -> Iterator[tuple[Path, Mapping[str, Any], Tensors]]
 
 
 @contextmanager
-def open_tensors(folder: Path) -> Iterator[dict[str, Tensor]]:
+def open_tensors(folder: Path, weights: str = WEIGHTS) -> Iterator[dict[str, Tensor]]:
     """Opens the tensor files of a folder: one, or those that an index names.
+
+    Args:
+      folder: holds `weights`, or an index.
+      weights: the name of the one file.
 
     Yields:
       Every tensor by name. They can be read until the context ends.
@@ -144,10 +148,10 @@ def open_tensors(folder: Path) -> Iterator[dict[str, Tensor]]:
     ...         tensors["x"].shape, tensors["x"].read((slice(0, 1), slice(1, 3)))
     ((2, 3), array([[1., 2.]], dtype=float32))
     """
-    places = {} if (folder / WEIGHTS).is_file() else _read_index(folder)
+    places = {} if (folder / weights).is_file() else _read_index(folder)
     found: dict[str, Tensor] = {}
     with ExitStack() as stack:
-        for file in [folder / name for name in sorted(set(places.values())) or [WEIGHTS]]:
+        for file in [folder / name for name in sorted(set(places.values())) or [weights]]:
             read_header(file)
             with _errors(file):
                 handle = stack.enter_context(safe_open(file, "numpy"))

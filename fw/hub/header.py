@@ -76,7 +76,7 @@ def check_file(path: Path, most: int | None = None) -> int:
     return found.st_size
 
 
-def parse_json(text: str, where: Path, **hooks: Any) -> Any:
+def parse_json(text: str, where: Path, expected: str = "a JSON object", **hooks: Any) -> Any:
     """Parses JSON from anywhere; `hooks` are those of `json.loads`.
 
     Raises:
@@ -92,7 +92,7 @@ def parse_json(text: str, where: Path, **hooks: Any) -> Any:
     try:
         return json.loads(text, **hooks)
     except (ValueError, RecursionError) as error:
-        raise FwError(f"{where}: expected a JSON object: {error}") from error
+        raise FwError(f"{where}: expected {expected}: {error}") from error
 
 
 def read_header(file: Path) -> dict[str, Entry]:
