@@ -27,6 +27,7 @@ def load(
     labels: Sequence[str] | None = None,
     key: jax.Array | None = None,
     dtype: DTypeLike = np.float32,
+    adapter: str | Path | None = None,
 ) -> hub.Loaded:
     """Brings a pretrained model onto a mesh; its family is found from its `config.json`.
 
@@ -35,6 +36,7 @@ def load(
       mesh: a mesh, or its axes as in "data=2,fsdp=2,tensor=2".
       rules: rules, or the name of a preset.
       task, labels, key, dtype: as in `fw.hub.load`.
+      adapter: a folder of PEFT, which is merged into the parameters.
 
     Raises:
       FwError: no such source, or a folder that is broken, unknown, or does not fit.
@@ -49,4 +51,7 @@ def load(
     rules = make_rules(rules) if isinstance(rules, str) else rules
     path = Path(source)
     folder = path if path.suffix == ".gguf" and path.is_file() else assets.fetch(str(source))
-    return hub.load(folder, mesh=mesh, rules=rules, task=task, labels=labels, key=key, dtype=dtype)
+    loaded = hub.load(
+        folder, mesh=mesh, rules=rules, task=task, labels=labels, key=key, dtype=dtype
+    )
+    return loaded if adapter is None else hub.merge(loaded, hub.load_adapter(adapter, loaded))

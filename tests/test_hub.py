@@ -8,24 +8,18 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from fw import hub
 from fw.data import Encoded, pack, unpack_texts, unpack_words
 from fw.errors import FwError
-from fw.hub import FAMILIES
 from fw.hub.files import Tensor, new_folder
 from fw.models.bert import BertConfig, bert
-from fw.models.llama import LlamaConfig
-from fw.models.modernbert import ModernBertConfig
 from sharding import gather, make_mesh, paths, put, rules, scope
 
 ROOT = Path(__file__).parents[1]
@@ -216,13 +210,13 @@ def test_several_files(tagger, copy):
     first, second = sorted(set(places.values()))
     for place in (f"../{copy.name}/{first}", str(copy / first), "..", "a.bin", 7, ""):
         index.write_text(json.dumps({"weight_map": places | {name: place}}))
-        with pytest.raises(FwError, match=r"index.json: expected the name of a .safetensors file"):
+        with pytest.raises(FwError, match=r"index.json: tensor .*: expected the name of a .saf"):
             load(copy)
     index.write_text(json.dumps({"weight_map": places | {"x": second}}))
     with pytest.raises(FwError, match=f"expected tensor 'x' in {second}"):
         load(copy)
     (copy / second).unlink()
-    with pytest.raises(FwError, match=f"names {second}, which is not in"):
+    with pytest.raises(FwError, match=f"names '{second}', which is not"):
         load(copy)
 
 
@@ -471,73 +465,6 @@ def test_a_head_that_the_file_lacks_needs_a_key(copy):
     with pytest.raises(FwError, match="lacks the parameters classifier/kernel"):
         load(copy)
     assert load(copy, key=jax.random.key(0)).fresh == ("classifier/kernel",)
-
-
-hostile = settings(
-    derandomize=True,
-    deadline=None,
-    max_examples=60,
-    # Each example writes all of the file that it changes, so they may share a folder.
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-
-
-@hostile
-@given(data=st.data())
-def test_a_damaged_file_is_refused_or_harmless(tagger, copy, data):
-    good = (tagger / "model.safetensors").read_bytes()
-    header = 8 + int.from_bytes(good[:8], "little")
-    damaged = bytearray(good[: data.draw(st.sampled_from([len(good), 7, header, len(good) - 1]))])
-    where = st.integers(0, min(header, len(damaged)) - 1)
-    for position, byte in data.draw(
-        st.dictionaries(where, st.integers(0, 255), max_size=3)
-    ).items():
-        damaged[position] = byte
-    (copy / "model.safetensors").write_bytes(damaged)
-    try:
-        loaded = load(copy)
-    except FwError:
-        return
-    assert_same(loaded.variables, load(tagger).variables)
-
-
-values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(), inner, max_size=2),
-    max_leaves=4,
-)
-
-
-@pytest.fixture(scope="module", params=["bert", "modernbert", "llama"])
-def folder(request, tmp_path_factory):
-    names: Any = {"num_labels": 2, "task": TOKENS} if request.param != "llama" else {}
-    config: Any = {"bert": BertConfig, "modernbert": ModernBertConfig, "llama": LlamaConfig}
-    model = FAMILIES[request.param].model(config[request.param](60, 16, 2, 2, 32, **names))
-    made = hub.Loaded(model, model.init(jax.random.key(0)), ("a", "b") if names else ())
-    root = tmp_path_factory.mktemp("strange") / "m"
-    hub.save(root, made)
-    return root, made
-
-
-@hostile
-@given(data=st.data())
-def test_a_strange_config_is_refused_or_harmless(folder, data):
-    path, made = folder
-    text = (path / "config.json").read_text()
-    config = json.loads(text)
-    more = ("is_decoder", "problem_type", "num_labels", "rope_scaling", "use_sliding_window")
-    key, value = data.draw(st.sampled_from([*sorted(config), *more])), data.draw(values)
-    inside = config.get("rope_parameters")
-    if inside and data.draw(st.booleans()):
-        key, value = "rope_parameters", {**inside, data.draw(st.sampled_from([*inside])): value}
-    try:
-        (path / "config.json").write_text(json.dumps(config | {key: value}))
-        loaded = load(path)
-    except FwError:
-        return
-    finally:
-        (path / "config.json").write_text(text)
-    assert_same(loaded.variables, made.variables)
 
 
 # --- writing --------------------------------------------------------------------------------------

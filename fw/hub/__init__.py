@@ -1,6 +1,17 @@
-"""Model folders in the form of Hugging Face transformers, in and out."""
+"""Model folders in the form of Hugging Face transformers, and adapters of PEFT, in and out."""
 
+from fw.hub.adapter import Adapter, load_adapter, merge, save_adapter
 from fw.hub.families import FAMILIES, Family
 from fw.hub.folder import Loaded, load, save
 
-__all__ = ["FAMILIES", "Family", "Loaded", "load", "save"]
+__all__ = [
+    "FAMILIES",
+    "Adapter",
+    "Family",
+    "Loaded",
+    "load",
+    "load_adapter",
+    "merge",
+    "save",
+    "save_adapter",
+]

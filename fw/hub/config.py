@@ -14,10 +14,10 @@ from pathlib import Path
 from reprlib import repr as shown  # a hostile file may hold a long value
 from typing import Any, get_args
 
-from fw.data.files import read_text
 from fw.errors import FwError
 from fw.hub.families import FAMILIES, OWN, Family
-from fw.hub.files import CONFIG, read_json
+from fw.hub.files import CONFIG, read_json, read_small
+from fw.hub.header import parse_json
 from fw.labels import LABELLED, PROBLEMS
 
 SUPERSEDED = (
@@ -208,11 +208,12 @@ def read_pooling(folder: Path) -> dict[str, Any]:
 
 def _kinds(path: Path) -> tuple[str, ...]:
     """The modules that make a vector, one after another; `FwError` for any that fw does not."""
+    expected = "a list of objects with 'type'"
+    rows = parse_json(read_small(path), path, expected)
     try:
-        rows = json.loads(read_text(path))
         kinds = tuple(row["type"].rpartition(".")[2] for row in rows)
-    except (ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
-        raise FwError(f"{path}: expected a list of objects with 'type': {error!r}") from error
+    except (TypeError, KeyError, AttributeError) as error:
+        raise FwError(f"{path}: expected {expected}: {error!r}") from error
     odd = [kind for kind in kinds if kind not in _MODULES or kinds.count(kind) > 1]
     if odd:
         raise FwError(

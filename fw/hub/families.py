@@ -13,6 +13,7 @@ from typing import Any
 
 from fw.errors import FwError
 from fw.hub.files import AnyTensor, Tensors
+from fw.hub.header import shown_name
 from fw.labels import PROBLEMS
 from fw.model import Model
 from fw.models import bert, distilbert, llama, modernbert, roberta
@@ -71,7 +72,8 @@ class Family:
                 if full.endswith(old):
                     full = f"{full.removesuffix(old)}LayerNorm.{new}"
             if full in found:
-                raise FwError(f"{tensor.file}: both {found[full].name!r} and {name!r} are {full!r}")
+                both = f"{shown_name(found[full].name)} and {shown_name(name)}"
+                raise FwError(f"{tensor.file}: both {both} are {shown_name(full)}")
             found[full] = tensor
         return found
 

@@ -1,17 +1,16 @@
 """The files of a model folder: tensors known by their headers and read slice by slice.
 
 `families` says what the files mean, `folder` brings them onto the mesh. Files come from anywhere:
-names and paths in them are checked here, sizes by safetensors, which refuses a header that does not
-fit its file.
+names and paths in them are checked here, and what a file of tensors says of itself in `header`.
 """
 
-import json
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from reprlib import repr as shown
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from fw.data.files import read_text
 from fw.errors import FwError
 from fw.gguf import GgufTensor, gguf_file, open_gguf, write_tokenizer
+from fw.hub.header import MOST_BYTES, check_file, parse_json, read_header, shown_name
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -79,6 +79,16 @@ def largest(tensors: Iterable[AnyTensor]) -> int:
     return max([1, len(tensors), *sizes])
 
 
+def read_small(path: Path) -> str:
+    """The text of a file beside the tensors.
+
+    Raises:
+      FwError: it is not there, too large for such a file, a pipe, say, or no UTF-8.
+    """
+    check_file(path, MOST_BYTES)
+    return read_text(path)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object.
 
@@ -90,12 +100,7 @@ def read_json(path: Path) -> dict[str, Any]:
     ...
     fw.errors.FwError: nowhere/config.json: cannot be read: No such file or directory
     """
-    try:
-        found = json.loads(read_text(path))
-    except FwError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise FwError(f"{path}: expected a JSON object: {error}") from error
+    found = parse_json(read_small(path), path)
     if not isinstance(found, dict):
         raise FwError(f"{path}: expected a JSON object, got {type(found).__name__}")
     return found
@@ -121,8 +126,12 @@ def open_model(place: Path) -> Iterator[tuple[Path, Mapping[str, Any], Tensors]]
 
 
 @contextmanager
-def open_tensors(folder: Path) -> Iterator[dict[str, Tensor]]:
+def open_tensors(folder: Path, weights: str = WEIGHTS) -> Iterator[dict[str, Tensor]]:
     """Opens the tensor files of a folder: one, or those that an index names.
+
+    Args:
+      folder: holds `weights`, or an index.
+      weights: the name of the one file.
 
     Yields:
       Every tensor by name. They can be read until the context ends.
@@ -139,21 +148,25 @@ def open_tensors(folder: Path) -> Iterator[dict[str, Tensor]]:
     ...         tensors["x"].shape, tensors["x"].read((slice(0, 1), slice(1, 3)))
     ((2, 3), array([[1., 2.]], dtype=float32))
     """
-    places = {} if (folder / WEIGHTS).is_file() else _read_index(folder)
+    places = {} if (folder / weights).is_file() else _read_index(folder)
     found: dict[str, Tensor] = {}
     with ExitStack() as stack:
-        for file in sorted({folder / name for name in places.values()}) or [folder / WEIGHTS]:
+        for file in [folder / name for name in sorted(set(places.values())) or [weights]]:
+            read_header(file)
             with _errors(file):
                 handle = stack.enter_context(safe_open(file, "numpy"))
                 names = sorted(handle.keys())
             for name in names:
                 if name in found:
-                    raise FwError(f"{file}: tensor {name!r} is also in {found[name].file.name}")
+                    where = found[name].file.name
+                    raise FwError(f"{file}: tensor {shown_name(name)} is also in {where}")
                 part = handle.get_slice(name)
                 found[name] = Tensor(name, file, tuple(part.get_shape()), part.get_dtype(), handle)
         for name, place in places.items():
             if name not in found or found[name].file.name != place:
-                raise FwError(f"{folder / INDEX}: expected tensor {name!r} in {place}; it is not")
+                raise FwError(
+                    f"{folder / INDEX}: expected tensor {shown_name(name)} in {place}; it is not"
+                )
         yield found
 
 
@@ -205,13 +218,31 @@ def _read_index(folder: Path) -> dict[str, str]:
     places = read_json(path).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise FwError(f"{path}: expected 'weight_map', an object from tensors to files")
-    for place in set(map(str, places.values())):
-        # No folders at all, on any system: the files lie beside their index.
-        if not place.endswith(".safetensors") or set(place) & set("/\\:\0") or place[0] == ".":
-            raise FwError(f"{path}: expected the name of a .safetensors file, got {place!r}")
-        if not (folder / place).is_file():
-            raise FwError(f"{path}: names {place}, which is not in {folder}")
+    user: dict[str, str] = {}  # of each file, a tensor in it
+    for tensor, place in places.items():
+        user.setdefault(place if isinstance(place, str) else "", tensor)
+    for place, tensor in user.items():
+        if not _is_plain(place):
+            raise FwError(
+                f"{path}: tensor {shown_name(tensor)}: expected the name of a .safetensors file, "
+                f"got {shown(places[tensor])}"
+            )
+        try:
+            there = (folder / place).is_file()
+        except OSError:  # a name that no file can have: too long
+            there = False
+        if not there:
+            raise FwError(
+                f"{path}: tensor {shown_name(tensor)}: names {shown_name(place)}, which is not "
+                f"in {folder}, or no plain file"
+            )
     return places
+
+
+def _is_plain(name: str) -> bool:
+    """Whether it names a file of tensors beside its index: no folders at all, on any system."""
+    tame = name.isprintable() and not set(name) & set("/\\:") and not name.startswith(".")
+    return tame and name.endswith(".safetensors")
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from fw.hub.config import choose_head, read_config, read_pooling, write_config, 
 from fw.hub.families import Family, family_of
 from fw.hub.files import (
     CONFIG,
+    INDEX,
     WEIGHTS,
     AnyTensor,
     Tensors,
@@ -32,6 +33,7 @@ from fw.hub.files import (
     new_folder,
     open_model,
 )
+from fw.hub.header import shown_name
 from fw.model import Model, Variables
 from fw.models.names import Name
 from fw.tensors import write_tensors
@@ -39,6 +41,9 @@ from sharding import Rules, build, create, gather, paths, shardings
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """The dtypes of parameters, by safetensors' names."""
+
+LACKING = 1000
+"""Tensors that a folder may lack before the search for more ends."""
 
 
 @dataclass(frozen=True)
@@ -124,8 +129,12 @@ def load(
         config = read_config(family, source, where, head, limit, extra)
         named = family.by_name(tensors)
         wanted: dict[str, list[Name]] = {}
+        lacking = 0
         for name in family.names(config):
             wanted.setdefault(f"params/{name.path}", []).append(name)
+            lacking += name.tensor not in named and not family.may_lack(name.tensor)
+            if lacking == LACKING:  # a config may ask for more names than memory holds
+                break
         _check_names(family, folder, named, {n.tensor for own in wanted.values() for n in own})
 
         model = family.model(config)
@@ -196,14 +205,17 @@ def _check_names(family: Family, folder: Path, named: Tensors, wanted: set[str])
     """Refuses a folder with another encoder than its config describes."""
     missing = sorted(n for n in wanted - named.keys() if not family.may_lack(n))
     if missing:
-        raise FwError(f"{folder}: {_list(missing)} missing, which {CONFIG} calls for")
+        files = {tensor.file for tensor in named.values()}
+        where = files.pop() if len(files) == 1 else folder / (INDEX if files else WEIGHTS)
+        raise FwError(f"{where}: {_list(missing)} missing, which {CONFIG} calls for")
     extra = sorted(t.name for n, t in named.items() if n not in wanted and not family.may_ignore(n))
     if extra:
-        raise FwError(f"{folder}: {_list(extra)} there, which {CONFIG} does not describe")
+        where = next(t.file for t in named.values() if t.name == extra[0])
+        raise FwError(f"{where}: {_list(extra)} there, which {CONFIG} does not describe")
 
 
 def _list(names: Sequence[str], most: int = 5) -> str:
-    shown = ", ".join(names[:most])
+    shown = ", ".join(shown_name(name)[1:-1] for name in names[:most])
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return f"tensor {shown} is" if len(names) == 1 else f"tensors {shown}{more} are"
 

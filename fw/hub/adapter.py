@@ -1,0 +1,529 @@
+"""Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) in folders of PEFT, in and out.
+
+W' = W + s·A·B with A [in, r], B [r, out] and s = alpha / r, or alpha / sqrt(r) where the config
+says use_rslora (Kalajdzievski 2023, arXiv:2312.03732). The files have A and B transposed, and one
+pair for each layer of transformers' model; here a parameter has one pair: those of stacked layers
+are stacked, and parts of a joint tensor share their A.
+"""
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
+from pathlib import Path
+from reprlib import repr as shown
+from typing import Any, TypeGuard
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from fw.errors import FwError
+from fw.hub.families import FAMILIES, Family
+from fw.hub.files import AnyTensor, Tensors, new_folder, open_tensors, read_json
+from fw.hub.folder import DTYPES, Loaded, _on_first_process
+from fw.hub.header import check_file, shown_name
+from fw.models.names import Name
+from fw.tensors import write_tensors
+from sharding import build, gather, paths
+from sharding.layout import fit
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+BASE = "base_model.model."
+"""What PEFT puts before the names of transformers."""
+
+SIDES = (".lora_A.weight", ".lora_B.weight")
+
+ONLY: Mapping[str, Sequence[Any]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    # The others change the weights below the adapter: pissa, olora, corda, loftq …
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
+}
+"""Keys of the config with the values that are understood."""
+
+PLAIN = (
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config",
+    "exclude_modules", "fan_in_fan_out", "inference_mode", "layers_pattern", "layers_to_transform",
+    "loftq_config", "lora_alpha", "lora_dropout", "megatron_core", "modules_to_save",
+    "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config",
+    "target_modules", "task_type", "use_rslora",
+)  # fmt: skip
+"""Keys that are read here, or that change nothing once an adapter is trained. `fan_in_fan_out` is
+for layers of another kind: PEFT ignores it for those that these models have."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A dense layer of transformers' model that is adapted.
+
+    Attributes:
+      module: its name in the adapter's files, without `BASE`.
+      names: our parameters, several where theirs is a joint one.
+      rank: of its A and B.
+      scale: s.
+    """
+
+    module: str
+    names: tuple[Name, ...]
+    rank: int
+    scale: float
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("pairs", "heads"),
+    meta_fields=("targets", "config"),
+)
+@dataclass(frozen=True)
+class Adapter:
+    """A low-rank change of a model: a pytree of its arrays.
+
+    Attributes:
+      pairs: by the path of a parameter, A [..., in, r] and B [..., r, out], with the leading axes
+        of a stack; r is the largest rank in it, and beyond a smaller one, A and B are zero.
+      heads: by path, parameters that take the place of the model's.
+      targets: what the pairs are in the files.
+      config: `adapter_config.json`, as text.
+    """
+
+    pairs: dict[str, tuple[jax.Array, jax.Array]] = field(repr=False)
+    heads: dict[str, jax.Array] = field(repr=False)
+    targets: tuple[Target, ...]
+    config: str = field(repr=False)
+
+
+def load_adapter(folder: str | Path, loaded: Loaded, *, dtype: DTypeLike = np.float32) -> Adapter:
+    """Reads a folder of PEFT for a model, onto its mesh.
+
+    A takes the placement of its kernel's input axis, B that of the output axis. A `target_modules`
+    that is a pattern is not run, for it may be one that never ends: the tensors say which layers
+    are adapted. Where it is a list, they must be the layers of the list.
+
+    Args:
+      folder: holds `adapter_config.json` and `adapter_model.safetensors`.
+      loaded: the model that the adapter is for.
+      dtype: of the arrays, whatever the file has.
+
+    Raises:
+      FwError: a broken folder; another method than LoRA, or a variant of it (DoRA, biases,
+        embeddings …); a layer that the model lacks, or tensors that are missing, too many, of
+        another shape or of another rank than the config says.
+    """
+    folder, dtype = Path(folder), np.dtype(dtype)
+    config = read_json(folder / CONFIG)
+    _check_config(config, folder / CONFIG)
+    check_file(folder / WEIGHTS)
+    model, family = loaded.model, _family(loaded)
+    shapes = _by_path(jax.eval_shape(model.init, jax.random.key(0)))
+    with open_tensors(folder, WEIGHTS) as tensors:
+        bare = _bare(tensors, family, folder / WEIGHTS)
+        layers, heads = _modules(family, model.config, shapes, joined=not bare)
+        targets = _targets(config, tensors, layers, folder)
+        kept = _kept(config, tensors, layers, heads, folder)
+        axes = _by_path(model.axes, is_leaf=lambda node: type(node) is tuple)
+        pairs = {}
+        for path, own in _by_parameter(targets).items():
+            pairs[path] = _pair(path, own, tensors, shapes[path].shape, axes[path], dtype, loaded)
+        found = {}
+        for module, name in kept.items():
+            tensor, shape = tensors[BASE + module], shapes[name.path].shape
+            _check_tensor(tensor, shape[::-1] if name.transposed else shape)
+            read = partial(_head, tensor, name, dtype)
+            found[name.path] = _place(name.path, shape, axes[name.path], read, dtype, loaded)
+    return Adapter(pairs, found, targets, json.dumps(config, sort_keys=True))
+
+
+def merge(loaded: Loaded, adapter: Adapter) -> Loaded:
+    """The model with an adapter's changes in its parameters, which stay where they are.
+
+    Args:
+      loaded: parameters that are not compressed; it is not changed.
+      adapter: for this model.
+
+    Returns:
+      The same with other variables; heads that the adapter brings are no longer `fresh`.
+
+    Raises:
+      FwError: the adapter is for another model, or the parameters are compressed.
+
+    >>> from fw.models.llama import LlamaConfig, llama
+    >>> model = llama(LlamaConfig(30, 8, 2, 2, 16, num_key_value_heads=1))
+    >>> shapes = jax.eval_shape(model.init, jax.random.key(0))
+    >>> loaded = Loaded(model, jax.tree.map(lambda x: jnp.zeros(x.shape), shapes), labels=())
+    >>> path = "stack/layers/attention/key/kernel"
+    >>> name = Name(path, "model.layers.1.self_attn.k_proj.weight", True, (1,))
+    >>> targets = (Target("model.layers.1.self_attn.k_proj", (name,), rank=1, scale=2.0),)
+    >>> pair = jnp.ones((2, 8, 1)), jnp.ones((2, 1, 4))
+    >>> merged = merge(loaded, Adapter({path: pair}, {}, targets, "{}"))
+    >>> kernel = merged.variables["params"]["stack"]["layers"]["attention"]["key"]["kernel"]
+    >>> [float(jnp.mean(layer)) for layer in kernel]  # the first is not adapted
+    [0.0, 2.0]
+    """
+    leaves, structure = jax.tree.flatten(loaded.variables)
+    every = dict(zip(paths(loaded.variables), leaves, strict=True))
+    scales = {}
+    for path, own in _by_parameter(adapter.targets).items():
+        a, _ = adapter.pairs[path]
+        scales[path] = np.zeros((*a.shape[:-2], 1, 1), np.float32)
+        for target, name in own:
+            scales[path][name.entry] = target.scale
+    turned = {name.path for t in adapter.targets for name in t.names if not name.transposed}
+    changed = {f"params/{path}": every.get(f"params/{path}") for path in scales}
+    for path, leaf in changed.items():
+        a, b = (np.shape(side) for side in adapter.pairs[path.removeprefix("params/")])
+        ends = (a[-2], b[-1])
+        expected = (*a[:-2], *(ends[::-1] if path.removeprefix("params/") in turned else ends))
+        if not isinstance(leaf, jax.Array | np.ndarray) or leaf.shape != expected:
+            raise FwError(
+                f"{path.removeprefix('params/')}: the adapter is for {expected}, got "
+                f"{getattr(leaf, 'shape', 'none')}; it is merged with the model that it was loaded "
+                "for, and before that is compressed"
+            )
+
+    def add(weights: dict[str, jax.Array], pairs: dict[str, Any]) -> dict[str, jax.Array]:
+        found = {}
+        for path, w in weights.items():
+            short = path.removeprefix("params/")
+            dtype = jnp.promote_types(w.dtype, jnp.float32)
+            a, b = (side.astype(dtype) for side in pairs[short])
+            delta = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+            delta = delta * scales[short].astype(dtype)
+            delta = jnp.swapaxes(delta, -1, -2) if short in turned else delta
+            found[path] = (w.astype(dtype) + delta).astype(w.dtype)
+        return found
+
+    weights = {path: jnp.asarray(leaf) for path, leaf in changed.items()}
+    places = {path: leaf.sharding for path, leaf in weights.items()}
+    every |= jax.jit(add, out_shardings=places)(weights, adapter.pairs)
+    for path, head in adapter.heads.items():
+        old = every.get(f"params/{path}")
+        if np.shape(old) != head.shape:
+            raise FwError(f"{path}: the adapter's is {head.shape}, the model's {np.shape(old)}")
+        every[f"params/{path}"] = head.astype(old.dtype)
+    return dataclasses.replace(
+        loaded,
+        variables=jax.tree.unflatten(structure, [every[p] for p in paths(loaded.variables)]),
+        fresh=tuple(path for path in loaded.fresh if path not in adapter.heads),
+    )
+
+
+def save_adapter(folder: str | Path, loaded: Loaded, adapter: Adapter) -> None:
+    """Writes a folder that PEFT, and `load_adapter`, can read.
+
+    Args:
+      folder: new, or empty; its parents are made.
+      loaded: the model that the adapter is for.
+      adapter: trained or as it was loaded.
+
+    Raises:
+      FwError: the folder exists, or cannot be written; parts of a joint tensor with different A,
+        for which the files have one.
+    """
+    folder, family = Path(folder), _family(loaded)
+    host = gather({"pairs": adapter.pairs, "heads": adapter.heads})
+    found: dict[str, np.ndarray] = {}
+    for target in adapter.targets:
+        sides = [
+            (a[name.entry][:, : target.rank], b[name.entry][: target.rank])
+            for name in target.names
+            for a, b in [host["pairs"][name.path]]
+        ]
+        if any(a.tobytes() != sides[0][0].tobytes() for a, _ in sides):
+            own = ", ".join(name.path for name in target.names)
+            raise FwError(f"{own}: have different A, but {target.module} is one layer in the files")
+        found[BASE + target.module + SIDES[0]] = sides[0][0].T
+        found[BASE + target.module + SIDES[1]] = np.concatenate([b for _, b in sides], axis=1).T
+    for name in family.stored(loaded.model.config):
+        if name.path in host["heads"]:
+            head = host["heads"][name.path]
+            found[BASE + name.tensor] = head.T if name.transposed else head
+
+    def write() -> None:
+        with new_folder(folder) as part:
+            write_tensors(part / WEIGHTS, found)
+            text = json.dumps(json.loads(adapter.config), indent=2, sort_keys=True)
+            (part / CONFIG).write_text(text, encoding="utf-8")
+
+    _on_first_process(write, folder)
+
+
+def _family(loaded: Loaded) -> Family:
+    config = loaded.model.config
+    family = FAMILIES.get(getattr(config, "model_type", ""))
+    if family is None:
+        raise FwError(f"a {type(config).__name__} is of no family with a folder format")
+    return family
+
+
+def _by_path(tree: Any, is_leaf: Any = None) -> dict[str, Any]:
+    """The parameters of a tree by their paths below "params"."""
+    own = tree["params"]
+    return dict(zip(paths(own, is_leaf), jax.tree.leaves(own, is_leaf=is_leaf), strict=True))
+
+
+def _check_config(config: Mapping[str, Any], where: Path) -> None:
+    """Refuses what is not understood: another method, a variant, or values of other types."""
+
+    def refuse(key: str, expected: str) -> None:
+        name = shown_name(key)[1:-1]
+        raise FwError(f"{where}: {name} is {shown(config.get(key))}; expected {expected}")
+
+    for key, known in ONLY.items():
+        value = config.get(key, known[0] if key != "peft_type" else None)
+        if not any(value is one or (isinstance(one, str) and value == one) for one in known):
+            refuse(key, " or ".join(map(repr, known)))
+    for key in sorted(config.keys() - ONLY.keys() - set(PLAIN)):
+        if config[key]:
+            refuse(key, "none: it is not supported")
+    for key in ("r", "lora_alpha"):
+        _check_number(config.get(key, 8), f"{where}: {key}", whole=key == "r")
+    for key in ("rank_pattern", "alpha_pattern"):
+        table = config.get(key) or {}
+        if not isinstance(table, dict):
+            refuse(key, "an object from names to numbers")
+        for name, value in table.items():
+            place = f"{where}: {key}: {shown_name(name)}"
+            _check_number(value, place, whole=key == "rank_pattern")
+            # Patterns are not run: they may be ones that never end.
+            if not re.fullmatch(r"\^?\w+(\\?\.\w+)*\$?", name):
+                raise FwError(f"{place}: expected the name of a layer, or the end of one")
+    for key in ("target_modules", "exclude_modules", "modules_to_save"):
+        value = config.get(key)
+        text = isinstance(value, str) and key != "modules_to_save"
+        if value is not None and not text and not _texts(value):
+            refuse(key, "a list of names")
+    if not isinstance(config.get("use_rslora") or False, bool):
+        refuse("use_rslora", "true or false")
+
+
+def _check_number(value: Any, where: str, *, whole: bool) -> None:
+    fits = type(value) is int or (type(value) is float and not whole)
+    if not fits or not 0 < value < 2**31:
+        kind = "an integer" if whole else "a number"
+        raise FwError(f"{where} is {shown(value)}; expected {kind} of more than 0")
+
+
+def _texts(value: Any) -> TypeGuard[list[str]]:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
+def _bare(tensors: Tensors, family: Family, where: Path) -> bool:
+    """Whether the adapter was made for the encoder alone, whose names lack the family's prefix.
+
+    Raises:
+      FwError: a tensor of no transformers model.
+    """
+    for name in tensors:
+        if not name.startswith(BASE):
+            raise FwError(f"{where}: tensor {shown_name(name)}: expected a name after {BASE}")
+    return not any(name.startswith(BASE + family.prefix) for name in tensors)
+
+
+def _modules(
+    family: Family, config: Any, shapes: Mapping[str, Any], *, joined: bool
+) -> tuple[dict[str, tuple[Name, ...]], dict[str, Name]]:
+    """The dense layers of a model and the tensors of its head, by transformers' names.
+
+    Args:
+      family: of the model.
+      config: of the model.
+      shapes: of the parameters, by path.
+      joined: whether names have the family's prefix.
+    """
+    layers: dict[str, tuple[Name, ...]] = {}
+    heads: dict[str, Name] = {}
+    for name in family.names(config):
+        tensor = name.tensor if joined else name.tensor.removeprefix(family.prefix)
+        head = family.may_lack(name.tensor)
+        if head:
+            heads[tensor] = name
+        # A decoder's last layer is a table of words to us, but no other table is a layer.
+        flat = len(shapes[name.path].shape) - len(name.entry) == 2
+        if tensor.endswith(".weight") and flat and (name.transposed or head):
+            module = tensor.removesuffix(".weight")
+            layers[module] = (*layers.get(module, ()), name)
+    return layers, heads
+
+
+def _targets(
+    config: Mapping[str, Any],
+    tensors: Tensors,
+    layers: Mapping[str, tuple[Name, ...]],
+    folder: Path,
+) -> tuple[Target, ...]:
+    """The adapted layers, each with both of its tensors, as the config describes them."""
+    where, pattern = folder / WEIGHTS, config.get("target_modules")
+    adapted = {
+        name.removesuffix(side)[len(BASE) :]
+        for name in tensors
+        for side in SIDES
+        if name.endswith(side)
+    }
+    listed = {module for module in layers if _ends(module, pattern)} if _texts(pattern) else None
+    # A choice among the listed: which are left out, the tensors say.
+    some = config.get("exclude_modules") or config.get("layers_to_transform") is not None
+    saved = config.get("modules_to_save") or []
+    due = {module for module in listed or () if not some and not _inside(module, saved)}
+    for module in sorted(adapted | due):
+        for side in SIDES:
+            name = f"{BASE}{module}{side}"
+            if name not in tensors:
+                raise FwError(f"{where}: tensor {shown_name(name)} is missing")
+            if module not in layers:
+                raise FwError(
+                    f"{where}: tensor {shown_name(name)}: the model has no dense layer of this name"
+                )
+            if listed is not None and module not in listed:
+                raise FwError(
+                    f"{where}: tensor {shown_name(name)} is there, but target_modules of {CONFIG} "
+                    "do not name its layer"
+                )
+    if not adapted:
+        raise FwError(f"{where}: expected tensors that end with {' and '.join(SIDES)}, found none")
+    found = []
+    for module in sorted(adapted):
+        rank = _matched(config, "rank_pattern", module, config.get("r", 8))
+        alpha = _matched(config, "alpha_pattern", module, config.get("lora_alpha", 8))
+        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        found.append(Target(module, layers[module], rank, scale))
+    return tuple(found)
+
+
+def _kept(
+    config: Mapping[str, Any],
+    tensors: Tensors,
+    layers: Mapping[str, tuple[Name, ...]],
+    heads: Mapping[str, Name],
+    folder: Path,
+) -> dict[str, Name]:
+    """The parameters of the head that come whole, by the names of their tensors without `BASE`."""
+    modules, where = config.get("modules_to_save") or [], folder / WEIGHTS
+    for module in layers:
+        if _inside(module, modules) and f"{module}.weight" not in heads:
+            raise FwError(
+                f"{folder / CONFIG}: modules_to_save is {shown(modules)}; only a head can be "
+                f"replaced, not {module}"
+            )
+    expected = {tensor: name for tensor, name in heads.items() if _inside(tensor, modules)}
+    for tensor in expected:
+        if BASE + tensor not in tensors:
+            raise FwError(f"{where}: tensor {BASE + tensor!r} is missing; modules_to_save names it")
+    for name in tensors:
+        if not name.endswith(SIDES) and name[len(BASE) :] not in expected:
+            raise FwError(
+                f"{where}: tensor {shown_name(name)} is there, but it is neither A nor B of a "
+                f"dense layer, nor in a head that modules_to_save of {CONFIG} name"
+            )
+    return expected
+
+
+def _ends(module: str, names: Iterable[str]) -> bool:
+    """Whether a module has one of these names, or ends with one."""
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def _inside(tensor: str, modules: Sequence[str]) -> bool:
+    """Whether a name lies in a module of one of these names, or is one."""
+    return any(f".{module}." in f".{tensor}." for module in modules)
+
+
+def _matched(config: Mapping[str, Any], key: str, module: str, otherwise: Any) -> Any:
+    """The number of the first name that fits a module, as PEFT takes it."""
+    for name, number in (config.get(key) or {}).items():
+        plain = name.replace("\\.", ".").removesuffix("$")
+        if module == plain.removeprefix("^") or (
+            not plain.startswith("^") and module.endswith(f".{plain}")
+        ):
+            return number
+    return otherwise
+
+
+def _by_parameter(targets: Iterable[Target]) -> dict[str, list[tuple[Target, Name]]]:
+    found: dict[str, list[tuple[Target, Name]]] = {}
+    for target in targets:
+        for name in target.names:
+            found.setdefault(name.path, []).append((target, name))
+    return found
+
+
+def _pair(
+    path: str,
+    own: Sequence[tuple[Target, Name]],
+    tensors: Tensors,
+    shape: tuple[int, ...],
+    axes: tuple[Any, ...],
+    dtype: np.dtype,
+    loaded: Loaded,
+) -> tuple[jax.Array, jax.Array]:
+    """A and B of a parameter."""
+    lead = len(shape) - 2
+    ends, names = shape[lead:], axes[lead:]
+    if not own[0][1].transposed:  # the parameter is [out, in], as in the files
+        ends, names = ends[::-1], names[::-1]
+    rank = max(target.rank for target, _ in own)
+    of = {name.entry: (target, name) for target, name in own}
+    for target, name in own:
+        parts = name.part[1]
+        sizes = ((target.rank, ends[0]), (parts * ends[1], target.rank))
+        for side, size in zip(SIDES, sizes, strict=True):
+            _check_tensor(tensors[BASE + target.module + side], size)
+
+    def read(b: bool, index: tuple[slice, ...]) -> np.ndarray:
+        *front, rows, columns = index
+        found = np.zeros([s.stop - s.start for s in index], dtype)
+        entries = [range(s.start, s.stop) for s in front]
+        for place, entry in zip(np.ndindex(*map(len, entries)), product(*entries), strict=True):
+            if entry not in of:  # a layer that is not adapted
+                continue
+            target, name = of[entry]
+            ranks = slice(0, target.rank)
+            if b:
+                skip = name.part[0] * ends[1]
+                part = (slice(skip + columns.start, skip + columns.stop), ranks)
+                found[place][ranks] = tensors[BASE + target.module + SIDES[1]].read(part).T
+            else:
+                part = tensors[BASE + target.module + SIDES[0]].read((ranks, rows))
+                found[place][:, ranks] = part.T
+        return found
+
+    front, stack = shape[:lead], axes[:lead]
+    a = (*front, ends[0], rank), (*stack, names[0], None), partial(read, False)
+    b = (*front, rank, ends[1]), (*stack, None, names[1]), partial(read, True)
+    return _place(path, *a, dtype, loaded), _place(path, *b, dtype, loaded)
+
+
+def _head(tensor: AnyTensor, name: Name, dtype: np.dtype, index: tuple[slice, ...]) -> np.ndarray:
+    part = tensor.read(index[::-1] if name.transposed else index)
+    return np.array(part.T if name.transposed else part, dtype, order="C")
+
+
+def _place(
+    path: str,
+    shape: tuple[int, ...],
+    axes: tuple[Any, ...],
+    read: Callable[[tuple[slice, ...]], np.ndarray],
+    dtype: np.dtype,
+    loaded: Loaded,
+) -> jax.Array:
+    """An array read onto the model's mesh, or onto one device where it has none."""
+    abstract = jax.ShapeDtypeStruct(shape, dtype)
+    where: Any = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    if loaded.mesh is not None and loaded.rules is not None:
+        where = fit(axes, shape, loaded.mesh, loaded.rules, path=path)
+    return build(abstract, where, read, path=path)
+
+
+def _check_tensor(tensor: AnyTensor, shape: tuple[int, ...]) -> None:
+    if tensor.shape != shape or tensor.dtype not in DTYPES:
+        raise FwError(
+            f"{tensor.file}: tensor {shown_name(tensor.name)}: expected shape {shape}, as the "
+            f"model and {CONFIG} say, and one of {', '.join(DTYPES)}; found {tensor.shape} and "
+            f"{tensor.dtype}"
+        )
