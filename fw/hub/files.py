@@ -6,6 +6,9 @@ fit its file.
 """
 
 import json
+import math
+import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from fw.data.files import read_text
 from fw.errors import FwError
 from fw.gguf import GgufTensor, gguf_file, open_gguf, write_tokenizer
+from fw.tensors import DTYPES
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -39,6 +43,9 @@ TOKENIZER = (
 )
 """All files that a tokenizer of transformers may consist of."""
 
+_PAGE = 4096
+"""Bytes that a disk's cache brings at least, so that reading less of them saves nothing."""
+
 
 @dataclass(frozen=True)
 class Tensor:
@@ -49,22 +56,50 @@ class Tensor:
       file: which one.
       shape: as in the file.
       dtype: as safetensors spells it: "F32", "BF16", "I64" …
+      opened: descriptor of the open file.
+      start: where the tensor begins in it.
     """
 
     name: str
     file: Path
     shape: tuple[int, ...]
     dtype: str
-    handle: Any = field(repr=False)
+    opened: int = field(repr=False)
+    start: int = field(repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes in the file."""
+        bits = re.search(r"\d+", self.dtype)  # BOOL takes 8
+        return math.prod(self.shape) * int(bits[0] if bits else 8) // 8
 
     def read(self, index: tuple[slice, ...]) -> np.ndarray:
-        """Reads a part, and only that part, from the file.
+        """Reads a part, and only that part, from the file; gaps of less than a page as well.
+
+        Args:
+          index: a slice of step 1 an axis.
 
         Raises:
-          FwError: the file cannot be read.
+          FwError: the file cannot be read, or holds what NumPy has no dtype for.
         """
+        if self.dtype not in DTYPES:
+            raise FwError(f"{self.file}: tensor {self.name!r}: cannot read {self.dtype}")
+        dtype, (first, *rest) = np.dtype(DTYPES[self.dtype]), index
+        start, stop, _ = first.indices(self.shape[0])
+        shape, row = self.shape[1:], math.prod(self.shape[1:]) * dtype.itemsize
+        place, pieces = self.start + start * row, 1
+        if rest and row:
+            left, right, _ = rest[0].indices(shape[0])
+            if row - row // shape[0] * (right - left) >= _PAGE:
+                place, pieces = place + row // shape[0] * left, stop - start
+                shape, rest = (right - left, *shape[1:]), [slice(None), *rest[1:]]
+        found = np.empty((stop - start, *shape), dtype)
+        flat = memoryview(found.reshape(-1).view(np.uint8))
+        size = flat.nbytes // max(1, pieces)
         with _errors(self.file):
-            return self.handle.get_slice(self.name)[index]
+            for piece in range(pieces):
+                _fill(flat[piece * size :][:size], self.opened, place + piece * row)
+        return found[:, *rest]
 
 
 AnyTensor = Tensor | GgufTensor
@@ -143,14 +178,19 @@ def open_tensors(folder: Path) -> Iterator[dict[str, Tensor]]:
     found: dict[str, Tensor] = {}
     with ExitStack() as stack:
         for file in sorted({folder / name for name in places.values()}) or [folder / WEIGHTS]:
-            with _errors(file):
-                handle = stack.enter_context(safe_open(file, "numpy"))
-                names = sorted(handle.keys())
-            for name in names:
-                if name in found:
-                    raise FwError(f"{file}: tensor {name!r} is also in {found[name].file.name}")
-                part = handle.get_slice(name)
-                found[name] = Tensor(name, file, tuple(part.get_shape()), part.get_dtype(), handle)
+            opened = stack.enter_context(_open(file))
+            with _errors(file), safe_open(file, "numpy") as handle:
+                # Tensors lie one after another, the library sees to that, but does not tell where.
+                start = 8 + int.from_bytes(os.pread(opened, 8, 0), "little")
+                for name in handle.offset_keys():
+                    if name in found:
+                        raise FwError(f"{file}: tensor {name!r} is also in {found[name].file.name}")
+                    part = handle.get_slice(name)
+                    shape, dtype = tuple(part.get_shape()), part.get_dtype()
+                    found[name] = Tensor(name, file, shape, dtype, opened, start)
+                    start += found[name].nbytes
+                if start != (size := os.fstat(opened).st_size):
+                    raise FwError(f"{file}: expected {start} bytes, by its tensors; found {size}")
         for name, place in places.items():
             if name not in found or found[name].file.name != place:
                 raise FwError(f"{folder / INDEX}: expected tensor {name!r} in {place}; it is not")
@@ -220,3 +260,22 @@ def _errors(file: Path) -> Iterator[None]:
         yield
     except (SafetensorError, OSError) as error:
         raise FwError(f"{file}: broken, or no safetensors file: {error}") from error
+
+
+@contextmanager
+def _open(file: Path) -> Iterator[int]:
+    with _errors(file):
+        opened = os.open(file, os.O_RDONLY)
+    try:
+        yield opened
+    finally:
+        os.close(opened)
+
+
+def _fill(buffer: memoryview, opened: int, place: int) -> None:
+    """Reads from a place of a file; a read may bring less than it was asked for."""
+    while buffer:
+        count = os.preadv(opened, [buffer], place)
+        if not count:
+            raise OSError(f"it ends at byte {place}, in a tensor")
+        buffer, place = buffer[count:], place + count
