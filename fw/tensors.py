@@ -3,28 +3,35 @@
 Runs, artifacts and model folders keep their weights with these functions.
 """
 
-from collections.abc import Mapping
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import safetensors
-import safetensors.numpy
 
 from fw.errors import FwError
 
 DTYPES = {
+    "I64": np.int64,
     "F64": np.float64,
     "F32": np.float32,
-    "F16": np.float16,
-    "BF16": jnp.bfloat16,
-    "I64": np.int64,
     "I32": np.int32,
+    "BF16": jnp.bfloat16,
+    "F16": np.float16,
     "I8": np.int8,
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
-"""safetensors' names of the dtypes that such a file may hold; its NumPy reader lacks bfloat16."""
+"""safetensors' names of the dtypes that such a file may hold, in the order in which it lays their
+tensors out; its NumPy reader lacks bfloat16."""
+
+_CHUNK = 2**22
+"""Bytes that are copied at a time to be written."""
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
@@ -63,13 +70,73 @@ def write_tensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     ...     read_tensors(path)["x"].shape
     (3, 2)
     """
-    # The library writes an array's buffer whatever its strides are.
-    flat = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+    with tensor_file(path, arrays) as write:
+        for name, array in arrays.items():
+            write(name, array)
+
+
+@contextmanager
+def tensor_file(path: Path, like: Mapping[str, Any]) -> Iterator[Callable[..., None]]:
+    """A safetensors file that is written tensor by tensor, in any order.
+
+    Byte for byte what the library makes of all of them at once.
+
+    Args:
+        path: the file.
+        like: whatever has a shape and a dtype, by name.
+
+    Yields:
+        `write(name, array, part=0)`, to be called for every tensor; `array` may also be one of
+        several equal parts of a tensor along its first axis, the `part`-th.
+
+    Raises:
+        FwError: the file cannot be written, or a dtype is not in `DTYPES`.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder, "model.safetensors")
+    ...     with tensor_file(path, {"x": np.zeros((2, 3))}) as write:
+    ...         write("x", np.ones((1, 3)), 1)
+    ...         write("x", np.zeros((1, 3)), 0)
+    ...     read_tensors(path)["x"]
+    array([[0., 0., 0.],
+           [1., 1., 1.]])
+    """
+    names = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
+    ranks = list(DTYPES)
+    if odd := [name for name, array in like.items() if array.dtype not in names]:
+        raise FwError(f"{path}: cannot be written: {odd[0]!r} is {like[odd[0]].dtype}")
+    order = sorted(like, key=lambda name: (ranks.index(names[np.dtype(like[name].dtype)]), name))
+    # transformers refuses files without the format
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    places, end = {}, 0
+    for name in order:
+        shape, dtype = list(like[name].shape), np.dtype(like[name].dtype)
+        places[name], end = end, end + math.prod(shape) * dtype.itemsize
+        where = {"dtype": names[dtype], "shape": shape, "data_offsets": [places[name], end]}
+        header[name] = where
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    left = end
+
     try:
-        path.touch()
-        usual = path.stat().st_mode
-        # transformers refuses files without the format
-        safetensors.numpy.save_file(flat, path, metadata={"format": "pt"})
-        path.chmod(usual)  # the library leaves files that only their owner can read
-    except (safetensors.SafetensorError, OSError) as error:
+        with path.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            begin = file.tell()
+
+            def write(name: str, array: np.ndarray, part: int = 0) -> None:
+                nonlocal left
+                file.seek(begin + places[name] + part * array.nbytes)
+                left -= array.nbytes
+                rows = np.atleast_1d(array)
+                step = max(1, _CHUNK * len(rows) // max(array.nbytes, 1))
+                for start in range(0, len(rows), step):
+                    # Strides do not matter, and bfloat16 is no buffer.
+                    chunk = np.ascontiguousarray(rows[start : start + step])
+                    file.write(chunk.reshape(-1).view(np.uint8))
+
+            yield write
+            if left:
+                raise FwError(f"{path}: {left} of {end} bytes were not given")
+    except OSError as error:
         raise FwError(f"{path}: cannot be written: {error}") from error

@@ -11,7 +11,7 @@ from sharding.parallel.pipeline import bubble, pipeline
 from sharding.parallel.ring import ring_attention
 from sharding.parallel.routing import balance_loss, route, usage, z_loss
 from sharding.parallel.words import word_losses
-from sharding.place import build, create, gather, put
+from sharding.place import build, create, fill, gather, put
 from sharding.processes.cluster import Cluster, beat, start
 from sharding.program import Collective, ContractError, Memory, Report, contract, inspect
 from sharding.rules import ACTIVATIONS, PRESETS, Rules, rules
@@ -41,6 +41,7 @@ __all__ = [
     "current",
     "cutting",
     "experts",
+    "fill",
     "format_mesh",
     "gather",
     "inspect",

@@ -1,13 +1,15 @@
 """Arrays come into being where they belong, and go back to the host.
 
-Three ways there and one back: computed (`create`), read slice by slice (`build`), a batch from the
-host (`put`), and to the host (`gather`). On the way there no device is given more than its part.
+Four ways there and one back: computed (`create`), read slice by slice (`build`) or all at once
+(`fill`), a batch from the host (`put`), and to the host (`gather`). On the way there no device is
+given more than its part.
 The shardings come from `layout`. With several processes, all of them make the same calls in the
 same order, for every array belongs to all.
 """
 
-import functools
-from collections.abc import Callable
+import math
+import mmap
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -18,6 +20,13 @@ from jax.sharding import Mesh, Sharding
 from sharding.errors import ShardingError
 from sharding.layout import fit_tree, is_names, paths
 from sharding.rules import BATCH, Rules
+
+Slices = tuple[slice, ...]
+"""A part of an array: one slice an axis, with start and stop."""
+
+_LARGE = 2**22
+"""Bytes from which NumPy asks for huge pages, which a virtual machine may be four times slower to
+bring than small ones (scripts/bench/LOG.md)."""
 
 
 def create(fn: Callable[..., Any], *args: Any, shardings: Any) -> Any:
@@ -57,9 +66,8 @@ def build(
     Args:
         abstract: the array's whole shape and dtype.
         sharding: where it goes.
-        read: given one slice an axis, with start and stop, returns that part of the array. A view
-            is copied, so its buffer may be used again; an array that owns its memory is not, and
-            must not change afterwards.
+        read: given one slice an axis, with start and stop, returns that part of the array. It is
+            copied, so its buffer may be used again.
         path: the array's name in error messages.
 
     Returns:
@@ -75,25 +83,68 @@ def build(
     >>> np.testing.assert_array_equal(x, whole)
     """
 
-    @functools.cache
-    def part(index: tuple[slice, ...]) -> np.ndarray:
-        block = np.asarray(read(index))
-        shape = tuple(axis.stop - axis.start for axis in index)
-        if block.shape != shape or block.dtype != abstract.dtype:
-            where = ", ".join(f"{axis.start}:{axis.stop}" for axis in index)
-            raise ShardingError(
-                f"{path}: expected shape {shape} and dtype {abstract.dtype} for [{where}], "
-                f"but the reader gave {block.shape} and {block.dtype}"
-            )
-        # On CPU, JAX takes an aligned buffer over without a copy, so a caller who fills his
-        # buffer again would change the array.
-        return block if block.flags.owndata else block.copy()
+    def write(parts: Mapping[Slices, np.ndarray]) -> None:
+        for index, part in parts.items():
+            block = np.asarray(read(index))
+            if block.shape != part.shape or block.dtype != part.dtype:
+                where = ", ".join(f"{axis.start}:{axis.stop}" for axis in index)
+                raise ShardingError(
+                    f"{path}: expected shape {part.shape} and dtype {part.dtype} for [{where}], "
+                    f"but the reader gave {block.shape} and {block.dtype}"
+                )
+            part[...] = block
 
-    def explicit(index: tuple[slice, ...] | None) -> np.ndarray:
+    return fill(abstract, sharding, write)
+
+
+def fill(
+    abstract: jax.ShapeDtypeStruct,
+    sharding: Sharding,
+    write: Callable[[Mapping[Slices, np.ndarray]], None],
+) -> jax.Array:
+    """Make an array of parts that are written in place.
+
+    For readers to whom one pass over a file brings what several devices need. On CPU the buffers
+    become the devices' memory; elsewhere they are free once the array is ready.
+
+    Args:
+        abstract: the array's whole shape and dtype.
+        sharding: where it goes.
+        write: given a buffer for each distinct part that this process's devices hold, by one slice
+            an axis with start and stop; it fills all of them, and keeps none.
+
+    Returns:
+        The array.
+
+    >>> whole = np.arange(6, dtype=np.int32).reshape(2, 3)
+    >>> where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    >>> def write(parts):
+    ...     for index, part in parts.items():
+    ...         part[...] = whole[index]
+    >>> x = fill(jax.ShapeDtypeStruct((2, 3), np.int32), where, write)
+    >>> np.testing.assert_array_equal(x, whole)
+    """
+
+    def slices(index: tuple[slice, ...] | None) -> Slices:
         bounds = (s.indices(n)[:2] for s, n in zip(index or (), abstract.shape, strict=True))
-        return part(tuple(slice(*bound) for bound in bounds))
+        return tuple(slice(*bound) for bound in bounds)
 
-    return jax.make_array_from_callback(abstract.shape, sharding, explicit, abstract.dtype)
+    here = sharding.addressable_devices_indices_map(abstract.shape).values()
+    parts = {index: _empty(index, abstract.dtype) for index in dict.fromkeys(map(slices, here))}
+    write(parts)
+    return jax.make_array_from_callback(
+        abstract.shape, sharding, lambda index: parts[slices(index)], abstract.dtype
+    )
+
+
+def _empty(index: Slices, dtype: np.dtype) -> np.ndarray:
+    """A buffer for a part. XLA takes those that begin at a multiple of 64 over without a copy."""
+    shape = tuple(axis.stop - axis.start for axis in index)
+    size = math.prod(shape) * dtype.itemsize
+    if size >= _LARGE:
+        return np.ndarray(shape, dtype, mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+    room = np.empty(size + 64, np.uint8)
+    return np.ndarray(shape, dtype, room, -room.ctypes.data % 64)
 
 
 def put(batch: Any, mesh: Mesh, rules: Rules, names: Any = None) -> Any:
@@ -156,7 +207,7 @@ def gather(tree: Any) -> Any:
 
     Returns:
         The same tree of numpy arrays. Treat them as read-only: on CPU they may share the
-        devices' memory.
+        devices' memory. Where they do not, they are gone when the caller drops them.
 
     Raises:
         ShardingError: a key array, which numpy cannot hold.
@@ -171,7 +222,9 @@ def gather(tree: Any) -> Any:
         if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             raise ShardingError(f"{path}: numpy has no keys; gather jax.random.key_data of it")
         if leaf.is_fully_addressable or leaf.is_fully_replicated:
-            return leaf
+            # An array keeps the host's copy of itself; this one does so only until it is read.
+            shards = [shard.data for shard in leaf.addressable_shards]
+            return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
         return multihost_utils.process_allgather(leaf, tiled=True)
 
     leaves, structure = jax.tree.flatten(tree)

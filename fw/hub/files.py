@@ -4,6 +4,8 @@
 names and paths in them are checked here, and what a file of tensors says of itself in `header`.
 """
 
+import math
+import os
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,12 +16,12 @@ from reprlib import repr as shown
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from fw.data.files import read_text
 from fw.errors import FwError
 from fw.gguf import GgufTensor, gguf_file, open_gguf, write_tokenizer
 from fw.hub.header import MOST_BYTES, check_file, parse_json, read_header, shown_name
+from fw.tensors import DTYPES
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -39,6 +41,9 @@ TOKENIZER = (
 )
 """All files that a tokenizer of transformers may consist of."""
 
+_PAGE = 4096
+"""Bytes that a disk's cache brings at least, so that reading less of them saves nothing."""
+
 
 @dataclass(frozen=True)
 class Tensor:
@@ -49,22 +54,44 @@ class Tensor:
       file: which one.
       shape: as in the file.
       dtype: as safetensors spells it: "F32", "BF16", "I64" …
+      opened: descriptor of the open file.
+      start: where the tensor begins in it.
     """
 
     name: str
     file: Path
     shape: tuple[int, ...]
     dtype: str
-    handle: Any = field(repr=False)
+    opened: int = field(repr=False)
+    start: int = field(repr=False)
 
     def read(self, index: tuple[slice, ...]) -> np.ndarray:
-        """Reads a part, and only that part, from the file.
+        """Reads a part, and only that part, from the file; gaps of less than a page as well.
+
+        Args:
+          index: a slice of step 1 an axis.
 
         Raises:
-          FwError: the file cannot be read.
+          FwError: the file cannot be read, or holds what NumPy has no dtype for.
         """
+        if self.dtype not in DTYPES:
+            raise FwError(f"{self.file}: tensor {self.name!r}: cannot read {self.dtype}")
+        dtype, (first, *rest) = np.dtype(DTYPES[self.dtype]), index
+        start, stop, _ = first.indices(self.shape[0])
+        shape, row = self.shape[1:], math.prod(self.shape[1:]) * dtype.itemsize
+        place, pieces = self.start + start * row, 1
+        if rest and row:
+            left, right, _ = rest[0].indices(shape[0])
+            if row - row // shape[0] * (right - left) >= _PAGE:
+                place, pieces = place + row // shape[0] * left, stop - start
+                shape, rest = (right - left, *shape[1:]), [slice(None), *rest[1:]]
+        found = np.empty((stop - start, *shape), dtype)
+        flat = memoryview(found.reshape(-1).view(np.uint8))
+        size = flat.nbytes // max(1, pieces)
         with _errors(self.file):
-            return self.handle.get_slice(self.name)[index]
+            for piece in range(pieces):
+                _fill(flat[piece * size :][:size], self.opened, place + piece * row)
+        return found[:, *rest]
 
 
 AnyTensor = Tensor | GgufTensor
@@ -152,16 +179,13 @@ def open_tensors(folder: Path, weights: str = WEIGHTS) -> Iterator[dict[str, Ten
     found: dict[str, Tensor] = {}
     with ExitStack() as stack:
         for file in [folder / name for name in sorted(set(places.values())) or [weights]]:
-            read_header(file)
-            with _errors(file):
-                handle = stack.enter_context(safe_open(file, "numpy"))
-                names = sorted(handle.keys())
-            for name in names:
+            header = read_header(file)
+            opened = stack.enter_context(_open(file))
+            for name, entry in header.items():
                 if name in found:
                     where = found[name].file.name
                     raise FwError(f"{file}: tensor {shown_name(name)} is also in {where}")
-                part = handle.get_slice(name)
-                found[name] = Tensor(name, file, tuple(part.get_shape()), part.get_dtype(), handle)
+                found[name] = Tensor(name, file, entry.shape, entry.dtype, opened, entry.start)
         for name, place in places.items():
             if name not in found or found[name].file.name != place:
                 raise FwError(
@@ -249,5 +273,24 @@ def _is_plain(name: str) -> bool:
 def _errors(file: Path) -> Iterator[None]:
     try:
         yield
-    except (SafetensorError, OSError) as error:
-        raise FwError(f"{file}: broken, or no safetensors file: {error}") from error
+    except OSError as error:
+        raise FwError(f"{file}: cannot be read: {error}") from error
+
+
+@contextmanager
+def _open(file: Path) -> Iterator[int]:
+    with _errors(file):
+        opened = os.open(file, os.O_RDONLY)
+    try:
+        yield opened
+    finally:
+        os.close(opened)
+
+
+def _fill(buffer: memoryview, opened: int, place: int) -> None:
+    """Reads from a place of a file; a read may bring less than it was asked for."""
+    while buffer:
+        count = os.preadv(opened, [buffer], place)
+        if not count:
+            raise OSError(f"it ends at byte {place}, in a tensor")
+        buffer, place = buffer[count:], place + count

@@ -5,10 +5,11 @@ holds the whole model. What the folder lacks, a new head, is computed where it b
 knows the files, `config` what to make of them, `families` the names, `sharding` the places.
 """
 
+import gc
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import product
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -34,10 +35,11 @@ from fw.hub.files import (
     open_model,
 )
 from fw.hub.header import shown_name
+from fw.hub.reader import reader
 from fw.model import Model, Variables
 from fw.models.names import Name
-from fw.tensors import write_tensors
-from sharding import Rules, build, create, gather, paths, shardings
+from fw.tensors import tensor_file
+from sharding import Rules, create, fill, gather, paths, shardings
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """The dtypes of parameters, by safetensors' names."""
@@ -150,8 +152,11 @@ def load(
                 fresh[path] = place
                 continue
             used |= {name.tensor for name in wanted[path]}
-            read = _reader(wanted[path], named, leaf.shape, dtype)
-            leaves[path] = build(jax.ShapeDtypeStruct(leaf.shape, dtype), place, read, path=path)
+            for name in wanted[path]:
+                _check_tensor(named[name.tensor], name, leaf.shape)
+            like = jax.ShapeDtypeStruct(leaf.shape, dtype)
+            # One after another: until a part is on its device, the host holds it as well.
+            leaves[path] = jax.block_until_ready(fill(like, place, reader(wanted[path], named)))
     if fresh:
         leaves |= _init(model, key, fresh, dtype, folder)
     return Loaded(
@@ -183,14 +188,26 @@ def save(folder: str | Path, loaded: Loaded, *, tokenizer_from: str | Path | Non
         them compressed ones; labels that do not fit.
     """
     model, folder = loaded.model, Path(folder)
-    host, dtype = _on_host(model, loaded.variables)
-    config = write_config(model.config, loaded.labels, dtype, loaded.config)
-    names = list(family_of(config, folder).stored(model.config))
+    leaves, dtype = _checked(model, loaded.variables)
+    config = write_config(model.config, loaded.labels, dtype.name, loaded.config)
+    names: dict[str, list[Name]] = {}
+    for name in family_of(config, folder).stored(model.config):
+        names.setdefault(f"params/{name.path}", []).append(name)
+    like = {
+        name.tensor: jax.ShapeDtypeStruct(name.stored(leaves[path].shape), dtype)
+        for path, own in names.items()
+        for name in own
+    }
     tokenizer = loaded.folder if tokenizer_from is None else Path(tokenizer_from)
 
-    def write() -> None:
+    def write(host: Iterator[tuple[str, np.ndarray]]) -> None:
         with new_folder(folder) as part:
-            write_tensors(part / WEIGHTS, _tensors(names, host))
+            with tensor_file(part / WEIGHTS, like) as put:
+                for path, array in host:
+                    for name in names[path]:
+                        own = array[name.index]
+                        put(name.tensor, own.T if name.transposed else own, name.part[0])
+                    del array, own  # before the next one comes
             text = json.dumps(config, indent=2, sort_keys=True)
             (part / CONFIG).write_text(f"{text}\n", encoding="utf-8")
             if model.config.task == "embedding":
@@ -198,7 +215,12 @@ def save(folder: str | Path, loaded: Loaded, *, tokenizer_from: str | Path | Non
             if tokenizer is not None:
                 copy_tokenizer(tokenizer, part)
 
-    _on_first_process(write, folder)
+    def host() -> Iterator[tuple[str, np.ndarray]]:
+        for path in names:
+            yield path, gather(leaves[path])
+            gc.collect(0)  # only then does jaxlib let go of a host's copy
+
+    _on_first_process(write, host(), folder)
 
 
 def _check_names(family: Family, folder: Path, named: Tensors, wanted: set[str]) -> None:
@@ -220,42 +242,9 @@ def _list(names: Sequence[str], most: int = 5) -> str:
     return f"tensor {shown} is" if len(names) == 1 else f"tensors {shown}{more} are"
 
 
-def _reader(
-    names: Sequence[Name], tensors: Tensors, shape: tuple[int, ...], dtype: np.dtype
-) -> Callable[[tuple[slice, ...]], np.ndarray]:
-    """A function that reads a part of a parameter, in our layout, from the files."""
-    axes = tuple(i for i, n in enumerate(names[0].entry) if n is not None)  # that tensors lack
-    kept = tuple(i for i in range(len(shape)) if i not in axes)
-    of = {tuple(n for n in name.entry if n is not None): name for name in names}
-    for name in names:
-        _check_tensor(tensors[name.tensor], name, tuple(shape[i] for i in kept))
-
-    def one(name: Name, index: tuple[slice, ...]) -> np.ndarray:
-        tensor, (part, parts) = tensors[name.tensor], name.part
-        first, *rest = index[::-1] if name.transposed else index
-        size = tensor.shape[0] // parts
-        start, stop, _ = first.indices(size)
-        block = tensor.read((slice(part * size + start, part * size + stop), *rest))
-        return block.T if name.transposed else block
-
-    def read(index: tuple[slice, ...]) -> np.ndarray:
-        if not axes:
-            return np.array(one(names[0], index), dtype, order="C")
-        whole = [range(*s.indices(n)) for s, n in zip(index, shape, strict=True)]
-        found = np.empty([*map(len, whole)], dtype)
-        entries = np.moveaxis(found, axes, range(len(axes)))
-        places = np.ndindex(*entries.shape[: len(axes)])
-        for place, entry in zip(places, product(*(whole[i] for i in axes)), strict=True):
-            entries[place] = one(of[entry], tuple(index[i] for i in kept))
-        return found
-
-    return read
-
-
 def _check_tensor(tensor: AnyTensor, name: Name, shape: tuple[int, ...]) -> None:
     """Refuses a tensor of another shape than the model's, or of no floating dtype."""
-    expected = shape[::-1] if name.transposed else shape
-    expected = (expected[0] * name.part[1], *expected[1:])
+    expected = name.stored(shape)
     if tensor.shape != expected:
         raise FwError(
             f"{tensor.file}: tensor {tensor.name!r}: expected shape {expected}, as {CONFIG} says, "
@@ -266,18 +255,6 @@ def _check_tensor(tensor: AnyTensor, name: Name, shape: tuple[int, ...]) -> None
             f"{tensor.file}: tensor {tensor.name!r}: expected one of {', '.join(DTYPES)}, found "
             f"{tensor.dtype}; a quantised model must be saved in one of these first"
         )
-
-
-def _tensors(names: Sequence[Name], host: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The parameters as the files have them."""
-    parts: dict[str, dict[int, np.ndarray]] = {}
-    for name in names:
-        own = host[f"params/{name.path}"][name.index]
-        parts.setdefault(name.tensor, {})[name.part[0]] = own.T if name.transposed else own
-    return {
-        tensor: np.concatenate([own[i] for i in sorted(own)]) if len(own) > 1 else own[0]
-        for tensor, own in parts.items()
-    }
 
 
 def _init(
@@ -300,8 +277,8 @@ def _init(
     return create(init, key, shardings=dict(places))
 
 
-def _on_host(model: Model, variables: Variables) -> tuple[dict[str, np.ndarray], str]:
-    """The parameters by path, checked, and their one dtype."""
+def _checked(model: Model, variables: Variables) -> tuple[dict[str, Any], np.dtype]:
+    """The parameters by path, those that the model has, and their one dtype."""
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     expected = dict(zip(paths(shapes), map(np.shape, jax.tree.leaves(shapes)), strict=True))
     found = dict(zip(paths(variables), map(np.shape, jax.tree.leaves(variables)), strict=True))
@@ -314,18 +291,24 @@ def _on_host(model: Model, variables: Variables) -> tuple[dict[str, np.ndarray],
     dtypes = sorted({str(leaf.dtype) for leaf in jax.tree.leaves(variables)})
     if len(dtypes) != 1 or dtypes[0] not in DTYPES.values():
         raise FwError(f"expected parameters of one floating dtype, got {', '.join(dtypes)}")
-    host = gather(variables)
-    return dict(zip(paths(host), jax.tree.leaves(host), strict=True)), dtypes[0]
+    leaves = jax.tree.leaves(variables)
+    return dict(zip(paths(variables), leaves, strict=True)), np.dtype(leaves[0].dtype)
 
 
-def _on_first_process(write: Callable[[], None], folder: Path) -> None:
-    """Runs `write` there; the others wait, and fail if it failed, for none may hang or go on."""
+def _on_first_process[T](
+    write: Callable[[Iterator[T]], None], host: Iterator[T], folder: Path
+) -> None:
+    """Runs `write` there; the others wait, and fail if it failed, for none may hang or go on.
+
+    `host` brings what all of them gather, so all of them go through it, `write` or no `write`.
+    """
     error = None
     if jax.process_index() == 0:
         try:
-            write()
+            write(host)
         except Exception as caught:  # raised below, when the others know
             error = caught
+    deque(host, maxlen=0)
     if jax.process_count() > 1:
         failed = multihost_utils.broadcast_one_to_all(np.int32(error is not None))
         if failed and error is None:

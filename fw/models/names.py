@@ -6,6 +6,7 @@ or one entry of a stacked one, or one of several that the files keep in one piec
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,16 @@ class Name:
     def index(self) -> tuple[int | slice, ...]:
         """`entry` as numpy takes it."""
         return tuple(slice(None) if i is None else i for i in self.entry)
+
+    def stored(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The tensor's shape, from the parameter's.
+
+        >>> Name("up/kernel", "up.weight", transposed=True, entry=(1,)).stored((4, 8, 32))
+        (32, 8)
+        """
+        own = [n for n, i in zip_longest(shape, self.entry) if i is None]
+        first, *rest = own[::-1] if self.transposed else own
+        return (first * self.part[1], *rest)
 
 
 def dense(path: str, tensor: str, *, bias: bool = True, **more) -> Iterator[Name]:

@@ -10,9 +10,6 @@ right before; malloc is told to give blocks back at once, so that it counts what
 import argparse
 import dataclasses
 import json
-import os
-import socket
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -22,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import sides
+from apart import TUNABLES, apart, memory, reset
 
 from fw import report, run
 from fw.checkpoint import Checkpoints
@@ -34,8 +32,6 @@ from sharding.processes.cluster import start
 DEVICES = 8
 MB = 10**6
 WIDTH = 1024
-TUNABLES = "glibc.malloc.mmap_threshold=65536"
-"""Given to the measured processes: blocks from here up are mapped, and unmapped when freed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,12 +90,12 @@ def compare(options: Options) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for what in ("save and step", "save"):  # the second lies where it is restored from
             place = str(Path(folder, what))
-            runs += apart(options, what=what, mesh=options.saved, folder=place)
+            one = {"what": what, "mesh": options.saved, "folder": place}
+            runs += apart(__file__, options, 1, TUNABLES, **one)
         for mesh in options.mesh.split():
             spec, _, processes = mesh.partition("@")
-            runs += apart(
-                options, int(processes or 1), what="restore", mesh=spec, folder=place
-            )  # fmt: skip
+            one = {"what": "restore", "mesh": spec, "folder": place}
+            runs += apart(__file__, options, int(processes or 1), TUNABLES, **one)
     if options.json:
         run.write_json(options.json, {"options": options, "machine": machine, "runs": runs})
     cells = [
@@ -114,31 +110,6 @@ def compare(options: Options) -> None:
     ]
     titles = ("what", "mesh", "process", "its part MB", "peak MB above before", "× part")
     print(report.table(cells, titles))
-
-
-def apart(options: Options, processes: int = 1, **one: Any) -> list[dict[str, Any]]:
-    """A measurement in processes of its own; a row of each."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    environment = os.environ | {"GLIBC_TUNABLES": TUNABLES, "JAX_PLATFORMS": "cpu"}
-    environment.pop("XLA_FLAGS", None)  # that of a test would give each process all devices
-    given = [f"--{k}={v}" for k, v in dataclasses.asdict(options).items() if k != "json"]
-    workers = []
-    for rank in range(processes):
-        where = json.dumps({**one, "rank": rank, "processes": processes, "address": address})
-        command = [sys.executable, __file__, f"--one={where}", *given]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        workers.append(subprocess.Popen(command, env=environment, **pipes))
-    try:
-        said = [worker.communicate() for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    for worker, (_, error) in zip(workers, said, strict=True):
-        if worker.returncode:
-            raise FwError(f"{one}: status {worker.returncode}\n{error[-2000:]}")
-    return [json.loads(text.splitlines()[-1]) for text, _ in said]
 
 
 def measure(
@@ -202,23 +173,6 @@ def grow(state: TrainState) -> TrainState:
     """A step that writes every parameter."""
     params = jax.tree.map(lambda x: x * jnp.float32(1.5), state.variables["params"])
     return state._replace(variables={"params": params, "state": {}})
-
-
-def memory(name: str) -> int:
-    """Bytes of this process: `VmRSS` now, `VmHWM` at most since `reset`."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    raise FwError(f"/proc/self/status has no {name}")
-
-
-def reset() -> int:
-    """Forgets the peak; the bytes held now."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError as error:
-        raise FwError(f"the peak of memory cannot be reset here: {error}") from error
-    return memory("VmRSS")
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ def peer(options: Training, *more: str) -> dict[str, Any]:
     )
 
 
-def arguments(options: Training) -> list[str]:
+def arguments(options: Any) -> list[str]:
     """The command line that `fw.options` reads as these options."""
     given = dataclasses.asdict(options)
     return [
