@@ -27,7 +27,6 @@ SIZES = (60, 16, 2, 2, 32)
 TOKENS, TEXTS = "token_classification", "sequence_classification"
 MODELS: dict[str, Any] = {
     "llama": LlamaConfig(*SIZES, num_key_value_heads=2),
-    "layers apart": LlamaConfig(*SIZES, num_key_value_heads=2, scan=False),
     "bert": BertConfig(*SIZES, num_labels=2, task=TOKENS),
     "modernbert": ModernBertConfig(
         *SIZES, num_labels=2, task=TOKENS, max_position_embeddings=40, local_attention=8
@@ -35,7 +34,6 @@ MODELS: dict[str, Any] = {
 }
 LISTS = {
     "llama": ["q_proj", "v_proj", "down_proj", "lm_head"],
-    "layers apart": ["q_proj", "v_proj", "down_proj"],
     "bert": ["query", "value", "dense"],
     "modernbert": ["Wqkv", "Wi"],
 }
@@ -279,6 +277,17 @@ def test_an_encoder_alone(tmp_path):
         folder / "adapter_model.safetensors"
     )
     assert_merges(base, folder, tmp_path)
+
+
+def test_experts(tmp_path):
+    """Those that lie apart, an expert each; their first layers are one parameter, in two parts."""
+    config = LlamaConfig(*SIZES, model_type="mixtral", num_local_experts=2)
+    base = make(tmp_path / "base", config)
+    ends = ["q_proj", "gate", "w2"]
+    assert_merges(base, adapt(tmp_path / "a", base, ends, modules_of(base, ends)), tmp_path)
+    folder = adapt(tmp_path / "b", base, ["w1"], modules_of(base, ["w1"]))
+    with pytest.raises(FwError, match=r"w1\.lora_A\.weight': the model has no dense layer"):
+        hub.load_adapter(folder, load(base))
 
 
 def test_dtypes_come_back(llama, tmp_path):

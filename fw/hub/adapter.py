@@ -378,7 +378,8 @@ def _targets(
                 raise FwError(f"{where}: tensor {shown_name(name)} is missing")
             if module not in layers:
                 raise FwError(
-                    f"{where}: tensor {shown_name(name)}: the model has no dense layer of this name"
+                    f"{where}: tensor {shown_name(name)}: the model has no dense layer of this "
+                    "name that can be adapted alone"
                 )
             if listed is not None and module not in listed:
                 raise FwError(
