@@ -245,13 +245,13 @@ def save_adapter(folder: str | Path, loaded: Loaded, adapter: Adapter) -> None:
             head = host["heads"][name.path]
             found[BASE + name.tensor] = head.T if name.transposed else head
 
-    def write(_: object) -> None:
+    def write() -> None:
         with new_folder(folder) as part:
             write_tensors(part / WEIGHTS, found)
             text = json.dumps(json.loads(adapter.config), indent=2, sort_keys=True)
             (part / CONFIG).write_text(text, encoding="utf-8")
 
-    _on_first_process(write, iter(()), folder)
+    _on_first_process(write, folder)
 
 
 def _family(loaded: Loaded) -> Family:

@@ -8,7 +8,7 @@ knows the files, `config` what to make of them, `families` the names, `sharding`
 import gc
 import json
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -200,7 +200,14 @@ def save(folder: str | Path, loaded: Loaded, *, tokenizer_from: str | Path | Non
     }
     tokenizer = loaded.folder if tokenizer_from is None else Path(tokenizer_from)
 
-    def write(host: Iterator[tuple[str, np.ndarray]]) -> None:
+    def gathered() -> Iterator[tuple[str, np.ndarray]]:
+        for path in names:
+            yield path, gather(leaves[path])
+            gc.collect(0)  # only then does jaxlib let go of a host's copy
+
+    host = gathered()
+
+    def write() -> None:
         with new_folder(folder) as part:
             with tensor_file(part / WEIGHTS, like) as put:
                 for path, array in host:
@@ -215,12 +222,7 @@ def save(folder: str | Path, loaded: Loaded, *, tokenizer_from: str | Path | Non
             if tokenizer is not None:
                 copy_tokenizer(tokenizer, part)
 
-    def host() -> Iterator[tuple[str, np.ndarray]]:
-        for path in names:
-            yield path, gather(leaves[path])
-            gc.collect(0)  # only then does jaxlib let go of a host's copy
-
-    _on_first_process(write, host(), folder)
+    _on_first_process(write, folder, host)
 
 
 def _check_names(family: Family, folder: Path, named: Tensors, wanted: set[str]) -> None:
@@ -295,17 +297,15 @@ def _checked(model: Model, variables: Variables) -> tuple[dict[str, Any], np.dty
     return dict(zip(paths(variables), leaves, strict=True)), np.dtype(leaves[0].dtype)
 
 
-def _on_first_process[T](
-    write: Callable[[Iterator[T]], None], host: Iterator[T], folder: Path
-) -> None:
+def _on_first_process(write: Callable[[], None], folder: Path, host: Iterable = ()) -> None:
     """Runs `write` there; the others wait, and fail if it failed, for none may hang or go on.
 
-    `host` brings what all of them gather, so all of them go through it, `write` or no `write`.
+    All go through `host`, if it is what `write` reads: its items are gathered from all.
     """
     error = None
     if jax.process_index() == 0:
         try:
-            write(host)
+            write()
         except Exception as caught:  # raised below, when the others know
             error = caught
     deque(host, maxlen=0)

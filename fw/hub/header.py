@@ -1,8 +1,8 @@
 """What a safetensors file says of itself, checked.
 
-The library does not say where a tensor begins, which of them is at fault where a header does not fit
-its file, and of two of one name it takes the last. Here every number is held against the size of
-the file, in memory of the order of the header, and an error names the tensor.
+The library does not say where a tensor begins, nor which of them is at fault where a header does
+not fit its file, and of two of one name it takes the last. Here every number is held against the
+size of the file, in memory of the order of the header, and an error names the tensor.
 """
 
 import json
