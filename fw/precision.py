@@ -254,8 +254,11 @@ def _dot(lhs, rhs, params, chosen: Policy):
         # A transpose is pinned: folded into a dot, of its gradient too, it would take that off the
         # fast path, where a bfloat16 dot fails at run time.
         x = _moved(lhs, lc, range(lhs.ndim - len(lc), lhs.ndim)).reshape(rows, size)
-        w = _moved(rhs, rc, range(len(rc))).reshape(size, columns)
-        return _matmul(x, w, target).reshape(out).astype(_result(lhs, rhs, params))
+        if tuple(rc) == tuple(range(rhs.ndim - len(rc), rhs.ndim)):  # an embedding's, tied
+            product = _batched(x, rhs.reshape(columns, size), True, target, None)
+        else:
+            product = _matmul(x, _moved(rhs, rc, range(len(rc))).reshape(size, columns), target)
+        return product.reshape(out).astype(_result(lhs, rhs, params))
     regular = lb == rb == tuple(range(len(lb))) and lb and len(lc) == 1 == lhs.ndim - len(lb) - 1
     if floating and regular and rhs.ndim == lhs.ndim and lc[0] == lhs.ndim - 1:
         dtype = _result(lhs, rhs, params)

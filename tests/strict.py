@@ -16,10 +16,11 @@ if _DEVICES not in os.environ.get("XLA_FLAGS", ""):  # a worker of pytest-xdist 
 
 
 @pytest.fixture
-def quickly_compiled():
+def quickly_compiled(monkeypatch):
     """The partitioner's program all the same, but machine code made in half the time."""
     import jax  # nothing may import it before the lines above
 
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # of processes that it starts
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

@@ -16,6 +16,8 @@ from fw.models.modernbert import ModernBertConfig, modernbert
 from fw.models.roberta import RobertaConfig, roberta
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 KINDS = ("roberta", "modernbert")
 SPECIAL = {
     "roberta": ("<s>", "<pad>", "</s>", "<unk>", "<mask>"),

@@ -385,6 +385,16 @@ def test_the_report_covers_every_leaf_and_the_floats_are_gone():
     assert shapes(compress.dequantize(small)) == shapes(params)
 
 
+def test_stacked_layers_have_scales_of_their_own():
+    rng = np.random.default_rng(0)
+    layers = rng.normal(size=(3, 4, 5)).astype(np.float32) * np.array([[[1]], [[10]], [[100]]])
+    params = {"stack": {"layers": {"up": {"kernel": layers}}}, "out": {"kernel": layers[0]}}
+    small, report = compress.quantize(jax.tree.map(np.float32, params))
+    assert [r.applied for r in report] == ["int8 kernel", "int8 stack"]
+    kernel = small["stack"]["layers"]["up"]["kernel"]
+    np.testing.assert_allclose(kernel.scale, np.abs(layers).max(1) / 127, rtol=1e-6)
+
+
 def test_quantize_traces():
     params = parameters()
     want, report = compress.quantize(params, select=SELECT)

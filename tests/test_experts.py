@@ -22,6 +22,8 @@ from sharding.parallel.experts import experts
 from sharding.parallel.routing import balance_loss, queue, route, z_loss
 from sharding.parallel.rows import grouped
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 NUMBER, K, SIZE, INNER = 8, 2, 6, 8
 AXES = {"up": ("experts", "embed", None, "mlp"), "down": ("experts", "mlp", "embed")}
 few = settings(derandomize=True, deadline=None, max_examples=20)

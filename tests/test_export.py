@@ -33,6 +33,8 @@ from fw.export.predict import CHUNK
 from fw.model import Model
 from fw.models.bert import BertConfig, bert
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 ROOT = Path(__file__).parents[1]
 LENGTH, LAYERS = 48, 1
 TASKS = ("token_classification", "sequence_classification")

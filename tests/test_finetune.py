@@ -35,6 +35,8 @@ from fw.train import Progress, train
 from sharding import gather, make_mesh, paths, rules
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 ONE, EIGHT = "data=1", "data=2,fsdp=2,tensor=2"
 COMMON = ("--length", "32", "--learning-rate", "1e-2", "--precision", "f32")
 STEPS = {"ner": 24, "classify": 32}

@@ -22,6 +22,8 @@ from fw.hub.files import Tensor, new_folder
 from fw.models.bert import BertConfig, bert
 from sharding import gather, make_mesh, paths, put, rules, scope
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT.parent / "shared" / "golden"
 TOKENS, TEXTS = "token_classification", "sequence_classification"
@@ -110,12 +112,12 @@ def golden(request):
     return folder
 
 
-@pytest.mark.parametrize("mesh", [ONE, EIGHT])
+@pytest.mark.parametrize("mesh", [ONE, "data=8", "fsdp=8", "data=4,tensor=2", EIGHT])
 def test_golden_logits(golden, mesh):
     loaded = load(golden, mesh)
     arrays = np.load(golden / "io.npz")
-    # Four times the rows: the larger mesh cuts the batch in four.
-    io = {name: np.concatenate([arrays[name]] * 4) for name in arrays.files}
+    # Eight times the rows: the meshes cut the batch in up to eight.
+    io = {name: np.concatenate([arrays[name]] * 8) for name in arrays.files}
     mask = io["in_attention_mask"].astype(np.int32)
     batch = {
         "input_ids": io["in_input_ids"].astype(np.int32),

@@ -35,6 +35,8 @@ from sharding import (
 )
 from sharding.parallel.pipeline import bubble, pipeline
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 L, E, F, B, T = 8, 4, 6, 16, 2
 NAMES = {"up": ("layers", "embed", "mlp"), "down": ("layers", "mlp", "embed")}
 close = partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-12)

@@ -23,6 +23,8 @@ from fw.tasks import make_task, sigmoid_cross_entropy, span_loss, squared_error
 from sharding import make_mesh, rules
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 MANY, NUMBERS = "multi_label_classification", "regression"
 ONE, EIGHT = "data=1", "data=2,fsdp=2,tensor=2"
 COMMON = ("--length", "32", "--learning-rate", "1e-2", "--precision", "f32", "--batch", "8")
@@ -422,8 +424,10 @@ def test_masking_is_a_function_of_seed_and_step_with_the_shares_of_the_paper():
 # --- next words -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", ["f32", "int8"])
-def test_next_words_are_learnt_and_judged_as_plain_numpy_does(runs, world, capsys, variant):
+@pytest.mark.parametrize("variant", ["f32", "bf16", "int8"])
+def test_next_words_are_learnt_and_judged_as_plain_numpy_does(
+    runs, world, capsys, monkeypatch, variant
+):
     folder = runs("lm")
     loaded = hub.load(folder / "model", mesh=make_mesh(ONE), rules=rules())
     number = {word: i for i, word in enumerate(tiny.WORDS)}
@@ -454,9 +458,16 @@ def test_next_words_are_learnt_and_judged_as_plain_numpy_does(runs, world, capsy
     assert main(["export", str(folder), "--variant", variant, "--output", str(artifact)]) == 0
     capsys.readouterr()
     asked = [*(text for text, _ in texts), "the lovely ada went to"]
+    three = 3 * 32 * len(tiny.WORDS)  # texts' logits at once
+    monkeypatch.setattr("fw.export.words.LOGITS", three)
     assert main(["predict", str(artifact), *asked, "--jsonl"]) == 0
     *found, last = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     assert last["next"][0]["token"] == "london" and last["tokens"] == 5
+    small = json.loads((artifact / "manifest.json").read_text())["compression"]
+    kernels = {"f32": [], "bf16": small["bfloat16"], "int8": small["int8"]}[variant]
+    assert sum(name.startswith("params/stack/layers/") for name in kernels) == (
+        0 if variant == "f32" else 7  # stacked ones, too
+    )
     for (text, likelihood), answer in zip(texts, found, strict=True):
         assert answer["text"] == text
         near = 1e-4 if variant == "f32" else 0.1

@@ -35,6 +35,8 @@ from sharding import (
     shardings,
 )
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 # Every axis, and the pairs that people use, on 2, 4 and 8 devices. test_step.py has those of BERT.
 MESHES = (
     "pipe=2",

@@ -17,6 +17,7 @@ checkpoints/, model/ (the best parameters, as transformers reads them) and repor
   fw finetune --task classify --data reviews.csv --columns text,stars --run runs/reviews
   fw finetune --task qa --data squad/ --length 384 --batch 16 --run runs/squad
   fw finetune --task regress --data vader-sentiment --run runs/valence
+  fw finetune --task lm --model SmolLM2-135M-Instruct --data talks.jsonl --run runs/talks
   fw finetune ... --mesh data=2,fsdp=2,tensor=2     the same numbers on 8 devices
   mpirun -n 2 fw finetune ... --mesh data=2         the same in two processes, also with srun
   fw finetune ... --resume                          go on where it stopped, on any mesh

@@ -41,8 +41,8 @@ def read_text(path: str | Path) -> str:
         ) from error
 
 
-def json_lines(path: str | Path, on_bad_row: OnBadRow) -> Iterator[tuple[str, Any]]:
-    """The values of JSON lines, each with its file and line; blank lines are left out.
+def json_lines(path: str | Path, on_bad_row: OnBadRow) -> Iterator[tuple[int, Any]]:
+    """The values of JSON lines, each with the number of its line; blank lines are left out.
 
     Args:
         path: the file, UTF-8.
@@ -64,7 +64,7 @@ def json_lines(path: str | Path, on_bad_row: OnBadRow) -> Iterator[tuple[str, An
         except (ValueError, RecursionError) as error:
             refuse(f"{where}: expected a JSON object; {error}", on_bad_row)
         else:
-            yield where, value
+            yield number, value
 
 
 def refuse(message: str, on_bad_row: OnBadRow) -> None:

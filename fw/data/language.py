@@ -7,7 +7,7 @@ given them makes the losses itself, and no logits.
 
 import json
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import batched
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,10 @@ from fw.labels import IGNORE
 
 TEXT, MESSAGES = "text", "messages"
 """The keys of a document and of a conversation in JSON lines."""
+
+Ids = Sequence[int]
+Pieces = tuple[Ids, Ids, bool]
+"""A record's pieces, the label of each, and whether all are kept, in further texts if need be."""
 
 _EXPECTED = (
     f'expected {{"{TEXT}": a text}}, or {{"{MESSAGES}": [{{"role": "user", "content": a text}}, '
@@ -57,7 +61,8 @@ def read_documents(
         text = read_text(path)
         return [Document(text, str(path))] if text.strip() else []
     found: list[Document | Conversation] = []
-    for where, row in json_lines(path, on_bad_row):
+    for number, row in json_lines(path, on_bad_row):
+        where = f"{path}:{number}"
         own: dict[str, Any] = row if isinstance(row, dict) else {}
         text, messages = own.get(TEXT), own.get(MESSAGES, [])
         if isinstance(text, str) and text.strip():
@@ -97,26 +102,44 @@ def encode_documents(
     """
     if max_length < 1:
         raise FwError(f"max_length: expected 1 or more; got {max_length}")
+    return in_texts(_successors(tokenizer, records), max_length, tokenizer.pad)
+
+
+def in_texts(
+    found: Iterable[Pieces], room: int, pad: int, before: Ids = (), after: Ids = ()
+) -> Encoded:
+    """The pieces of records in texts of so many at most; a long record goes on in further texts.
+
+    Args:
+        found: of each record.
+        room: pieces in a text.
+        pad: the tokenizer's id for padding.
+        before, after: special tokens around each text, for which there are no labels.
+
+    Returns:
+        the pieces; their labels are to be called `TARGETS`.
+    """
     input_ids, labels, lengths, record = array("i"), array("i"), array("i"), array("i")
-    cut = cut_texts = 0
-    for number, (ids, following, whole) in enumerate(_successors(tokenizer, records)):
-        last = len(ids) if whole else min(len(ids), max_length)
-        for start in range(0, last, max_length):
-            part = slice(start, min(start + max_length, last))
-            input_ids.extend(ids[part])
-            labels.extend(following[part])
-            lengths.append(part.stop - part.start)
+    cut = cut_texts = records = 0
+    for number, (ids, own, whole) in enumerate(found):
+        last = len(ids) if whole else min(len(ids), room)
+        for start in range(0, last, room):
+            part = slice(start, min(start + room, last))
+            input_ids.extend((*before, *ids[part], *after))
+            labels.extend((*[IGNORE] * len(before), *own[part], *[IGNORE] * len(after)))
+            lengths.append(len(before) + part.stop - part.start + len(after))
             record.append(number)
         cut += len(ids) - last
         cut_texts += last < len(ids)
+        records = number + 1
     return Encoded(
         input_ids=int32(input_ids),
         words=np.full(len(input_ids), -1, np.int32),
         labels=int32(labels),
         offsets=offsets(lengths),
         record=int32(record),
-        records=len(records),
-        pad=tokenizer.pad,
+        records=records,
+        pad=pad,
         per_word=True,
         cut=cut,
         cut_texts=cut_texts,
@@ -126,8 +149,7 @@ def encode_documents(
 
 def _successors(
     tokenizer: Tokenizer, records: Sequence[Document | Conversation]
-) -> Iterator[tuple[list[int], list[int], bool]]:
-    """Of each record its pieces, what comes next, and whether it may go on in further texts."""
+) -> Iterator[Pieces]:
     chat, end = Chat(tokenizer), tokenizer.end
     ends = [] if end is None else [end]
     for chunk in batched(records, CHUNK):

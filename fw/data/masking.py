@@ -9,14 +9,14 @@ Source: Devlin et al. 2019 (arXiv:1810.04805); masks that change every epoch are
 al. 2019 (arXiv:1907.11692).
 """
 
-from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import batched
 
 import numpy as np
 
-from fw.data.encode import CHUNK, TARGETS, Encoded, int32, offsets, space
+from fw.data.encode import CHUNK, TARGETS, Encoded, space
+from fw.data.language import Pieces, in_texts
 from fw.data.records import Conversation, Document
 from fw.data.tokenizer import Tokenizer
 from fw.errors import FwError
@@ -56,30 +56,14 @@ def encode_maskable(
     ([3, 1, 2, 4, 3, 2, 4], [-1, 1, 2, -1, -1, 2, -1])
     """
     room = space(tokenizer, max_length)
-    before, after = len(tokenizer.prefix), len(tokenizer.suffix)
-    input_ids, labels, lengths, record = array("i"), array("i"), array("i"), array("i")
-    number = 0
-    for chunk in batched(records, CHUNK):
-        texts = [document.text for document in chunk]
-        for encoding in tokenizer.fast.encode_batch_fast(texts, add_special_tokens=False):
-            for start in range(0, len(encoding.ids), room):
-                ids = encoding.ids[start : start + room]
-                input_ids.extend((*tokenizer.prefix, *ids, *tokenizer.suffix))
-                labels.extend((*[IGNORE] * before, *ids, *[IGNORE] * after))
-                lengths.append(len(ids) + before + after)
-                record.append(number)
-            number += 1
-    return Encoded(
-        input_ids=int32(input_ids),
-        words=np.full(len(input_ids), -1, np.int32),
-        labels=int32(labels),
-        offsets=offsets(lengths),
-        record=int32(record),
-        records=number,
-        pad=tokenizer.pad,
-        per_word=True,
-        called=TARGETS,
-    )
+
+    def pieces() -> Iterator[Pieces]:
+        for chunk in batched(records, CHUNK):
+            texts = [document.text for document in chunk]
+            for encoding in tokenizer.fast.encode_batch_fast(texts, add_special_tokens=False):
+                yield encoding.ids, encoding.ids, True
+
+    return in_texts(pieces(), room, tokenizer.pad, tokenizer.prefix, tokenizer.suffix)
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,9 @@ def read_questions(path: str | Path, *, on_bad_row: OnBadRow = None) -> list[Que
     ...     read_questions(path)[0].answers
     (Answer(text='Ada', start=0),)
     """
-    rows = _articles(path) if Path(path).suffix.lower() == ".json" else json_lines(path, on_bad_row)
+    rows = ((f"{path}:{number}", row) for number, row in json_lines(path, on_bad_row))
+    if Path(path).suffix.lower() == ".json":
+        rows = _articles(path)
     questions = []
     for where, row in rows:
         fault = problem(row)

@@ -177,10 +177,9 @@ def read_json_lines(
     )
     sentences: list[_Sentence] = []
     records: list[Any] = []
-    for where, found in json_lines(path, on_bad_row):
+    for number, found in json_lines(path, on_bad_row):
         row = found if isinstance(found, dict) else {}
-        first, values = row.get(one), {n: row.get(n) for n in others}
-        number = int(where.rpartition(":")[2])
+        first, values, where = row.get(one), {n: row.get(n) for n in others}, f"{path}:{number}"
         if tagged and (pair := _tagged_words(first, values[others[0]])):
             sentences.append(_Sentence(*pair, (number,) * len(pair[0])))
         elif not tagged and (record := make_record(task, first, values, where)):

@@ -26,7 +26,7 @@ from jax.typing import DTypeLike
 from fw.errors import FwError
 from fw.hub.families import FAMILIES, Family
 from fw.hub.files import AnyTensor, Tensors, new_folder, open_tensors, read_json
-from fw.hub.folder import DTYPES, Loaded, _on_first_process
+from fw.hub.folder import FLOATS, Loaded, on_first_process
 from fw.hub.header import check_file, shown_name
 from fw.models.names import Name
 from fw.tensors import write_tensors
@@ -251,7 +251,7 @@ def save_adapter(folder: str | Path, loaded: Loaded, adapter: Adapter) -> None:
             text = json.dumps(json.loads(adapter.config), indent=2, sort_keys=True)
             (part / CONFIG).write_text(text, encoding="utf-8")
 
-    _on_first_process(write, folder)
+    on_first_process(write, folder)
 
 
 def _family(loaded: Loaded) -> Family:
@@ -522,9 +522,9 @@ def _place(
 
 
 def _check_tensor(tensor: AnyTensor, shape: tuple[int, ...]) -> None:
-    if tensor.shape != shape or tensor.dtype not in DTYPES:
+    if tensor.shape != shape or tensor.dtype not in FLOATS:
         raise FwError(
             f"{tensor.file}: tensor {shown_name(tensor.name)}: expected shape {shape}, as the "
-            f"model and {CONFIG} say, and one of {', '.join(DTYPES)}; found {tensor.shape} and "
+            f"model and {CONFIG} say, and one of {', '.join(FLOATS)}; found {tensor.shape} and "
             f"{tensor.dtype}"
         )

@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -38,10 +39,10 @@ from fw.hub.header import shown_name
 from fw.hub.reader import reader
 from fw.model import Model, Variables
 from fw.models.names import Name
-from fw.tensors import tensor_file
+from fw.tensors import DTYPES, tensor_file
 from sharding import Rules, create, fill, gather, paths, shardings
 
-DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+FLOATS = {n: np.dtype(d).name for n, d in DTYPES.items() if jnp.issubdtype(d, jnp.floating)}
 """The dtypes of parameters, by safetensors' names."""
 
 LACKING = 1000
@@ -222,7 +223,7 @@ def save(folder: str | Path, loaded: Loaded, *, tokenizer_from: str | Path | Non
             if tokenizer is not None:
                 copy_tokenizer(tokenizer, part)
 
-    _on_first_process(write, folder, host)
+    on_first_process(write, folder, host)
 
 
 def _check_names(family: Family, folder: Path, named: Tensors, wanted: set[str]) -> None:
@@ -252,9 +253,9 @@ def _check_tensor(tensor: AnyTensor, name: Name, shape: tuple[int, ...]) -> None
             f"{tensor.file}: tensor {tensor.name!r}: expected shape {expected}, as {CONFIG} says, "
             f"found {tensor.shape}"
         )
-    if tensor.dtype not in DTYPES:
+    if tensor.dtype not in FLOATS:
         raise FwError(
-            f"{tensor.file}: tensor {tensor.name!r}: expected one of {', '.join(DTYPES)}, found "
+            f"{tensor.file}: tensor {tensor.name!r}: expected one of {', '.join(FLOATS)}, found "
             f"{tensor.dtype}; a quantised model must be saved in one of these first"
         )
 
@@ -291,13 +292,13 @@ def _checked(model: Model, variables: Variables) -> tuple[dict[str, Any], np.dty
                 f"{found.get(path, 'none')}; compressed parameters are restored before saving"
             )
     dtypes = sorted({str(leaf.dtype) for leaf in jax.tree.leaves(variables)})
-    if len(dtypes) != 1 or dtypes[0] not in DTYPES.values():
+    if len(dtypes) != 1 or dtypes[0] not in FLOATS.values():
         raise FwError(f"expected parameters of one floating dtype, got {', '.join(dtypes)}")
     leaves = jax.tree.leaves(variables)
     return dict(zip(paths(variables), leaves, strict=True)), np.dtype(leaves[0].dtype)
 
 
-def _on_first_process(write: Callable[[], None], folder: Path, host: Iterable = ()) -> None:
+def on_first_process(write: Callable[[], None], folder: Path, host: Iterable = ()) -> None:
     """Runs `write` there; the others wait, and fail if it failed, for none may hang or go on.
 
     All go through `host`, if it is what `write` reads: its items are gathered from all.

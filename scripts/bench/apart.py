@@ -1,19 +1,54 @@
 """Measurements in processes of their own, one or several that work together, and their memory."""
 
+import argparse
 import json
 import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import sides
 
 from fw.errors import FwError
+from fw.options import add_options, read_options
 
 TUNABLES = "glibc.malloc.mmap_threshold=65536"
 """Where memory is measured: blocks from here up are mapped, and unmapped when freed."""
+
+
+def main(
+    description: str | None,
+    kind: type,
+    measure: Callable[..., dict[str, Any]],
+    compare: Callable[[Any], None],
+) -> int:
+    """The command of a script: `compare(options)`, or in a process of `apart` its `measure`.
+
+    Args:
+      description: of the script.
+      kind: of its options, a dataclass.
+      measure: `measure(options, **one)`, what to print as a row of JSON.
+      compare: starts the measurements.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_options(parser, kind)
+    parser.add_argument("--one", help=argparse.SUPPRESS)  # a measurement, in this process
+    arguments = parser.parse_args()
+    try:
+        options = read_options(arguments, kind)
+        if arguments.one:
+            print(json.dumps(measure(options, **json.loads(arguments.one))))
+        else:
+            compare(options)
+    except FwError as error:
+        print(f"{Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def apart(

@@ -12,7 +12,6 @@ that the devices' parts lie in the host's memory, too. The sides take turns. Lin
     .venv/bin/python scripts/bench/loading.py --gigabytes 2
 """
 
-import argparse
 import dataclasses
 import json
 import math
@@ -31,7 +30,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import sides
-from apart import TUNABLES, apart, memory, reset
+from apart import TUNABLES, apart, main, memory, reset
 from safetensors import safe_open
 
 from fw import report, run
@@ -41,7 +40,6 @@ from fw.hub.config import write_config
 from fw.hub.files import CONFIG, INDEX
 from fw.models.llama import LlamaConfig
 from fw.models.names import Name
-from fw.options import add_options, read_options
 from fw.tensors import tensor_file
 from sharding import make_mesh, paths, rules, shardings
 from sharding.processes.cluster import start
@@ -111,25 +109,6 @@ class Options:
             self.vocabulary, self.hidden, self.layers, heads, self.inner,
             num_key_value_heads=heads // 2,
         )  # fmt: skip
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_options(parser, Options)
-    parser.add_argument("--one", help=argparse.SUPPRESS)  # a measurement, in this process
-    arguments = parser.parse_args()
-    try:
-        options = read_options(arguments, Options)
-        if arguments.one:
-            print(json.dumps(measure(options, **json.loads(arguments.one))))
-        else:
-            compare(options)
-    except FwError as error:
-        print(f"loading: {error}", file=sys.stderr)
-        return 1
-    return 0
 
 
 def compare(options: Options) -> None:
@@ -352,4 +331,4 @@ def _read() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(__doc__, Options, measure, compare))

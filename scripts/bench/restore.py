@@ -7,9 +7,7 @@ right before; malloc is told to give blocks back at once, so that it counts what
     .venv/bin/python scripts/bench/restore.py --gb 2 --mesh "fsdp=8 tensor=2 fsdp=8@2"
 """
 
-import argparse
 import dataclasses
-import json
 import sys
 import tempfile
 from pathlib import Path
@@ -19,12 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import sides
-from apart import TUNABLES, apart, memory, reset
+from apart import TUNABLES, apart, main, memory, reset
 
 from fw import report, run
 from fw.checkpoint import Checkpoints
 from fw.errors import FwError
-from fw.options import add_options, read_options
 from fw.step import TrainState
 from sharding import build, make_mesh, rules, shardings
 from sharding.processes.cluster import start
@@ -63,25 +60,6 @@ class Options:
     def rows(self) -> int:
         """Of each leaf, a multiple of the devices."""
         return round(self.gb * 1e9 / self.leaves / WIDTH / 4 / DEVICES) * DEVICES
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_options(parser, Options)
-    parser.add_argument("--one", help=argparse.SUPPRESS)  # a measurement, in this process
-    arguments = parser.parse_args()
-    try:
-        options = read_options(arguments, Options)
-        if arguments.one:
-            print(json.dumps(measure(options, **json.loads(arguments.one))))
-        else:
-            compare(options)
-    except FwError as error:
-        print(f"restore: {error}", file=sys.stderr)
-        return 1
-    return 0
 
 
 def compare(options: Options) -> None:
@@ -176,4 +154,4 @@ def grow(state: TrainState) -> TrainState:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(__doc__, Options, measure, compare))
