@@ -25,7 +25,6 @@ from tests.texts import ROWS, batch_of, outputs
 from tests.tiny import make_model, make_ner
 
 TOKENS = "token_classification"
-LAYERS = {"num_hidden_layers": 4}
 
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
@@ -170,7 +169,8 @@ def test_biases_and_norms_of_a_stack_do_not_decay():
     params = jax.tree.map(jnp.ones_like, made.variables["params"])
     tx = optimizer(AdamW(1.0, warmup=0.0, weight_decay=0.5), 10)
     zero = jax.tree.map(jnp.zeros_like, params)
-    news, _ = tx.update(zero, tx.init(params), params)
+    with jax.numpy_dtype_promotion("standard"):
+        news, _ = jax.jit(tx.update)(zero, tx.init(params), params)
     for path, new in zip(paths(news), jax.tree.leaves(news), strict=True):
         decays = path.endswith(("kernel", "embedding"))
         np.testing.assert_allclose(new, -0.5 if decays else 0.0, err_msg=path)
@@ -187,14 +187,14 @@ def test_a_fine_tuning_in_stages_is_that_on_one_device(tmp_path):
                  "--learning-rate=1e-2")  # fmt: skip
         assert main(["finetune", *given, *more]) == 0
         lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-        return [line for line in lines if line["kind"] in ("train", "eval")]
+        return [line for line in lines if line["kind"] == "train"]
 
     staged = run("staged", "--mesh=pipe=2,fsdp=2", "--remat=stage")
     config = json.loads((tmp_path / "staged/config.json").read_text())["config"]
     assert (config["microbatches"], config["remat"]) == (4, "stage")
     alone = run("alone", "--microbatches=4")
     for name in ("loss", "grad_norm"):
-        a, b = ([line[name] for line in lines if line["kind"] == "train"] for lines in (staged, alone))
+        a, b = ([line[name] for line in lines] for lines in (staged, alone))
         assert len(a) == 3
         np.testing.assert_allclose(a, b, rtol=2e-4)
     assert main(["eval", str(tmp_path / "staged"), "--mesh=pipe=2"]) == 0
