@@ -101,7 +101,8 @@ def test_remat_keeps_less_and_changes_nothing(family):
         for remat in REMAT:
             made = changed(apart, scan=scan, remat=remat)
             program = loss_of(made, batch)
-            memory[scan, remat] = program.memory_analysis().temp_size_in_bytes
+            analysis: Any = program.memory_analysis()
+            memory[scan, remat] = analysis.temp_size_in_bytes
             loss, grads = program(made.variables["params"], batch)
             wanted = paths(apart.variables["params"])
             arrays = dict(zip(paths(grads), jax.tree.leaves(grads), strict=True))
