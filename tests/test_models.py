@@ -341,7 +341,7 @@ def test_berts_dropout_and_types():
     ("changes", "said"),
     [
         ({"num_attention_heads": 3}, "hidden_size 8 is not a multiple of num_attention_heads 3"),
-        ({"task": "regression"}, "task 'regression' is unknown"),
+        ({"task": "translation"}, "task 'translation' is unknown"),
         ({"hidden_act": "relu"}, "hidden_act 'relu' is not supported; expected 'gelu'"),
         ({"hidden_dropout_prob": 1.0}, "hidden_dropout_prob 1.0 is no rate"),
         ({"classifier_dropout": -0.1}, "classifier_dropout -0.1 is no rate"),

@@ -109,7 +109,8 @@ def main() -> int:
     titles = ("model", "layers", "program", f"{few}: s", f"{many}: s", f"{few}: CPU s",
               f"{many}: CPU s", "ratio", "of CPU")  # fmt: skip
     print(report.table(rows, titles))
-    print(f"stacked, at most {worst:.2f} times; the goal is {GOAL}")
+    if worst:
+        print(f"stacked, at most {worst:.2f} times; the goal is {GOAL}")
     return 0 if worst <= GOAL else 1
 
 
