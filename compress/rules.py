@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import quax
 from jax import lax
-from jax.extend.core.primitives import stop_gradient_p
+from jax.extend.core.primitives import sharding_constraint_p, stop_gradient_p
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from compress.arrays import Int8, absmax_int8, dense, describe
@@ -202,6 +203,20 @@ def _cast(w: Int8, *, new_dtype: Any, **_: Any) -> Int8:
 @quax.register(stop_gradient_p)
 def _stop_gradient(w: Int8) -> Int8:
     return w
+
+
+@quax.register(sharding_constraint_p)
+def _constrain(w: Int8, *, sharding: Any, **_: Any) -> Int8:
+    """Scales lie with their values: cut alike, but for the axis that shares one."""
+    if not isinstance(sharding, NamedSharding):
+        raise NotImplementedError(
+            f"sharding constraint of {describe(w)}: expected a NamedSharding, got {sharding}"
+        )
+    shared = w.ndim + w.axis
+    entries = (*sharding.spec, *[None] * (w.ndim - len(sharding.spec)))
+    scales = NamedSharding(sharding.mesh, PartitionSpec(*_drop(entries, shared)))
+    values = lax.with_sharding_constraint(w.values, sharding)
+    return _rebuild(w, values, lax.with_sharding_constraint(w.scale, scales), shared)
 
 
 @quax.register(lax.transpose_p)

@@ -6,18 +6,23 @@ checkpoint or nothing.
 
 It reads onto any mesh: arrays are stored in chunks far smaller than a device's part of them, and a
 process reads those of its own devices, a bounded number at a time. So a move takes no more memory
-than the state where it arrives, and writing takes a bounded amount beside the state.
+than the state where it arrives, and writing takes a bounded amount beside the state. Only where the
+layers of a stack were apart and shall be stacked, or the other way round, is it there twice for a
+moment.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
 from fw.errors import FwError
+from fw.models.stack_layout import layer_of, relayout
 from fw.step import TrainState
 from sharding import paths
 
@@ -111,9 +116,11 @@ class Checkpoints:
         )
         where = f"{self._folder}/{step}"
         try:
-            _check_same(abstract, self._manager.item_metadata(step).tree, where)
-            self._admit(abstract)
-            tree = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+            there = self._manager.item_metadata(step).tree
+            stored = _as_stored(abstract, there)
+            _check_same(stored, there, where)
+            self._admit(stored)
+            tree = self._manager.restore(step, args=ocp.args.StandardRestore(stored))
         except FwError:
             raise
         except (ValueError, KeyError, AttributeError, OSError) as error:  # whatever orbax met with
@@ -121,7 +128,7 @@ class Checkpoints:
                 f"{where}: damaged: {str(error).partition(chr(10))[0][:300]}; remove this folder "
                 "to go on from the checkpoint before it"
             ) from error
-        return TrainState(**tree)
+        return TrainState(**(tree if stored is abstract else _moved(tree, abstract)))
 
     def _open(self, in_flight: int) -> None:
         self._in_flight = in_flight
@@ -140,13 +147,49 @@ class Checkpoints:
             self._open(needed)
 
 
+def _as_stored(want: Any, there: Any) -> Any:
+    """What to read: `want`, or the same with layers stacked, or apart, as they are stored."""
+    abstract, found = _by_path(want), _by_path(there)
+    if abstract.keys() == found.keys():
+        return want
+    stored = {}
+    for path in found:
+        layer = layer_of(path)
+        if path in abstract:
+            stored[path] = abstract[path]
+        elif layer and layer[1] in abstract:  # apart there, stacked here
+            stacked = abstract[layer[1]]
+            stored[path] = _resized(stacked, stacked.shape[1:], stacked.sharding.spec[1:])
+        elif apart := [x for p, x in abstract.items() if (layer_of(p) or ("", ""))[1] == path]:
+            shape = (len(apart), *apart[0].shape)
+            stored[path] = _resized(apart[0], shape, (None, *apart[0].sharding.spec))
+        else:
+            return want
+    return jax.tree.unflatten(jax.tree.structure(there), [stored[path] for path in found])
+
+
+def _resized(x: Any, shape: tuple[int, ...], spec: Iterable[Any]) -> jax.ShapeDtypeStruct:
+    where = NamedSharding(x.sharding.mesh, PartitionSpec(*spec))
+    return jax.ShapeDtypeStruct(shape, x.dtype, sharding=where)
+
+
+def _moved(tree: Any, want: Any) -> Any:
+    """The arrays of a tree with their layers laid out as in another."""
+    wanted = _by_path(want)
+    lie = {path: x.sharding for path, x in wanted.items()}
+    move = jax.jit(lambda arrays: relayout(arrays, wanted, jnp.stack), out_shardings=lie)
+    arrays = move(_by_path(tree))
+    return jax.tree.unflatten(jax.tree.structure(want), [arrays[path] for path in wanted])
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+    return dict(zip(paths(tree), jax.tree.leaves(tree), strict=True))
+
+
 def _check_same(want: Any, found: Any, where: str) -> None:
     """Refuses arrays that differ before orbax begins to read them."""
     expected, there = (
-        {
-            path: (tuple(x.shape), str(x.dtype))
-            for path, x in zip(paths(t), jax.tree.leaves(t), strict=True)
-        }
+        {path: (tuple(x.shape), str(x.dtype)) for path, x in _by_path(t).items()}
         for t in (want, found)
     )
     for path in sorted(expected.keys() | there.keys()):

@@ -68,7 +68,7 @@ def sizes(arrays: Mapping[str, Any]) -> dict[str, int]:
     Args:
       arrays: by path, as `compress.to_arrays` names them.
 
-    >>> sizes({"params/layers/0/up/kernel": np.zeros((2, 3), np.int8), "params/bias": np.zeros(2)})
+    >>> sizes({"params/layers/up/kernel": np.zeros((2, 3), np.int8), "params/bias": np.zeros(2)})
     {'bytes': 22, 'encoder_bytes': 6}
     """
     kernels = [x.nbytes for n, x in arrays.items() if "/layers/" in f"/{n}" and "kernel" in n]

@@ -5,6 +5,7 @@ writes. What it does is in the order of the flow, each line a function of the pu
 file is also the example to copy where a recipe does not fit.
 """
 
+import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,7 +37,7 @@ MODEL = "model"
 """The folder in a run with its best parameters, as Hugging Face transformers reads it."""
 
 # What a resumed run may do differently: none of it changes a number but in its last digits.
-MAY_CHANGE = ("run", "mesh", "rules", "log_every", "keep_last", "keep_best")
+MAY_CHANGE = ("run", "mesh", "rules", "remat", "log_every", "keep_last", "keep_best")
 
 
 @dataclass(frozen=True)
@@ -75,14 +76,16 @@ def finetune(recipe: Finetune, *, resume: bool = False) -> Path:
     began = time.perf_counter()
     mesh, rules = make_mesh(recipe.mesh), make_rules(recipe.rules)
     # Refuses now what the first step would, after the data is read and the run's folder is made.
-    name = "batch" if recipe.accumulate == 1 else "batch / accumulate"
-    put({name: np.zeros(recipe.batch // recipe.accumulate, np.int8)}, mesh, rules)
+    computed = recipe.computed(mesh)
+    factors = {"accumulate": recipe.accumulate, "microbatches": computed["microbatches"]}
+    name = " / ".join(["batch", *(factor for factor, size in factors.items() if size > 1)])
+    put({name: np.zeros(recipe.batch // math.prod(factors.values()), np.int8)}, mesh, rules)
     source, dataset = assets.fetch(recipe.model), locate(recipe.data)
     prepared = prepare(recipe, dataset, source)
     task = make_task(TASKS[recipe.task], prepared.labels)
     loaded = hub.load(
         source, task=task.name, labels=task.labels, mesh=mesh, rules=rules,
-        key=jax.random.key(recipe.seed),
+        key=jax.random.key(recipe.seed), **computed,
     )  # fmt: skip
     _check_fit(recipe, prepared, loaded.model.config)
     batches = data.Batches(
@@ -95,7 +98,7 @@ def finetune(recipe: Finetune, *, resume: bool = False) -> Path:
         **asdict(recipe),
         "labels": list(task.labels),
         "records": {split: len(items) for split, items in prepared.records.items()},
-        "steps": steps, "evaluate_every": every,
+        "steps": steps, "evaluate_every": every, "microbatches": computed["microbatches"],
         "new_parameters": list(loaded.fresh), "unused_tensors": list(loaded.unused),
         "skipped_rows": len(prepared.skipped), "cut_tokens": prepared.cut,
     }  # fmt: skip

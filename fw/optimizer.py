@@ -1,6 +1,7 @@
 """The optimiser of fine-tuning, as one optax chain of data the run's config holds."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -79,9 +80,15 @@ def optimizer(config: AdamW, steps: int) -> optax.GradientTransformation:
             config.b2,
             config.epsilon,
             weight_decay=config.weight_decay,
-            mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
+            mask=partial(jax.tree_util.tree_map_with_path, _is_matrix),
         ),
     )
+
+
+def _is_matrix(path: Any, x: Any) -> bool:
+    """A stack's biases and norms have an axis of layers, too: they are told by their name."""
+    name = jax.tree_util.keystr(path[-1:], simple=True)
+    return x.ndim > 1 and name not in ("bias", "scale")
 
 
 def clip_by_norm(largest: float) -> optax.GradientTransformation:

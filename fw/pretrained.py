@@ -5,6 +5,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -28,6 +29,7 @@ def load(
     key: jax.Array | None = None,
     dtype: DTypeLike = np.float32,
     adapter: str | Path | None = None,
+    **computed: Any,
 ) -> hub.Loaded:
     """Brings a pretrained model onto a mesh; its family is found from its `config.json`.
 
@@ -37,6 +39,7 @@ def load(
       rules: rules, or the name of a preset.
       task, labels, key, dtype: as in `fw.hub.load`.
       adapter: a folder of PEFT, which is merged into the parameters.
+      **computed: its `microbatches`, `remat` and `scan`.
 
     Raises:
       FwError: no such source, or a folder that is broken, unknown, or does not fit.
@@ -52,6 +55,6 @@ def load(
     path = Path(source)
     folder = path if path.suffix == ".gguf" and path.is_file() else assets.fetch(str(source))
     loaded = hub.load(
-        folder, mesh=mesh, rules=rules, task=task, labels=labels, key=key, dtype=dtype
+        folder, mesh=mesh, rules=rules, task=task, labels=labels, key=key, dtype=dtype, **computed
     )
     return loaded if adapter is None else hub.merge(loaded, hub.load_adapter(adapter, loaded))

@@ -7,13 +7,17 @@ it, and `read_recipe` gets it back from there.
 import dataclasses
 import math
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
+
+from jax.sharding import Mesh
 
 from fw import assets, precision, run
 from fw.data.readers import SCHEMES
 from fw.data.targets import SEPARATOR
 from fw.errors import FwError
+from fw.models.stack_layout import default_microbatches
 from fw.optimizer import AdamW
+from sharding.parallel.pipeline import REMAT
 
 TASKS = {
     "ner": "token_classification",
@@ -27,7 +31,8 @@ TASKS = {
 """What `--task` says, and the task that model, data and artifact know."""
 
 _POSITIVE = ("batch", "length", "accumulate", "log_every", "keep_last", "keep_best")
-_NOT_NEGATIVE = ("epochs", "steps", "texts", "evaluate_every")
+_NOT_NEGATIVE = ("epochs", "steps", "texts", "evaluate_every", "microbatches")
+_REMAT = {name or "none": name for name in REMAT}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +58,10 @@ class Finetune(AdamW):
       rules: preset that says which array axis goes to which mesh axis: data, fsdp, fsdp_tensor.
       precision: of the dots: bf16 (bfloat16 operands, float32 sums) or f32.
       accumulate: microbatches whose gradients make one step; must divide batch.
+      microbatches: parts of their rows that the stages of a mesh with pipe work on in turn; 0 for
+        two a stage.
+      remat: what the backward pass computes again, for less memory: none, each layer, or each stage
+        of a mesh with pipe.
       seed: of the new head, the order of the data, dropout and hidden words.
       evaluate_every: steps between evaluations and checkpoints; 0 for once an epoch.
       log_every: steps between lines of progress.
@@ -84,6 +93,8 @@ class Finetune(AdamW):
     rules: str = "fsdp_tensor"
     precision: str = "bf16"
     accumulate: int = 1
+    microbatches: int = 0
+    remat: str = "none"
     seed: int = 0
     evaluate_every: int = 0
     log_every: int = 10
@@ -104,13 +115,12 @@ class Finetune(AdamW):
             if field.type is float and not math.isfinite(value := getattr(self, field.name)):
                 raise FwError(f"{field.name} is {value}; expected a number")
         super().__post_init__()
-        if self.task not in TASKS:
-            raise FwError(f"task {self.task!r} is unknown; choose one of {', '.join(TASKS)}")
+        for name, known in (("task", TASKS), ("scheme", SCHEMES), ("remat", _REMAT)):
+            if (value := getattr(self, name)) not in known:
+                raise FwError(f"{name} {value!r} is unknown; choose one of {', '.join(known)}")
         if not self.data:
             raise FwError("data is missing; give --data a file or a folder")
         precision.policy(self.precision)
-        if self.scheme not in SCHEMES:
-            raise FwError(f"scheme {self.scheme!r} is unknown; choose one of {', '.join(SCHEMES)}")
         for least, names in ((1, _POSITIVE), (0, _NOT_NEGATIVE)):
             for name in names:
                 if getattr(self, name) < least:
@@ -125,6 +135,21 @@ class Finetune(AdamW):
                 f"choose a multiple of {self.accumulate}"
             )
         self._check_columns()
+
+    def computed(self, mesh: Mesh) -> dict[str, Any]:
+        """How the layers are computed on a mesh, as `fw.hub.load` takes it.
+
+        Raises:
+          FwError: microbatches that do not divide the rows of a step.
+        """
+        parts, rows = self.microbatches or default_microbatches(mesh), self.batch // self.accumulate
+        if rows % parts:
+            name = "batch" if self.accumulate == 1 else "batch / accumulate"
+            raise FwError(
+                f"{name} is {rows}, which microbatches={parts} does not divide; choose a multiple "
+                f"of {parts}, or --microbatches"
+            )
+        return {"microbatches": parts, "remat": _REMAT[self.remat]}
 
     @property
     def names(self) -> tuple[str, ...] | None:

@@ -23,6 +23,7 @@ from fw.finetune import MODEL, forward, pack, read, record
 from fw.hub.files import WEIGHTS
 from fw.metrics import merge
 from fw.model import Model
+from fw.models.stack_layout import default_microbatches, relayout
 from fw.recipe import TASKS, Finetune, locate, read_recipe
 from fw.tasks import Summary, Task, make_task
 from fw.tensors import read_tensors, write_tensors
@@ -72,7 +73,8 @@ def open_run(folder: str | Path, mesh: str = "data=1") -> Opened:
     if not (folder / MODEL).is_dir():
         raise FwError(f"{folder / MODEL}: not there yet; finish the run with --resume first")
     where, rules = make_mesh(mesh), make_rules(recipe.rules)
-    loaded = hub.load(folder / MODEL, mesh=where, rules=rules)
+    parts = default_microbatches(where)
+    loaded = hub.load(folder / MODEL, mesh=where, rules=rules, microbatches=parts)
     task = make_task(TASKS[recipe.task], loaded.labels)
     return Opened(folder, recipe, loaded, task, where, rules)
 
@@ -94,7 +96,8 @@ def variant(opened: Opened, name: str) -> tuple[Any, Forward]:
     shapes = jax.eval_shape(lambda p: compress.quantize(p)[0], variables["params"])
     where = compress.specs(shapes, jax.tree.map(lambda x: x.sharding, variables["params"]))
     try:
-        host = compress.from_arrays(read_tensors(path), like=shapes)
+        arrays = relayout(read_tensors(path), compress.to_arrays(shapes))
+        host = compress.from_arrays(arrays, like=shapes)
     except ValueError as error:
         raise FwError(f"{path}: {error}; make it again with: fw compress") from error
     return {**variables, "params": jax.device_put(host, where)}, forward(_compressed(model), "f32")

@@ -417,7 +417,7 @@ def test_a_function_that_calls_into_jaxlib_is_refused(copy, saved, monkeypatch):
     it = saved("token_classification")
 
     def outside(weights, batch):
-        matrix = weights["params/layers/0/up/kernel"][:5, :5]
+        matrix = weights["params/stack/layers/up/kernel"][0, :5, :5]
         shape = (*batch["input_ids"].shape, 5)
         return jnp.zeros(shape) + jnp.linalg.eigh(matrix + matrix.T)[0]
 

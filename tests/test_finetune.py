@@ -56,7 +56,8 @@ TMP = "*orbax-checkpoint-tmp*"
 def world(tmp_path_factory):
     """A folder with the model and the data; the reviews' dev set contradicts their training set."""
     root = tmp_path_factory.mktemp("world")
-    tiny.make_model(root / "model")
+    # Of the models of seeds 0 … 5, five learn the names in so few steps.
+    tiny.make_model(root / "model", seed=1)
     tiny.make_ner(root / "ner")
     reviews = tiny.make_reviews(root / "classify", flip=True)
     with (reviews / "train.csv").open("a") as file:

@@ -297,7 +297,7 @@ def test_every_variable_names_its_axes(kind, names, said):
 
 
 SIZES = {"vocab": 40, "embed": 8, "heads": 8, "mlp": 16, "pooled": 8, "labels": 3, "types": 2,
-         "positions": 12}  # fmt: skip
+         "positions": 12, "layers": 1}  # fmt: skip
 
 
 def config(**changes: Any) -> BertConfig:

@@ -355,7 +355,7 @@ def test_fifty_steps_are_the_same_on_every_mesh(task, x64, layers):
         assert alone["loss"][-5:].mean() < 0.9 * alone["loss"][:5].mean()
         for mesh in MESHES:
             state, together = run(model, config, mesh, batches, start)
-            query = state.variables["params"]["layers"]["0"]["attention"]["query"]["kernel"]
+            query = state.variables["params"]["stack"]["layers"]["attention"]["query"]["kernel"]
             assert query.dtype == (np.float64 if x64 else np.float32)
             assert (
                 not {"fsdp", "tensor"} & {*re.findall(r"\w+(?==)", mesh)}

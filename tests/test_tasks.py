@@ -48,7 +48,7 @@ MAKE = {
 def world(tmp_path_factory):
     """A folder with the model and the data of every task."""
     root = tmp_path_factory.mktemp("world")
-    tiny.make_model(root / "model")
+    tiny.make_model(root / "model", seed=2)
     tiny.make_decoder(root / "decoder")
     for task, make in MAKE.items():
         make(root / task)

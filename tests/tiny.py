@@ -17,10 +17,10 @@ OTHER = ("the", "film", "was", "went", "to", "in", "and", "wrote", "a", "letter"
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", *NAMES, *PLACES, *GOOD, *BAD, *OTHER, "[MASK]")
 
 
-def make_model(folder: Path) -> Path:
+def make_model(folder: Path, *, layers: int = 1, seed: int = 0) -> Path:
     """A model folder as transformers reads it, head and all."""
     config = BertConfig(
-        vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=40, hidden_size=16, num_hidden_layers=layers, num_attention_heads=2,
         intermediate_size=32, num_labels=2, task="sequence_classification",
         max_position_embeddings=48, initializer_range=0.2,
     )  # fmt: skip
@@ -28,7 +28,7 @@ def make_model(folder: Path) -> Path:
     vocabulary = folder.with_name(f"{folder.name}-vocabulary")
     vocabulary.mkdir()
     (vocabulary / "vocab.txt").write_text("\n".join(WORDS))
-    loaded = hub.Loaded(model, model.init(jax.random.key(0)), ("no", "yes"))
+    loaded = hub.Loaded(model, model.init(jax.random.key(seed)), ("no", "yes"))
     hub.save(folder, loaded, tokenizer_from=vocabulary)
     return folder
 

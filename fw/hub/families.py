@@ -37,6 +37,8 @@ class Family:
       fixed: keys of `config.json` with the only value that the model implements.
       reads: brings a `config.json` into the spelling of `config`'s fields.
       writes: the keys of a `config.json`, and fields that are none.
+      stacked: whether layers are stacked even where `fw.models.stack.scans` would have them apart;
+        generation, which compiles many programs, takes them apart when a text is long.
     """
 
     config: Callable[..., Any]
@@ -49,6 +51,7 @@ class Family:
     fixed: Mapping[str, Any] = types.MappingProxyType({})
     reads: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
     writes: Callable[[Any], Mapping[str, Any]] = dataclasses.asdict
+    stacked: bool = False
 
     def stored(self, config: Any) -> Iterator[Name]:
         """`names` as a folder of this config has them: without the prefix, if it has no head."""
@@ -171,6 +174,7 @@ FAMILIES: Mapping[str, Family] = types.MappingProxyType(
                 fixed={"pretraining_tp": 1, "router_jitter_noise": 0.0},
                 reads=llama.read_config,
                 writes=llama.write_config,
+                stacked=True,
             )
             for name, architecture in llama.ARCHITECTURES.items()
         },

@@ -39,6 +39,7 @@ from fw.hub.header import shown_name
 from fw.hub.reader import reader
 from fw.model import Model, Variables
 from fw.models.names import Name
+from fw.models.stack_layout import scans
 from fw.tensors import DTYPES, tensor_file
 from sharding import Rules, create, fill, gather, paths, shardings
 
@@ -84,6 +85,9 @@ def load(
     task: str | None = None,
     labels: Sequence[str] | None = None,
     dtype: DTypeLike = np.float32,
+    microbatches: int = 1,
+    remat: str | None = None,
+    scan: bool | None = None,
 ) -> Loaded:
     """Reads a model folder of Hugging Face transformers onto a mesh.
 
@@ -99,6 +103,9 @@ def load(
       task: a task of the family; None takes the one that the folder was made for.
       labels: names of the classes by id; None takes the folder's.
       dtype: of the parameters, whatever the files have.
+      microbatches, remat: of the model's config, as in `sharding.pipeline`.
+      scan: of the config, as in `Stack`: whether layers are stacked. None: an encoder's are apart
+        on CPUs, which copy each layer out of a stack, unless the mesh has stages; others are.
 
     Returns:
       The model and its parameters.
@@ -129,6 +136,8 @@ def load(
         limit = largest(tensors.values())
         head = choose_head(family, source, where, task=task, labels=labels, limit=limit)
         extra = read_pooling(folder) if head.task == "embedding" else {}
+        stacked = family.stacked or scans(mesh) if scan is None else scan
+        extra |= {"microbatches": microbatches, "remat": remat, "scan": stacked}
         config = read_config(family, source, where, head, limit, extra)
         named = family.by_name(tensors)
         wanted: dict[str, list[Name]] = {}

@@ -26,7 +26,9 @@ class BertConfig:
     """The fields of a BERT `config.json` that change the computation, under their own names.
 
     And four that say what the model is for: `task`, one of `fw.models.heads.TASKS`; `num_labels` of
-    a classifier; of an embedding, `pooling` ("mean" or "cls") and whether to `normalize` it.
+    a classifier; of an embedding, `pooling` ("mean" or "cls") and whether to `normalize` it. Three
+    say how it is computed: `microbatches` and `remat`, as in `sharding.pipeline`; `scan`, as in
+    `Stack`.
     """
 
     vocab_size: int
@@ -46,6 +48,9 @@ class BertConfig:
     hidden_act: str = "gelu"
     pooling: str = "mean"
     normalize: bool = True
+    microbatches: int = 1
+    remat: str | None = None
+    scan: bool = True
 
     model_type: ClassVar[str] = "bert"
 
@@ -73,6 +78,9 @@ class BertConfig:
             std=self.initializer_range,
             dropout=self.hidden_dropout_prob,
             attention_dropout=self.attention_probs_dropout_prob,
+            microbatches=self.microbatches,
+            remat=self.remat,
+            scan=self.scan,
         )
 
     @property
@@ -156,11 +164,14 @@ def encoder_names(config: BertConfig, prefix: str) -> Iterator[Name]:
         yield from names.table(f"embeddings/{ours}", f"{prefix}.embeddings.{theirs}")
     yield from names.norm("embeddings/norm", f"{prefix}.embeddings.LayerNorm")
     for i in range(config.num_hidden_layers):
-        ours, theirs = f"layers/{i}", f"{prefix}.encoder.layer.{i}"
+        theirs = f"{prefix}.encoder.layer.{i}"
+        ours, at = names.of_layer(i, scan=config.scan)
         for name in ("query", "key", "value"):
-            yield from names.dense(f"{ours}/attention/{name}", f"{theirs}.attention.self.{name}")
-        yield from names.dense(f"{ours}/attention/out", f"{theirs}.attention.output.dense")
-        yield from names.norm(f"{ours}/attention_norm", f"{theirs}.attention.output.LayerNorm")
-        yield from names.dense(f"{ours}/up", f"{theirs}.intermediate.dense")
-        yield from names.dense(f"{ours}/down", f"{theirs}.output.dense")
-        yield from names.norm(f"{ours}/norm", f"{theirs}.output.LayerNorm")
+            lin = f"{theirs}.attention.self.{name}"
+            yield from names.dense(f"{ours}/attention/{name}", lin, **at)
+        out = f"{theirs}.attention.output"
+        yield from names.dense(f"{ours}/attention/out", f"{out}.dense", **at)
+        yield from names.norm(f"{ours}/attention_norm", f"{out}.LayerNorm", **at)
+        yield from names.dense(f"{ours}/up", f"{theirs}.intermediate.dense", **at)
+        yield from names.dense(f"{ours}/down", f"{theirs}.output.dense", **at)
+        yield from names.norm(f"{ours}/norm", f"{theirs}.output.LayerNorm", **at)

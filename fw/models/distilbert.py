@@ -23,7 +23,7 @@ EPSILON = 1e-12
 class DistilBertConfig:
     """The fields of a DistilBERT `config.json` that change the computation, under their own names.
 
-    And four that say what the model is for, as in `BertConfig`.
+    And those that say what the model is for and how it is computed, as in `BertConfig`.
     """
 
     vocab_size: int
@@ -42,6 +42,9 @@ class DistilBertConfig:
     activation: str = "gelu"
     pooling: str = "mean"
     normalize: bool = True
+    microbatches: int = 1
+    remat: str | None = None
+    scan: bool = True
 
     model_type: ClassVar[str] = "distilbert"
 
@@ -69,6 +72,9 @@ class DistilBertConfig:
             std=self.initializer_range,
             dropout=self.dropout,
             attention_dropout=self.attention_dropout,
+            microbatches=self.microbatches,
+            remat=self.remat,
+            scan=self.scan,
         )
 
     @property
@@ -126,14 +132,15 @@ def hf_names(config: DistilBertConfig) -> Iterator[Name]:
         yield from names.table(f"embeddings/{ours}", f"distilbert.embeddings.{ours}_embeddings")
     yield from names.norm("embeddings/norm", "distilbert.embeddings.LayerNorm")
     for i in range(config.n_layers):
-        ours, theirs = f"layers/{i}", f"distilbert.transformer.layer.{i}"
+        theirs = f"distilbert.transformer.layer.{i}"
+        ours, at = names.of_layer(i, scan=config.scan)
         for name in ("query", "key", "value", "out"):
             lin = f"{theirs}.attention.{name if name == 'out' else name[0]}_lin"
-            yield from names.dense(f"{ours}/attention/{name}", lin)
-        yield from names.norm(f"{ours}/attention_norm", f"{theirs}.sa_layer_norm")
-        yield from names.dense(f"{ours}/up", f"{theirs}.ffn.lin1")
-        yield from names.dense(f"{ours}/down", f"{theirs}.ffn.lin2")
-        yield from names.norm(f"{ours}/norm", f"{theirs}.output_layer_norm")
+            yield from names.dense(f"{ours}/attention/{name}", lin, **at)
+        yield from names.norm(f"{ours}/attention_norm", f"{theirs}.sa_layer_norm", **at)
+        yield from names.dense(f"{ours}/up", f"{theirs}.ffn.lin1", **at)
+        yield from names.dense(f"{ours}/down", f"{theirs}.ffn.lin2", **at)
+        yield from names.norm(f"{ours}/norm", f"{theirs}.output_layer_norm", **at)
     match config.task:
         case "masked_lm":
             yield from names.dense("words/dense", "vocab_transform")

@@ -368,7 +368,7 @@ def hf_names(config: LlamaConfig) -> Iterator[Name]:
     yield from names.table("word", "model.embed_tokens")
     for i in range(config.num_hidden_layers):
         theirs = f"model.layers.{i}"
-        ours, at = ("stack/layers", {"entry": (i,)}) if config.scan else (f"stack/layers/{i}", {})
+        ours, at = names.of_layer(i, scan=config.scan)
         rms = {"bias": False, **at}
         yield from names.norm(f"{ours}/attention_norm", f"{theirs}.input_layernorm", **rms)
         for name, letter in (("query", "q"), ("key", "k"), ("value", "v")):

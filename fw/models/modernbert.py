@@ -2,15 +2,22 @@
 
 Norms come before (pre-norm), without biases. Every third layer sees the whole text, the others
 `local_attention / 2` tokens to either side; each kind turns its positions at its own speed.
+
+What enters the first layer is normalised already, and it has no norm of its own. So that all layers
+are equal, and one stack, each ends with the norm of the next one's input, the last with the model's
+last norm.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from reprlib import repr as shown
 from typing import Any, ClassVar
 
 import jax
+import numpy as np
 from flax import nnx
+from jax import lax
 
 from fw.errors import FwError
 from fw.labels import PROBLEMS
@@ -31,6 +38,7 @@ from fw.models.layers import (
 )
 from fw.models.names import Name
 from fw.models.postnorm import check
+from fw.models.stack import Stack
 from sharding import constrain
 
 
@@ -38,8 +46,8 @@ from sharding import constrain
 class ModernBertConfig:
     """The fields of a ModernBERT `config.json` that change the computation, under their own names.
 
-    And three that say what the model is for, as in `BertConfig`; for texts `classifier_pooling`
-    says it, in ModernBERT's own `config.json`.
+    And those that say what the model is for and how it is computed, as in `BertConfig`; for texts
+    `classifier_pooling` says it, in ModernBERT's own `config.json`.
     """
 
     vocab_size: int
@@ -70,6 +78,9 @@ class ModernBertConfig:
     classifier_activation: str = "gelu"
     pooling: str = "mean"
     normalize: bool = True
+    microbatches: int = 1
+    remat: str | None = None
+    scan: bool = True
 
     model_type: ClassVar[str] = "modernbert"
 
@@ -91,15 +102,16 @@ class ModernBertConfig:
         """The tokens that a text may have."""
         return self.max_position_embeddings
 
-    def is_global(self, layer: int) -> bool:
-        """Whether a layer sees the whole text."""
-        return layer % self.global_attn_every_n_layers == 0
+    @property
+    def is_global(self) -> np.ndarray:
+        """Of each layer, whether it sees the whole text."""
+        return np.arange(self.num_hidden_layers) % self.global_attn_every_n_layers == 0
 
 
 class Attention(nnx.Module):
     """Self-attention with rotary positions, on the whole text or on a window of it."""
 
-    def __init__(self, config: ModernBertConfig, layer: int, rngs: nnx.Rngs):
+    def __init__(self, config: ModernBertConfig, rngs: nnx.Rngs):
         size, options = config.hidden_size, {"std": config.initializer_range, "rngs": rngs}
         options["bias"] = config.attention_bias
         self.query = Dense(size, size, ("embed", "heads"), **options)
@@ -107,16 +119,24 @@ class Attention(nnx.Module):
         self.value = Dense(size, size, ("embed", "heads"), **options)
         self.out = Dense(size, size, ("heads", "embed"), **options)
         self.heads, self.rate = config.num_attention_heads, config.attention_dropout
-        self.window = None if config.is_global(layer) else config.local_attention // 2
+        self.window = config.local_attention // 2
 
-    def __call__(self, x: jax.Array, seen: Any, turn: Any, key: jax.Array | None):
+    def __call__(self, x: jax.Array, whole: Any, local: Any, key: jax.Array | None, is_global: Any):
         split = (*x.shape[:2], self.heads, x.shape[-1] // self.heads)
         q, k, v = (
             constrain(y.reshape(split), "batch", "length", "heads", None)
             for y in denses(x, [self.query, self.key, self.value])
         )
-        q, k = rotate(q, turn), rotate(k, turn)
-        y = attention(q, k, v, seen, window=self.window, rate=self.rate, key=key)
+
+        def among(window: int | None, seen: Any, turn: Any) -> jax.Array:
+            turned = rotate(q, turn), rotate(k, turn)
+            return attention(*turned, v, seen, window=window, rate=self.rate, key=key)
+
+        ways = partial(among, None, *whole), partial(among, self.window, *local)
+        if isinstance(is_global, jax.Array):  # of a stack: both are compiled, one is computed
+            y = lax.cond(is_global, *ways)
+        else:
+            y = ways[not is_global]()
         return self.out(y.reshape(x.shape))
 
 
@@ -138,25 +158,37 @@ class Mlp(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """Attention and MLP, each of the normalised input and added to it."""
+    """Attention and MLP, each of the normalised input and added to it; then the next layer's norm.
 
-    def __init__(self, config: ModernBertConfig, layer: int, rngs: nnx.Rngs):
+    `whole` and `local` are what `attention` and `rotate` take of each kind of layer.
+    """
+
+    def __init__(self, config: ModernBertConfig, rngs: nnx.Rngs):
         norm = {"epsilon": config.norm_eps, "bias": config.norm_bias}
-        # What enters the first layer is normalised already.
-        self.attention_norm = LayerNorm(config.hidden_size, **norm) if layer else None
-        self.attention = Attention(config, layer, rngs)
+        self.attention = Attention(config, rngs)
         self.mlp_norm = LayerNorm(config.hidden_size, **norm)
         self.mlp = Mlp(config, rngs)
+        self.next_norm = LayerNorm(config.hidden_size, **norm)
 
-    def __call__(self, x: jax.Array, seen: Any, turn: Any, key: jax.Array | None):
+    def __call__(
+        self,
+        x: tuple[jax.Array, jax.Array],
+        whole: Any,
+        local: Any,
+        key: jax.Array | None,
+        *,
+        is_global: Any,
+    ) -> tuple[jax.Array, jax.Array]:
         keys = (None, None) if key is None else jax.random.split(key)
-        y = x if self.attention_norm is None else self.attention_norm(x)
-        x = x + self.attention(y, seen, turn, keys[0])
-        return constrain(x + self.mlp(self.mlp_norm(x), keys[1]), "batch", "length", "embed")
+        total, normed = x
+        total = total + self.attention(normed, whole, local, keys[0], is_global)
+        total = total + self.mlp(self.mlp_norm(total), keys[1])
+        total = constrain(total, "batch", "length", "embed")
+        return total, self.next_norm(total)
 
 
 class ModernBert(nnx.Module):
-    """Embedding, layers and a head, which is the same for all tasks but for its last layer."""
+    """Embedding, a stack of layers, and a head: the same for all tasks but for its last layer."""
 
     def __init__(self, config: ModernBertConfig, rngs: nnx.Rngs):
         size, std = config.hidden_size, config.initializer_range
@@ -164,8 +196,14 @@ class ModernBert(nnx.Module):
         self.config = config
         self.word = Embedding(config.vocab_size, size, ("vocab", "embed"), std=std, rngs=rngs)
         self.embedding_norm = LayerNorm(size, **norm)
-        self.layers = nnx.List([Layer(config, i, rngs) for i in range(config.num_hidden_layers)])
-        self.norm = LayerNorm(size, **norm)
+        self.stack = Stack(
+            lambda rngs: Layer(config, rngs),
+            config.num_hidden_layers,
+            microbatches=config.microbatches,
+            remat=config.remat,
+            scan=config.scan,
+            rngs=rngs,
+        )
         if config.task == "embedding":
             return
         bias = config.classifier_bias
@@ -179,25 +217,23 @@ class ModernBert(nnx.Module):
             self.classifier = Dense(size, labels, ("embed", "labels"), std=std, rngs=rngs)
 
     def __call__(self, batch: Batch, key: jax.Array | None) -> Any:
-        config, number = self.config, len(self.layers) + 2
-        keys = (None,) * number if key is None else jax.random.split(key, number)
+        config = self.config
+        keys = (None,) * 3 if key is None else jax.random.split(key, 3)
         x = self.embedding_norm(self.word(batch["input_ids"]))
         x = constrain(dropout(x, config.embedding_dropout, keys[0]), "batch", "length", "embed")
         window, size = config.local_attention // 2, config.hidden_size // config.num_attention_heads
-        kinds = {
-            True: (None, config.global_rope_theta),
-            False: (window, config.local_rope_theta),
-        }
-        shared = {
-            kind: (
+        whole, local = (
+            (
                 visible(batch["segment_ids"], x.dtype, window=window),
                 rotary(batch["position_ids"], turns(size, theta), x.dtype),
             )
-            for kind, (window, theta) in kinds.items()
-        }
-        for i, (layer, own) in enumerate(zip(self.layers, keys[1:-1], strict=True)):
-            x = layer(x, *shared[config.is_global(i)], own)
-        x = self.norm(x)
+            for window, theta in (
+                (None, config.global_rope_theta),
+                (window, config.local_rope_theta),
+            )
+        )
+        kinds = {"is_global": config.is_global}
+        _, x = self.stack((x, x), whole, local, key=keys[1], own=kinds)
         if config.task == "embedding":
             return heads.embed(x, batch, config.pooling, config.normalize)
         rows = ("batch", "length")
@@ -234,20 +270,20 @@ def hf_names(config: ModernBertConfig) -> Iterator[Name]:
     yield from names.table("word", "model.embeddings.tok_embeddings")
     yield from names.norm("embedding_norm", "model.embeddings.norm", **norm)
     for i in range(config.num_hidden_layers):
-        ours, theirs = f"layers/{i}", f"model.layers.{i}"
-        if i:
-            yield from names.norm(f"{ours}/attention_norm", f"{theirs}.attn_norm", **norm)
-        bias = {"bias": config.attention_bias}
+        theirs, after = f"model.layers.{i}", f"model.layers.{i + 1}.attn_norm"
+        ours, at = names.of_layer(i, scan=config.scan)
+        bias = {"bias": config.attention_bias, **at}
         for part, name in enumerate(("query", "key", "value")):
             path = f"{ours}/attention/{name}"
             yield from names.dense(path, f"{theirs}.attn.Wqkv", part=(part, 3), **bias)
         yield from names.dense(f"{ours}/attention/out", f"{theirs}.attn.Wo", **bias)
-        yield from names.norm(f"{ours}/mlp_norm", f"{theirs}.mlp_norm", **norm)
-        bias = {"bias": config.mlp_bias}
+        yield from names.norm(f"{ours}/mlp_norm", f"{theirs}.mlp_norm", **norm, **at)
+        bias = {"bias": config.mlp_bias, **at}
         for part, name in enumerate(("up", "gate")):
             yield from names.dense(f"{ours}/mlp/{name}", f"{theirs}.mlp.Wi", part=(part, 2), **bias)
         yield from names.dense(f"{ours}/mlp/down", f"{theirs}.mlp.Wo", **bias)
-    yield from names.norm("norm", "model.final_norm", **norm)
+        after = after if i + 1 < config.num_hidden_layers else "model.final_norm"
+        yield from names.norm(f"{ours}/next_norm", after, **norm, **at)
     if config.task == "embedding":
         return
     yield from names.dense("head", "head.dense", bias=config.classifier_bias)

@@ -7,6 +7,7 @@ or one entry of a stacked one, or one of several that the files keep in one piec
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,15 @@ def norm(path: str, tensor: str, *, bias: bool = True, **more) -> Iterator[Name]
     yield Name(f"{path}/scale", f"{tensor}.weight", **more)
     if bias:
         yield Name(f"{path}/bias", f"{tensor}.bias", **more)
+
+
+def of_layer(number: int, *, scan: bool) -> tuple[str, dict[str, Any]]:
+    """Where a layer of the `Stack` that a model calls `stack` lies: its path, and `entry`.
+
+    >>> of_layer(3, scan=True), of_layer(3, scan=False)
+    (('stack/layers', {'entry': (3,)}), ('stack/layers/3', {}))
+    """
+    return ("stack/layers", {"entry": (number,)}) if scan else (f"stack/layers/{number}", {})
 
 
 def table(path: str, tensor: str) -> Iterator[Name]:

@@ -17,7 +17,9 @@ from fw.labels import PROBLEMS
 from fw.model import Batch
 from fw.models import heads
 from fw.models.layers import Dense, LayerNorm, attention, denses, dropout, gelu, visible
+from fw.models.stack import Stack
 from sharding import constrain
+from sharding.parallel.pipeline import REMAT
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Shape:
       std: of new parameters.
       dropout: of what is added.
       attention_dropout: of attention weights.
+      microbatches, remat, scan: as in `Stack`.
     """
 
     size: int
@@ -43,6 +46,9 @@ class Shape:
     std: float
     dropout: float
     attention_dropout: float
+    microbatches: int
+    remat: str | None
+    scan: bool
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,7 @@ class Layer(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """Embeddings, layers and a head.
+    """Embeddings, a stack of layers, and a head.
 
     `embeddings` is a module of the family with a table `word`, `embeddings(batch) -> [B, L, size]`.
     """
@@ -119,7 +125,14 @@ class Encoder(nnx.Module):
     def __init__(self, embeddings: Any, shape: Shape, head: Head, rngs: nnx.Rngs):
         size, std = shape.size, shape.std
         self.embeddings = embeddings
-        self.layers = nnx.List([Layer(shape, rngs) for _ in range(shape.layers)])
+        self.stack = Stack(
+            lambda rngs: Layer(shape, rngs),
+            shape.layers,
+            microbatches=shape.microbatches,
+            remat=shape.remat,
+            scan=shape.scan,
+            rngs=rngs,
+        )
         labels = heads.SPAN if head.task == "question_answering" else head.labels
         if head.task in PROBLEMS:
             self.pooler = Dense(size, size, ("embed", "pooled"), std=std, rngs=rngs)
@@ -131,13 +144,12 @@ class Encoder(nnx.Module):
         self.rate, self.head = shape.dropout, head
 
     def __call__(self, batch: Batch, key: jax.Array | None) -> Any:
-        head, number = self.head, len(self.layers) + 2
-        keys = (None,) * number if key is None else jax.random.split(key, number)
+        head = self.head
+        keys = (None,) * 3 if key is None else jax.random.split(key, 3)
         x = dropout(self.embeddings(batch), self.rate, keys[0])
         x = constrain(x, "batch", "length", "embed")
         seen = visible(batch["segment_ids"], x.dtype)
-        for layer, layer_key in zip(self.layers, keys[1:-1], strict=True):
-            x = layer(x, seen, layer_key)
+        x = self.stack(x, seen, key=keys[1])
         if head.task == "embedding":
             return heads.embed(x, batch, head.pooling, head.normalize)
         if head.task == "masked_lm":
@@ -157,12 +169,11 @@ def check(config: object, *, size: str, heads_: str, rates: tuple[str, ...]) -> 
     width, number = getattr(config, size), getattr(config, heads_)
     if width % number:
         raise FwError(f"{size} {width} is not a multiple of {heads_} {number}")
-    known = {"task": heads.TASKS, "pooling": heads.POOLINGS}
+    known = {"task": heads.TASKS, "pooling": heads.POOLINGS, "remat": REMAT}
     for name, values in known.items():
         if getattr(config, name) not in values:
-            raise FwError(
-                f"{name} {getattr(config, name)!r} is unknown; choose one of {', '.join(values)}"
-            )
+            choice = ", ".join(map(str, values))
+            raise FwError(f"{name} {getattr(config, name)!r} is unknown; choose one of {choice}")
     for name in rates:
         rate = getattr(config, name)
         if rate is not None and not 0 <= rate < 1:

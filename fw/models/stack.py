@@ -1,24 +1,27 @@
 """Equal layers as one module, whose parameters are stacked along a first axis `layers`.
 
 One layer is compiled, however many there are. With `scan=False` each keeps parameters of its own,
-which a CPU need not copy out of a stack for every token that it generates. On a mesh with `pipe`
-> 1 each stage of the mesh holds and computes its own layers (`sharding.pipeline`). A model says
-into how many microbatches its batch is cut, which decides what a layer sees at once and its dropout
-masks; it never says how many stages there are.
+which a CPU need not copy out of a stack, nor gradients into one; each is compiled. The numbers are
+the same, dropout masks included. On a mesh with `pipe` > 1 each stage of the mesh holds and
+computes its own layers (`sharding.pipeline`). A model says into how many microbatches its batch is
+cut, which decides what a layer sees at once and its dropout masks; it never says how many stages
+there are.
 """
 
 from collections.abc import Callable, Mapping
 from operator import itemgetter
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 
 from fw import precision
 from fw.errors import FwError
-from sharding.parallel.pipeline import LAYERS, pipeline, stage_count
+from sharding.parallel.pipeline import LAYERS, in_turn, pipeline, stage_count
 
 
 class Stack(nnx.Module):
@@ -53,7 +56,7 @@ class Stack(nnx.Module):
         """Makes the layers, each of its own key.
 
         Args:
-          make: makes one layer, `layer(x, *extras, key) -> x`, that holds parameters only.
+          make: makes one layer, `layer(x, *extras, key, **own) -> x`, that holds parameters only.
           count: of layers.
           rngs: its stream `params` gives the layers' keys.
           microbatches, rounds, remat, has_aux: as in `sharding.pipeline`.
@@ -90,33 +93,52 @@ class Stack(nnx.Module):
             variable.set_metadata(axes=(*lead, *axes))
         self.layers = nnx.merge(graph, params)
 
-    def __call__(self, x: Any, *extras: Any, key: jax.Array | None = None) -> Any:
+    def __call__(
+        self,
+        x: Any,
+        *extras: Any,
+        key: jax.Array | None = None,
+        own: Mapping[str, np.ndarray] = MappingProxyType({}),
+    ) -> Any:
         """Applies the layers.
 
         Args:
           x: a tree of arrays [batch, ...].
           *extras: trees of arrays [batch, ...] or None, which every layer is given.
           key: of dropout; every layer and microbatch is given its own.
+          own: arrays [layers], by name: of which every layer is given its entry, which is traced
+            where layers are stacked, and known where they are apart.
 
         Returns:
           x after the last layer; with `has_aux`, also aux, summed over layers and averaged over
           microbatches.
         """
-        graph, params = self._stacked()
+        options: Any = {"microbatches": self.microbatches, "remat": self.remat}
+        options |= {"extra": extras, "key": key, "has_aux": self.has_aux}
+        if isinstance(self.layers, nnx.List):
+            graphs, params = zip(*[_parts(layer) for layer in self.layers], strict=True)
 
-        def layer(params, x, extras, key):
-            return nnx.merge(graph, nnx.State(params))(x, *extras, key)
+            def alone(number):
+                mine = {name: values[number] for name, values in own.items()}
+                return lambda params, x, extras, key: nnx.merge(graphs[number], nnx.State(params))(
+                    x, *extras, key, **mine
+                )
+
+            return in_turn([alone(i) for i in range(len(params))], params, x, **options)
+        graph, params = _parts(self.layers)
+        lead = jax.tree.leaves(params)[0].shape[: 1 if self.rounds == 1 else 2]
+        entries = {name: jnp.reshape(values, lead) for name, values in own.items()}
+
+        def layer(entry, x, extras, key):
+            params, mine = entry
+            return nnx.merge(graph, nnx.State(params))(x, *extras, key, **mine)
 
         return pipeline(
             precision.here(layer) if stage_count() > 1 else layer,  # stages are mapped
-            params,
+            (params, entries),
             x,
-            extra=extras,
-            key=key,
-            microbatches=self.microbatches,
             rounds=self.rounds,
-            remat=self.remat,
-            has_aux=self.has_aux,
+            **options,
         )
 
     def extend(self, x: Any, cache: Any, *extras: Any) -> tuple[Any, Any]:
@@ -152,11 +174,15 @@ class Stack(nnx.Module):
     def _stacked(self) -> tuple[Any, Any]:
         """One layer's structure, and the parameters of all, stacked."""
         if not isinstance(self.layers, nnx.List):
-            graph, state = nnx.split(self.layers)
-            return graph, nnx.to_pure_dict(state)
-        graph, _ = nnx.split(self.layers[0])
-        layers = [nnx.to_pure_dict(nnx.state(layer)) for layer in self.layers]
-        return graph, jax.tree.map(_stack, *layers)
+            return _parts(self.layers)
+        graphs, layers = zip(*[_parts(layer) for layer in self.layers], strict=True)
+        return graphs[0], jax.tree.map(_stack, *layers)
+
+
+def _parts(layer: nnx.Module) -> tuple[Any, Any]:
+    """Structure and parameters."""
+    graph, state = nnx.split(layer)
+    return graph, nnx.to_pure_dict(state)
 
 
 def _stack(*leaves: jax.Array) -> jax.Array:

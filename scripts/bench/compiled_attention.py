@@ -78,8 +78,8 @@ class Case:
 
 
 def cases() -> dict[str, Case]:
-    """Two layers each: for ModernBERT one that sees all and one that sees a window."""
-    task = {"num_labels": 8, "task": "token_classification"}
+    """Two layers each, the encoders' apart: ModernBERT's are one that sees all, one a window."""
+    task: Any = {"num_labels": 8, "task": "token_classification", "scan": False}
     sizes = (VOCABULARY, 768, 2, 12)
     return {
         "bert": Case(

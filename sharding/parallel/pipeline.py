@@ -16,7 +16,7 @@ stage a tick, towards the first stage and back to their place.
     stage 1    .  a  b  c  d
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -24,13 +24,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from sharding.context import batching, current, differentiated, scope
 from sharding.errors import ShardingError
 from sharding.layout import paths
 from sharding.parallel import stages as along
-from sharding.parallel.stages import Schedule, divisors
+from sharding.parallel.microbatches import check_rows, merge, pin, rows_axes, same_size, split
+from sharding.parallel.stages import Schedule
 from sharding.rules import BATCH, mesh_axes, rules
 
 PIPE = "pipe"
@@ -118,19 +118,75 @@ def pipeline(
     >>> pipeline(layer, w, x, microbatches=4).shape
     (8, 3)
     """
-    if remat not in REMAT:
-        raise ShardingError(f"pipeline: remat {remat!r} is unknown; choose one of {REMAT}")
+    _check_remat(remat)
     layers = _layers(params, rounds)
     schedule = Schedule(stage_count(), microbatches, rounds, layers)
-    rows = _same_size({"x": x, "extra": extra}, 0, "rows")
+    rows = same_size({"x": x, "extra": extra}, 0, "rows")
     if schedule.stages > 1:
         schedule.check()
+    one = _one(layer, key, has_aux)
     with _without_pipe(schedule.stages):
-        _check_rows(rows, microbatches)
-        x, extra = jax.tree.map(partial(_split, count=microbatches), (x, extra))
-        run = _together if schedule.stages == 1 else _staged
-        x, aux = run(_one(layer, key, has_aux), params, x, extra, schedule, remat)
-        x = jax.tree.map(_merge, x)
+        check_rows(rows, microbatches)
+        if schedule.stages == 1:
+            lead = 1 if rounds == 1 else 2
+            params = jax.tree.map(lambda p: p.reshape(layers, *p.shape[lead:]), params)
+
+            def chain(many, *args):
+                return _chain(many(one), again=remat is not None)(params, *args, jnp.arange(layers))
+
+            x, aux = _together(chain, x, extra, microbatches)
+        else:
+            x, extra = jax.tree.map(partial(split, count=microbatches), (x, extra))
+            x, aux = _staged(one, params, x, extra, schedule, remat)
+            x = jax.tree.map(merge, x)
+    return (x, jax.tree.map(lambda a: a / microbatches, aux)) if has_aux else x
+
+
+def in_turn(
+    layers: Sequence[Layer],
+    params: Sequence[Any],
+    x: Any,
+    *,
+    extra: Any = None,
+    key: jax.Array | None = None,
+    microbatches: int = 8,
+    remat: str | None = None,
+    has_aux: bool = False,
+) -> Any:
+    """What `pipeline` computes, of layers whose parameters are apart: each is compiled.
+
+    A CPU copies a layer's parameters out of a stack, and its gradients into one. A program of many
+    layers takes long to compile, and cannot be cut into stages.
+
+    Args:
+        layers, params: a function and a tree of arrays for each layer.
+        x, extra, key, microbatches, remat, has_aux: as in `pipeline`.
+
+    Raises:
+        ShardingError: as `pipeline`, and for a mesh with stages.
+
+    >>> layer = lambda w, x, extra, key: jnp.tanh(x @ w)
+    >>> in_turn([layer] * 2, [jnp.ones((3, 3))] * 2, jnp.ones((8, 3))).shape
+    (8, 3)
+    """
+    _check_remat(remat)
+    if (stages := stage_count()) > 1:
+        raise ShardingError(
+            f"in_turn: layers whose parameters are apart cannot be cut into pipe={stages} stages; "
+            "stack them, or use a mesh without pipe"
+        )
+    check_rows(same_size({"x": x, "extra": extra}, 0, "rows"), microbatches)
+
+    def chain(many, x, extra, microbatch):
+        auxes = []
+        for index, (layer, own) in enumerate(zip(layers, params, strict=True)):
+            one = many(_one(layer, key, has_aux))
+            one = one if remat is None else jax.checkpoint(one)
+            x, aux = one(own, x, extra, microbatch, jnp.int32(index))
+            auxes.append(aux)
+        return x, jax.tree.map(lambda *a: sum(a[1:], a[0]), *auxes)
+
+    x, aux = _together(chain, x, extra, microbatches)
     return (x, jax.tree.map(lambda a: a / microbatches, aux)) if has_aux else x
 
 
@@ -162,31 +218,23 @@ def _chain(one: Callable, again: bool) -> Callable:
     return chain
 
 
-def _together(
-    one: Callable, params: Any, x: Any, extra: Any, schedule: Schedule, remat: str | None
-) -> tuple[Any, Any]:
-    """All microbatches [M, rows, ...] through all layers: one dot a layer, not one each."""
-    lead = 1 if schedule.rounds == 1 else 2
-    params = jax.tree.map(lambda p: p.reshape(schedule.layers, *p.shape[lead:]), params)
-    x, extra = _pin((x, extra), None, _rows_axes())
-    every = batching()(jax.vmap(one, (None, 0, 0, 0, None)))
-    if schedule.microbatches == 1:
-        every = _alone(one)
-    chain = _chain(every, again=remat is not None)
-    number = jnp.arange(schedule.microbatches)
-    x, aux = chain(params, x, extra, number, jnp.arange(schedule.layers))
-    return x, jax.tree.map(partial(jnp.sum, axis=0), aux)
+def _together(chain: Callable, x: Any, extra: Any, microbatches: int) -> tuple[Any, Any]:
+    """All microbatches through all layers: one dot a layer, not one each.
 
+    `chain(many, x, extra, microbatch)`, where `many` makes a function of one microbatch, which is
+    `(params, x, extra, microbatch, index)`, one of all.
+    """
+    if microbatches == 1:
+        return chain(lambda one: one, x, extra, jnp.int32(0))
+    x, extra = jax.tree.map(partial(split, count=microbatches), (x, extra))
+    x, extra = pin((x, extra), None, rows_axes())
+    number = jnp.arange(microbatches)
 
-def _alone(one: Callable) -> Callable:
-    """What a map over one microbatch would be, for layers that a map is too much for."""
+    def many(one: Callable) -> Callable:
+        return batching()(jax.vmap(one, (None, 0, 0, 0, None)))
 
-    def alone(params, *of_batch):
-        *of_batch, index = of_batch
-        out = one(params, *jax.tree.map(lambda a: a[0], of_batch), index)
-        return jax.tree.map(lambda a: a[None], out)
-
-    return alone
+    x, aux = chain(many, x, extra, number)
+    return jax.tree.map(merge, x), jax.tree.map(partial(jnp.sum, axis=0), aux)
 
 
 def _staged(
@@ -201,13 +249,13 @@ def _staged(
         p = p.reshape(rounds, stages, per_stage, *p.shape[1 if rounds == 1 else 2 :])
         return jnp.swapaxes(p, 0, 1)
 
-    params = _pin(jax.tree.map(cut, params), PIPE)
+    params = pin(jax.tree.map(cut, params), PIPE)
     # A copy a stage: read where it lies, and its gradients are summed over stages once, at the end.
     extra = jax.tree.map(lambda e: jnp.broadcast_to(e, (stages, *e.shape)), extra)
-    extra = _pin(extra, PIPE, None, _rows_axes())
+    extra = pin(extra, PIPE, None, rows_axes())
     # The microbatches that wait or are done, [stages, groups, rows, ...].
     queue = jax.tree.map(lambda a: a.reshape(stages, groups, *a.shape[1:]), x)
-    queue = _pin(queue, PIPE, None, _rows_axes())
+    queue = pin(queue, PIPE, None, rows_axes())
     chain = _chain(batching()(jax.vmap(one, spmd_axis_name=PIPE)), again=remat == "layer")
 
     def stage(params, x, extra, tick):
@@ -238,12 +286,12 @@ def _staged(
         queue = jax.tree.map(
             lambda q, r: lax.dynamic_update_index_in_dim(q, r, group, 1), queue, row
         )
-        return _pin(given, PIPE, _rows_axes()), _pin(queue, PIPE, None, _rows_axes())
+        return pin(given, PIPE, rows_axes()), pin(queue, PIPE, None, rows_axes())
 
     def advance(carry, tick):
         x, queue = carry
         x, aux = stage(params, x, extra, tick)
-        return hand_on(_pin(x, PIPE, _rows_axes()), queue, tick + 1), aux
+        return hand_on(pin(x, PIPE, rows_axes()), queue, tick + 1), aux
 
     # Stages that still wait compute on rows of the batch, too, rather than on zeros, which may
     # have no finite norm; nothing comes of it.
@@ -254,17 +302,7 @@ def _staged(
     return done, jax.tree.map(partial(jnp.sum, axis=(0, 1)), aux)
 
 
-# --- rows and the mesh ----------------------------------------------------------------------------
-
-
-def _split(x: jax.Array, count: int) -> jax.Array:
-    """[batch, ...] → [count, batch / count, ...]; row i goes to microbatch i mod count."""
-    return jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1)
-
-
-def _merge(x: jax.Array) -> jax.Array:
-    """The inverse of `_split`."""
-    return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
+# --- the mesh and the layers ----------------------------------------------------------------------
 
 
 def stage_count() -> int:
@@ -291,68 +329,18 @@ def _without_pipe(stages: int) -> AbstractContextManager:
     return scope(mesh, inside, differentiate=differentiated() is not None, mapped=(PIPE,))
 
 
-def _rows_axes() -> tuple[str, ...] | None:
-    place = current()
-    return place and (mesh_axes(place[1].table[BATCH]) or None)
-
-
-def _pin(tree: Any, *axes: Any) -> Any:
-    """Cut the first axes of every leaf so; what its other axes do is the layers' affair."""
-    place = current()
-    if place is None:
-        return tree
-
-    def pin(x):
-        free = [PartitionSpec.UNCONSTRAINED] * (x.ndim - len(axes))
-        return lax.with_sharding_constraint(x, NamedSharding(place[0], PartitionSpec(*axes, *free)))
-
-    return jax.tree.map(pin, tree)
-
-
-# --- checks ---------------------------------------------------------------------------------------
-
-
 def _layers(params: Any, rounds: int) -> int:
     """How many layers there are."""
     if rounds == 1:
-        return _same_size(params, 0, "layers")
-    if _same_size(params, 0, "rounds") != rounds:
+        return same_size(params, 0, "layers")
+    if same_size(params, 0, "rounds") != rounds:
         raise ShardingError(
             f"pipeline: with rounds={rounds} parameters are [{rounds}, layers / {rounds}, ...], "
             f"but the first axis of {paths(params)[0]!r} is {jax.tree.leaves(params)[0].shape[0]}"
         )
-    return rounds * _same_size(params, 1, "layers")
+    return rounds * same_size(params, 1, "layers")
 
 
-def _same_size(tree: Any, axis: int, what: str) -> int:
-    """The size that all leaves have along `axis`."""
-    leaves = dict(zip(paths(tree), jax.tree.leaves(tree), strict=True))
-    sizes = {path: jnp.shape(leaf)[axis : axis + 1] for path, leaf in leaves.items()}
-    if not sizes:
-        raise ShardingError(f"pipeline: no array that tells the number of {what}")
-    first, expected = next(iter(sizes.items()))
-    for path, size in sizes.items():
-        if not size or size != expected:
-            raise ShardingError(
-                f"pipeline: axis {axis} is that of {what}; {path!r} is {jnp.shape(leaves[path])}, "
-                f"but {first!r} is {jnp.shape(leaves[first])}"
-            )
-    return expected[0]
-
-
-def _check_rows(rows: int, microbatches: int) -> None:
-    if microbatches < 1 or rows % microbatches:
-        raise ShardingError(
-            f"pipeline: {rows} rows do not divide into microbatches={microbatches}; "
-            f"{divisors(rows)} would do"
-        )
-    place = current()
-    ways = 1
-    for axis in _rows_axes() or ():
-        ways *= place[0].shape[axis] if place else 1
-    if rows // microbatches % ways:
-        raise ShardingError(
-            f"pipeline: {rows} rows in {microbatches} microbatches leave {rows // microbatches} "
-            f"for each, which the {ways} devices that cut rows do not divide; use a multiple of "
-            f"{microbatches * ways} rows, or microbatches = {divisors(rows // ways) or 'none'}"
-        )
+def _check_remat(remat: str | None) -> None:
+    if remat not in REMAT:
+        raise ShardingError(f"pipeline: remat {remat!r} is unknown; choose one of {REMAT}")
