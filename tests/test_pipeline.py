@@ -108,7 +108,7 @@ CASES = [
     ("pipe=2", 4, 4, None, True),
     ("data=2,pipe=4", 4, 2, None, True),
     ("pipe=2,fsdp=2,tensor=2", 4, 2, "stage", True),
-    ("pipe=2,data=2,sequence=2", 4, 1, "layer", True),
+    ("pipe=2,data=2,sequence=2", 4, 1, "dots", True),
 ]
 
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from sharding.errors import ShardingError
@@ -22,6 +23,9 @@ from sharding.parallel.cuts import Cuts, vary, whole
 from sharding.rules import Names, mesh_axes
 
 ROWS: Names = ("batch", "length")
+
+PRODUCT = "product"
+"""What the policies of `jax.checkpoint` may call the results of `linear`."""
 
 
 def linear(
@@ -41,7 +45,7 @@ def linear(
         rows: the names of the leading axes of x.
 
     Returns:
-        [..., N] each.
+        [..., N] each, which policies of `jax.checkpoint` may keep by the name `PRODUCT`.
 
     Raises:
         ShardingError: ranks that differ from the names, or sizes that the mesh does not divide.
@@ -55,6 +59,12 @@ def linear(
             f"linear: x has rank {x.ndim}, kernels have rank 2: expected {x.ndim - 1} names of "
             f"rows and two of a kernel's axes, got {rows} and {names}"
         )
+    return [checkpoint_name(y, PRODUCT) for y in _products(x, kernels, names, rows)]
+
+
+def _products(
+    x: jax.Array, kernels: Sequence[jax.Array], names: Names, rows: Names
+) -> list[jax.Array]:
     cuts = Cuts.differentiated()
     if cuts is None:
         return [jnp.matmul(x, kernel) for kernel in kernels]

@@ -29,6 +29,7 @@ from sharding.context import batching, current, differentiated, scope
 from sharding.errors import ShardingError
 from sharding.layout import paths
 from sharding.parallel import stages as along
+from sharding.parallel.linear import PRODUCT
 from sharding.parallel.microbatches import check_rows, merge, pin, rows_axes, same_size, split
 from sharding.parallel.stages import Schedule
 from sharding.rules import BATCH, mesh_axes, rules
@@ -37,7 +38,8 @@ PIPE = "pipe"
 LAYERS = "layers"
 """The logical axis that the rules send to `pipe`; the first of stacked parameters."""
 
-REMAT = (None, "layer", "stage")
+REMAT = (None, "dots", "layer", "stage")
+"""What the backward pass may compute again, from the least to the most."""
 
 type Layer = Callable[[Any, Any, Any, Any], Any]
 """`layer(params, x, extra, key) -> x`, or `(x, aux)`: one layer of one microbatch."""
@@ -100,8 +102,9 @@ def pipeline(
         key: of dropout. A layer is given `fold_in(fold_in(key, layer), microbatch)`, or None.
         microbatches: M, a number of the program; the number of stages divides it.
         rounds: R, how often a microbatch goes round the stages.
-        remat: what the backward pass computes again: None, each "layer" from its input, or each
-            "stage" from its input (each layer, where there is one stage).
+        remat: what the backward pass computes again: None; all but the products of `linear`,
+            "dots"; each "layer" from its input; each "stage" from its input (each layer, where
+            there is one stage).
         has_aux: whether `layer` returns `(x, aux)`, with a tree of arrays such as the loss that
             balances experts.
 
@@ -132,7 +135,7 @@ def pipeline(
             params = jax.tree.map(lambda p: p.reshape(layers, *p.shape[lead:]), params)
 
             def chain(many, *args):
-                return _chain(many(one), again=remat is not None)(params, *args, jnp.arange(layers))
+                return _chain(many(one), remat)(params, *args, jnp.arange(layers))
 
             x, aux = _together(chain, x, extra, microbatches)
         else:
@@ -180,8 +183,7 @@ def in_turn(
     def chain(many, x, extra, microbatch):
         auxes = []
         for index, (layer, own) in enumerate(zip(layers, params, strict=True)):
-            one = many(_one(layer, key, has_aux))
-            one = one if remat is None else jax.checkpoint(one)
+            one = _again(many(_one(layer, key, has_aux)), remat)
             x, aux = one(own, x, extra, microbatch, jnp.int32(index))
             auxes.append(aux)
         return x, jax.tree.map(lambda *a: sum(a[1:], a[0]), *auxes)
@@ -202,7 +204,16 @@ def _one(layer: Layer, key: jax.Array | None, has_aux: bool) -> Callable:
     return one
 
 
-def _chain(one: Callable, again: bool) -> Callable:
+def _again(one: Callable, remat: str | None, **options: Any) -> Callable:
+    """`one`, of which the backward pass computes again what `remat` says."""
+    if remat is None:
+        return one
+    policies = jax.checkpoint_policies
+    policy = policies.save_only_these_names(PRODUCT) if remat == "dots" else None
+    return jax.checkpoint(one, policy=policy, **options)
+
+
+def _chain(one: Callable, remat: str | None) -> Callable:
     """Layers one after another: `(params [n, ...], x, extra, microbatch, indices [n, ...])`."""
 
     def chain(params, x, extra, microbatch, indices):
@@ -211,8 +222,7 @@ def _chain(one: Callable, again: bool) -> Callable:
             return one(params, x, extra, microbatch, index)
 
         # In a loop, no barrier need keep the compiler from sharing what is computed twice.
-        step = jax.checkpoint(step, prevent_cse=False) if again else step
-        x, aux = lax.scan(step, x, (params, indices))
+        x, aux = lax.scan(_again(step, remat, prevent_cse=False), x, (params, indices))
         return x, jax.tree.map(partial(jnp.sum, axis=0), aux)
 
     return chain
@@ -256,7 +266,8 @@ def _staged(
     # The microbatches that wait or are done, [stages, groups, rows, ...].
     queue = jax.tree.map(lambda a: a.reshape(stages, groups, *a.shape[1:]), x)
     queue = pin(queue, PIPE, None, rows_axes())
-    chain = _chain(batching()(jax.vmap(one, spmd_axis_name=PIPE)), again=remat == "layer")
+    every = batching()(jax.vmap(one, spmd_axis_name=PIPE))
+    chain = _chain(every, None if remat == "stage" else remat)
 
     def stage(params, x, extra, tick):
         """One tick of all stages: x [stages, rows, ...]."""
