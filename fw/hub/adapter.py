@@ -431,8 +431,12 @@ def _ends(module: str, names: Iterable[str]) -> bool:
 
 
 def _inside(tensor: str, modules: Sequence[str]) -> bool:
-    """Whether a name lies in a module of one of these names, or is one."""
-    return any(f".{module}." in f".{tensor}." for module in modules)
+    """Whether a name lies in a module that ends with one of these, as PEFT has it, or is one.
+
+    >>> _inside("pre_classifier.bias", ["classifier"])
+    True
+    """
+    return any(f"{module}." in f"{tensor}." for module in modules)
 
 
 def _matched(config: Mapping[str, Any], key: str, module: str, otherwise: Any) -> Any:

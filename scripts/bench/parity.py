@@ -2,8 +2,8 @@
 
 Tiny models with random parameters are made by transformers (`peer_models.py`), read by fw on one
 device and on eight, answered, written back, and read by transformers again. For whole texts, so are
-the losses. With --sentences, the vectors that all-MiniLM-L6-v2 gives the first lines of a file are
-compared, too.
+the losses. Adapters are PEFT's, merged here, and what is written back PEFT loads. With --sentences,
+the vectors that all-MiniLM-L6-v2 gives the first lines of a file are compared, too.
 
     .venv/bin/python scripts/bench/parity.py --sentences README.md
 """
@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"  # these batches are too small to be cut well
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
 import jax
@@ -70,7 +71,11 @@ def read(folder: Path) -> dict[str, float]:
     mask, found = io["mask"].astype(np.int32), {}
     for spec in MESHES:
         mesh, layout = make_mesh(spec), rules()
-        loaded = hub.load(folder, mesh=mesh, rules=layout)
+        loaded = base = hub.load(folder, mesh=mesh, rules=layout)
+        adapter = None
+        if (folder / "adapter").is_dir():
+            adapter = hub.load_adapter(folder / "adapter", base)
+            loaded = hub.merge(base, adapter)
         batch = {
             "input_ids": io["ids"].astype(np.int32),
             "segment_ids": mask,
@@ -85,7 +90,10 @@ def read(folder: Path) -> dict[str, float]:
         per_token = loaded.model.config.task not in (*PROBLEMS, "embedding")
         got, want = (out[mask == 1], io["out"][mask == 1]) if per_token else (out[:, 0], io["out"])
         found[spec] = max(float(np.abs(got - want).max()), loss_error(loaded, batch, out, io))
-    hub.save(folder / "again", loaded)
+    if adapter is None:
+        hub.save(folder / "again", loaded)
+    else:
+        hub.save_adapter(folder / "again", base, adapter)
     return found
 
 

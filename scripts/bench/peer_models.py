@@ -2,6 +2,8 @@
 
 scripts/bench/peer peer_models.py make FOLDER     # FOLDER/CASE: a model folder and io.npz
 scripts/bench/peer peer_models.py check FOLDER    # FOLDER/CASE/again, answering the same
+
+A case with an adapter has the folder of its base, PEFT's in CASE/adapter, and that again.
 """
 
 # pyright: reportMissingImports=false
@@ -12,6 +14,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import peft
+import safetensors
 import torch
 import transformers
 
@@ -79,6 +83,26 @@ DECODERS = {
          "sliding_window": 4, "tie_word_embeddings": True, "head_dim": 16},
     ),
 }  # fmt: skip
+# By case: the base, what of it is adapted and how. The heads of classifiers come along, new.
+ADAPTERS = {
+    "llama-lora/causal_lm": ("llama", {"target_modules": ["q_proj", "v_proj", "down_proj"]}),
+    "llama-rslora/causal_lm": (
+        "llama",
+        {"target_modules": "all-linear", "use_rslora": True, "r": 6,
+         "rank_pattern": {"up_proj": 2}, "alpha_pattern": {"o_proj": 3}},
+    ),
+    "mixtral-lora/causal_lm": ("mixtral", {"target_modules": ["q_proj", "o_proj"]}),
+    "bert-lora/token_classification": (
+        "bert", {"target_modules": ["query", "value", "dense"], "task_type": "TOKEN_CLS"}
+    ),
+    "distilbert-lora/sequence_classification": (
+        "distilbert", {"target_modules": r".*\.(q_lin|ffn\.lin1)", "task_type": "SEQ_CLS"}
+    ),
+    "modernbert-lora/sequence_classification": (
+        "modernbert",
+        {"target_modules": ["Wqkv", "Wi"], "task_type": "SEQ_CLS", "modules_to_save": ["head"]},
+    ),
+}  # fmt: skip
 
 
 def cases():
@@ -94,6 +118,12 @@ def cases():
     for name, (prefix, more) in DECODERS.items():
         config = getattr(transformers, f"{prefix}Config")(**DECODER | more)
         yield f"{name}/causal_lm", getattr(transformers, f"{prefix}ForCausalLM"), config
+    for name, (family, _) in ADAPTERS.items():
+        task = name.split("/")[1]
+        prefix, shape = ENCODERS.get(family) or DECODERS[family]
+        more = DECODER if task == "causal_lm" else {"num_labels": 3}
+        kind = getattr(transformers, prefix + TASKS.get(task, "ForCausalLM"))
+        yield name, kind, getattr(transformers, f"{prefix}Config")(**more | shape)
     # What a config can ask for besides.
     config = transformers.ModernBertConfig(
         **ENCODERS["modernbert"][1], num_labels=3, classifier_pooling="mean", norm_bias=True,
@@ -143,18 +173,28 @@ def loss(model, task, ids, mask, number):
     return {"labels": labels, "loss": out.loss.numpy()}
 
 
+def randomise(model):
+    """What is trained: of a model with an adapter, that and its new head."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, 0.1, 0.2)
+
+
 def make(root):
     """Writes every model, all parameters random so that each matters."""
     for number, (name, kind, config) in enumerate(cases()):
         torch.manual_seed(number)
         model = kind(config).eval()
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, 0.1, 0.2)
+        randomise(model)
+        model.save_pretrained(root / name)
+        if name in ADAPTERS:
+            model = peft.get_peft_model(model, peft.LoraConfig(**ADAPTERS[name][1])).eval()
+            randomise(model)
+            model.save_pretrained(root / name / "adapter")
         random = np.random.default_rng(number)
         ids = random.integers(3, 99, (4, 17))
         mask = (np.arange(17) < np.array([17, 9, 12, 4])[:, None]).astype(np.int64)
         ids = np.where(mask == 1, ids, config.pad_token_id)
-        model.save_pretrained(root / name)
         task = name.split("/")[1]
         io = {"ids": ids, "mask": mask, "types": types(ids)}
         io |= {"out": answer(model, task, ids, mask), **loss(model, task, ids, mask, number)}
@@ -165,7 +205,14 @@ def check(root):
     """Loads what was written back: nothing missing, nothing unknown, the same answers."""
     found = {}
     for name, kind, _ in cases():
-        model, said = kind.from_pretrained(root / name / "again", output_loading_info=True)
+        folder = root / name
+        if name in ADAPTERS:
+            base = kind.from_pretrained(folder)
+            model = peft.PeftModel.from_pretrained(base, folder / "again")
+            before, after = (tensors(folder / part) for part in ("adapter", "again"))
+            said = {"missing_keys": before - after, "unexpected_keys": after - before}
+        else:
+            model, said = kind.from_pretrained(folder / "again", output_loading_info=True)
         io = np.load(root / name / "io.npz")
         out = answer(model.eval(), name.split("/")[1], io["ids"], io["mask"])
         seen = io["mask"] == 1 if out.shape[:2] == io["mask"].shape else slice(None)
@@ -175,6 +222,12 @@ def check(root):
             "error": float(np.abs(out - io["out"])[seen].max()),
         }
     (root / "again.json").write_text(json.dumps(found))
+
+
+def tensors(folder):
+    """The names in an adapter's file."""
+    with safetensors.safe_open(folder / "adapter_model.safetensors", "np") as file:
+        return set(file.keys())
 
 
 def embed(root):
