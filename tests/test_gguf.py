@@ -1,6 +1,7 @@
 """GGUF files: the model and the tokenizer they were written from, and nothing hostile believed."""
 
 import dataclasses
+import io
 import json
 import struct
 
@@ -9,11 +10,15 @@ import jax
 import numpy as np
 import pytest
 import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 import fw
 from fw import data, hub
 from fw.errors import FwError
+from fw.generation.text import _Text
 from fw.gguf import open_gguf, parse
 from fw.models.llama import LlamaConfig, hf_names, llama, speeds
 from sharding import make_mesh, rules
@@ -192,6 +197,61 @@ def test_its_tokenizer_cuts_as_the_one_it_was_written_from(tmp_path):
     assert saved.settings == found.settings
     jax.tree.map(np.testing.assert_array_equal, fw.load(tmp_path / "saved").variables,
                  loaded.variables)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sentence_piece(tmp_path_factory):
+    """A SentencePiece tokenizer like that of Llama 2, by itself and from a GGUF file."""
+    random = np.random.default_rng(0)
+    roots = ["".join(random.choice(list("abcdeéo1"), 4)) for _ in range(40)]
+    sentences = [" ".join(random.choice(roots, 12)) for _ in range(400)]
+    model = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences), model_writer=model, vocab_size=380, model_type="bpe",
+        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        user_defined_symbols=["<|user|>"], minloglevel=2,
+    )  # fmt: skip
+    theirs = SentencePieceProcessor(model_proto=model.getvalue())
+    path = tmp_path_factory.mktemp("sentence_piece") / "m.gguf"
+    out = gguf.GGUFWriter(path, "llama")
+    out.add_tokenizer_model("llama")
+    out.add_tokenizer_pre("default")
+    ids = range(theirs.get_piece_size())
+    out.add_token_list([theirs.id_to_piece(i) for i in ids])
+    out.add_token_scores([theirs.get_score(i) for i in ids])
+    out.add_token_types(
+        [2 if theirs.is_unknown(i) else 3 if theirs.is_control(i) else 6 if theirs.is_byte(i)
+         else 4 if theirs.id_to_piece(i) == "<|user|>" else 1 for i in ids]
+    )  # fmt: skip
+    out.add_bos_token_id(theirs.bos_id())
+    out.add_eos_token_id(theirs.eos_id())
+    out.add_unk_token_id(theirs.unk_id())
+    out.write_header_to_file()
+    out.write_kv_data_to_file()
+    out.write_tensors_to_file()
+    out.close()
+    return theirs, data.load_tokenizer(path)
+
+
+@settings(derandomize=True, deadline=None, max_examples=300)
+@given(text=st.text(st.sampled_from("abcdeéo1  ▁zß\n字🙂"), min_size=1, max_size=40))
+def test_sentence_piece_is_cut_and_spelled_as_by_itself(sentence_piece, text):
+    theirs, ours = sentence_piece
+    assert (ours.prefix, ours.suffix, ours.end) == ((theirs.bos_id(),), (), theirs.eos_id())
+    ids = ours.fast.encode(text, add_special_tokens=False).ids
+    assert ids == theirs.encode(text)
+    assert ours.fast.decode(ids) == theirs.decode(ids)
+
+
+def test_sentence_piece_text_goes_on_with_its_space(sentence_piece):
+    _, tokenizer = sentence_piece
+    whole = tokenizer.fast.encode("abcd eoab é🙂o 1", add_special_tokens=False).ids
+    for cut in range(len(whole)):
+        text = _Text(tokenizer, (), whole[:cut])
+        for token in whole[cut:]:
+            text.add(token)
+        if not tokenizer.fast.decode(whole[:cut]).endswith("\ufffd"):
+            assert tokenizer.fast.decode(whole[:cut]) + text.text == "abcd eoab é🙂o 1"
 
 
 def test_damaged_headers_are_refused_or_harmless(tmp_path):

@@ -26,14 +26,24 @@ WORTHWHILE = 300
 
 @dataclass
 class _Text:
-    """A text that grows: its tokens are spelled, and a stop in it ends it."""
+    """A text that grows: its tokens are spelled, and a stop in it ends it.
+
+    How a token is spelled depends on those before it: a SentencePiece tokenizer leaves out the
+    space before the very first.
+    """
 
     tokenizer: Tokenizer
     stops: Sequence[str]
+    prompt: Sequence[int] = ()
     text: str = ""
     given: int = 0
     ended: bool = False
-    stream: Any = field(default_factory=lambda: DecodeStream(skip_special_tokens=True))
+    stream: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Of ids that end within a character nothing can be said yet.
+        whole = not self.tokenizer.fast.decode([*self.prompt]).endswith("\N{REPLACEMENT CHARACTER}")
+        self.stream = DecodeStream([*self.prompt] if whole else [], skip_special_tokens=True)
 
     def add(self, token: int | None) -> None:
         if self.ended:
@@ -109,7 +119,7 @@ def generate(
         raise FwError("stop: expected strings of one character at least")
 
     ends = end_tokens(loaded, tokenizer)
-    texts = [_Text(tokenizer, stops) for _ in ids]
+    texts = [_Text(tokenizer, stops, prompt) for prompt in ids]
     told = on_news or (lambda number, news: None)
     for step in _steps(loaded, draft, ids, sampling, max_tokens, ends, precision):
         for number, (text, token) in enumerate(zip(texts, step, strict=True)):
