@@ -77,9 +77,9 @@ class Case:
         return {each * self.heads, each * self.key_heads}
 
 
-def cases() -> dict[str, Case]:
-    """Two layers each, the encoders' apart: ModernBERT's are one that sees all, one a window."""
-    task: Any = {"num_labels": 8, "task": "token_classification", "scan": False}
+def cases(scan: bool) -> dict[str, Case]:
+    """Two layers each: ModernBERT's are one that sees all, one a window."""
+    task: Any = {"num_labels": 8, "task": "token_classification", "scan": scan}
     sizes = (VOCABULARY, 768, 2, 12)
     return {
         "bert": Case(
@@ -88,7 +88,7 @@ def cases() -> dict[str, Case]:
         ),
         "modernbert": Case(modernbert(ModernBertConfig(*sizes, 1152, **task)), 1024, 12, 12, 64),
         "llama": Case(
-            llama(LlamaConfig(VOCABULARY, 1536, 2, 12, 4096, num_key_value_heads=4)),
+            llama(LlamaConfig(VOCABULARY, 1536, 2, 12, 4096, num_key_value_heads=4, scan=scan)),
             2048, 12, 4, 128,
         ),
     }  # fmt: skip
@@ -143,6 +143,7 @@ def main() -> int:
     )
     parser.add_argument("--platform", choices=KERNELS, default="tpu")
     parser.add_argument("--models", default="bert,modernbert,llama", help="with commas between")
+    parser.add_argument("--apart", action="store_true", help="layers apart, not in one loop")
     parser.add_argument("--save", default="", help="write the programs to this folder")
     options = parser.parse_args()
     platform = options.platform
@@ -157,7 +158,7 @@ def main() -> int:
         rows = []
         mesh = make_mesh(MESH, steps.devices(platform))
         for name in options.models.split(","):
-            case = cases()[name]
+            case = cases(not options.apart)[name]
             for way in ("xla", "kernels"):
                 # Nothing in the library turns kernels off, so this script does.
                 flash.attention_kernel = kernels if way == "kernels" else off
