@@ -2,7 +2,7 @@
 
 from fw.data.batches import Batches, count_tokens, eval_batches, prefetch
 from fw.data.chat import Chat
-from fw.data.encode import Encoded, encode_tagged
+from fw.data.encode import Encoded, Windows, encode_tagged
 from fw.data.encode_texts import encode_labelled, encode_multi_labelled, encode_rated
 from fw.data.feed import feed
 from fw.data.formats import FORMATS, Format
@@ -33,7 +33,7 @@ from fw.data.splits import (
 )
 from fw.data.tokenizer import Tokenizer, load_tokenizer
 from fw.data.vader import read_vader, sentiment
-from fw.data.windows import Passage, Windows, encode_questions, passages
+from fw.data.windows import Passage, encode_questions, passages
 from fw.labels import IGNORE
 
 __all__ = [

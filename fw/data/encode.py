@@ -9,23 +9,37 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import batched
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fw.data.questions import Question
 from fw.data.records import Record, Tagged
 from fw.data.tokenizer import Tokenizer
 from fw.errors import FwError
 from fw.labels import IGNORE
-
-if TYPE_CHECKING:
-    from fw.data.windows import Windows
 
 # Texts given to the tokenizer's threads at once: bounds the memory of its per-piece objects.
 CHUNK = 4096
 
 LABELS, TARGETS = "labels", "targets"
 """What the rows call labels, and call words that the model itself makes the losses of."""
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """Where the windows of questions come from.
+
+    Args:
+        questions: the records.
+        question: [N] int32, which one a window belongs to.
+        first: [N] int32, the place in the window of its first piece of the context.
+        spans: [n, 2] int32 for each window: where its pieces of the context start and end in it.
+    """
+
+    questions: tuple[Question, ...]
+    question: np.ndarray
+    first: np.ndarray
+    spans: tuple[np.ndarray, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +77,7 @@ class Encoded:
     cut: int = 0
     cut_texts: int = 0
     types: np.ndarray | None = None
-    windows: "Windows | None" = None
+    windows: Windows | None = None
     called: str = LABELS
 
     @property

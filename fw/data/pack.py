@@ -14,8 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fw.data.encode import Encoded
-from fw.data.windows import Windows
+from fw.data.encode import Encoded, Windows
 from fw.errors import FwError
 from fw.labels import IGNORE
 

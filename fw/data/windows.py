@@ -13,7 +13,7 @@ from itertools import batched
 
 import numpy as np
 
-from fw.data.encode import CHUNK, Encoded, int32, offsets
+from fw.data.encode import CHUNK, Encoded, Windows, int32, offsets
 from fw.data.questions import Question
 from fw.data.tokenizer import Tokenizer
 from fw.errors import FwError
@@ -27,23 +27,6 @@ LONGEST_ANSWER = 30
 
 N_BEST = 20
 """Passages of a question that are compared."""
-
-
-@dataclass(frozen=True, eq=False)
-class Windows:
-    """Where the windows come from.
-
-    Args:
-        questions: the records.
-        question: [N] int32, which one a window belongs to.
-        first: [N] int32, the place in the window of its first piece of the context.
-        spans: [n, 2] int32 for each window: where its pieces of the context start and end in it.
-    """
-
-    questions: tuple[Question, ...]
-    question: np.ndarray
-    first: np.ndarray
-    spans: tuple[np.ndarray, ...]
 
 
 @dataclass(frozen=True)
