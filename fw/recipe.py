@@ -60,8 +60,8 @@ class Finetune(AdamW):
       accumulate: microbatches whose gradients make one step; must divide batch.
       microbatches: parts of their rows that the stages of a mesh with pipe work on in turn; 0 for
         two a stage.
-      remat: what the backward pass computes again, for less memory: none, all but dots with
-        weights, each layer, or each stage of a mesh with pipe.
+      remat: what the backward pass computes again, for less memory: none; dots: all but products
+        with weights; layer: each layer; stage: each stage of a mesh with pipe.
       seed: of the new head, the order of the data, dropout and hidden words.
       evaluate_every: steps between evaluations and checkpoints; 0 for once an epoch.
       log_every: steps between lines of progress.
