@@ -23,13 +23,18 @@ Target = str | Sequence[str] | None
 """Where a logical axis goes: a mesh axis, several (the first is the outermost), or nowhere."""
 
 BATCH = "batch"
-ACTIVATIONS = (BATCH, "length")
+ACTIVATIONS = (BATCH, "length", "height", "width")
 """The names of the vocabulary that only batches and activations have, no parameter."""
 
 _PARAMETERS = ("vocab", "positions", "types", "embed", "heads", "mlp", "pooled", "labels")
 _WHOLE: dict[str, Target] = dict.fromkeys((*ACTIVATIONS, *_PARAMETERS, "experts", "layers"))
 # Axes that cut nothing unless the mesh has them: no preset need leave them out.
-_WIDE = _WHOLE | {"length": "sequence", "experts": "expert", "layers": "pipe"}
+_WIDE = _WHOLE | {
+    "length": "sequence",
+    "height": "sequence",  # of images; an activation has the one or the other
+    "experts": "expert",
+    "layers": "pipe",
+}
 _FSDP = _WIDE | {BATCH: ("data", "fsdp", "expert"), "embed": "fsdp"}
 
 PRESETS: Mapping[str, Mapping[str, Target]] = MappingProxyType(

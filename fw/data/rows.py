@@ -1,0 +1,32 @@
+"""Rows: what a data set is once it is numbers, whatever it was made of.
+
+Texts become `Packed` rows, which hold more; images, rows of tables and pairs of users and items
+become these. `Batches`, `eval_batches` and `fw.evaluate` take either.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Arrays with a common leading axis, an example an entry.
+
+    Attributes:
+        arrays: [R, ...] each; anything with `shape`, `dtype` and an index of integers will do, so
+            that images can be decoded as they are asked for.
+        empty: what fills an array of an empty row, which no metric counts.
+
+    >>> Rows({"labels": np.array([1, 0], np.int32)}, {"labels": -1}).rows
+    2
+    """
+
+    arrays: Mapping[str, np.ndarray]
+    empty: Mapping[str, float]
+
+    @property
+    def rows(self) -> int:
+        """How many there are."""
+        return len(next(iter(self.arrays.values())))
