@@ -30,6 +30,9 @@ TASKS = {
 }
 """What `--task` says, and the task that model, data and artifact know."""
 
+NEW: tuple[str, ...] = ()
+"""Models that `--model` names and that begin with random parameters."""
+
 _POSITIVE = ("batch", "length", "accumulate", "log_every", "keep_last", "keep_best")
 _NOT_NEGATIVE = ("epochs", "steps", "texts", "evaluate_every", "microbatches")
 _REMAT = {name or "none": name for name in REMAT}
@@ -150,6 +153,11 @@ class Finetune(AdamW):
                 f"of {parts}, or --microbatches"
             )
         return {"microbatches": parts, "remat": _REMAT[self.remat]}
+
+    @property
+    def long_task(self) -> str:
+        """The task as model, data and artifact know it."""
+        return TASKS[self.task]
 
     @property
     def names(self) -> tuple[str, ...] | None:

@@ -6,8 +6,28 @@ become these. `Batches`, `eval_batches` and `fw.evaluate` take either.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
+
+
+class AnyRows(Protocol):
+    """`Rows`, or `fw.data.Packed`."""
+
+    @property
+    def arrays(self) -> Mapping[str, np.ndarray]:
+        """[R, ...] each."""
+        ...
+
+    @property
+    def empty(self) -> Mapping[str, float]:
+        """What fills an empty row."""
+        ...
+
+    @property
+    def rows(self) -> int:
+        """How many there are."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)

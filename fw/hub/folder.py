@@ -182,7 +182,13 @@ def load(
     )
 
 
-def save(folder: str | Path, loaded: Loaded, *, tokenizer_from: str | Path | None = None) -> None:
+def save(
+    folder: str | Path,
+    loaded: Loaded,
+    *,
+    tokenizer_from: str | Path | None = None,
+    more: Callable[[Path], None] | None = None,
+) -> None:
     """Writes a model folder that transformers, and `load`, can read.
 
     For trained parameters: `save(folder, dataclasses.replace(loaded, variables=trained))`. With
@@ -192,6 +198,7 @@ def save(folder: str | Path, loaded: Loaded, *, tokenizer_from: str | Path | Non
       folder: new, or empty; its parents are made.
       loaded: what to write; of `config`, the keys that fw does not know are kept.
       tokenizer_from: a folder whose tokenizer is copied; None takes `loaded.folder`'s, if any.
+      more: writes further files into the folder before it gets its name.
 
     Raises:
       FwError: the folder exists, or cannot be written; parameters that are not the model's, among
@@ -231,6 +238,8 @@ def save(folder: str | Path, loaded: Loaded, *, tokenizer_from: str | Path | Non
                 write_pooling(part, model.config)
             if tokenizer is not None:
                 copy_tokenizer(tokenizer, part)
+            if more is not None:
+                more(part)
 
     on_first_process(write, folder, host)
 

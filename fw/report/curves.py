@@ -37,6 +37,7 @@ def curves(records: Records, unit: str = UNITS["loss"]) -> Element | None:
         _loss(train, records, unit),
         _metric(records),
         _one(train, "tokens_per_second", "Throughput", "real tokens/s"),
+        _one(train, "examples_per_second", "Throughput", "examples/s"),
         _one(train, "learning_rate", "Learning rate", "learning rate"),
         _one(train, "grad_norm", "Gradient norm", "gradient norm (L2)"),
     ]

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fw.data.pack import Packed
 from fw.labels import IGNORE
 from fw.model import Batch
 
@@ -58,7 +57,7 @@ class Task:
     count: Callable[[Any, Batch], Any]
     summarise: Callable[[Any], Summary]
     metric: str
-    judge: Callable[[Packed, np.ndarray], Any] | None = None
+    judge: Callable[[Any, np.ndarray], Any] | None = None
 
 
 def cross_entropy(logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:

@@ -1,0 +1,34 @@
+"""Processors by task: who reads a data set, and who turns things into answers.
+
+| file | things |
+| --- | --- |
+| `processor` | what every kind has |
+| `text` | texts; `answers`, `ask` and `words` are what is said of them |
+"""
+
+from fw.data.formats import FORMATS
+from fw.errors import FwError
+from fw.processors.processor import Change, Processor
+from fw.processors.text import Text
+
+PROCESSORS: dict[str, type[Processor]] = dict.fromkeys(FORMATS, Text)
+"""By the task's name."""
+
+TASKS = tuple(PROCESSORS)
+
+
+def processor_of(task: str) -> type[Processor]:
+    """The class for a task.
+
+    Raises:
+        FwError: another name.
+
+    >>> processor_of("causal_lm").item
+    'text'
+    """
+    if task not in PROCESSORS:
+        raise FwError(f"task: expected one of {', '.join(TASKS)}; got {task!r}")
+    return PROCESSORS[task]
+
+
+__all__ = ["PROCESSORS", "TASKS", "Change", "Processor", "Text", "processor_of"]
