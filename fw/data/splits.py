@@ -8,7 +8,7 @@ no seed, no order and no second file, and a text that occurs twice is never in t
 import dataclasses
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,18 +154,39 @@ def load_splits(path: str | Path, task: str, **options: Any) -> dict[str, list]:
     path = Path(path)
     if task in ("sequence_classification", "regression") and is_vader(path):
         return split_records(read_vader(path, task, on_bad_row=Options(**options).on_bad_row))
+
+    def read(file: Path) -> list:
+        return read_records(file, task, **options)
+
+    return load_files(path, read, FORMATS[task].readers, task)
+
+
+def load_files(
+    path: Path, read: Callable[[Path], list], suffixes: Collection[str], what: str
+) -> dict[str, list]:
+    """`load_splits` by a reader of one's own.
+
+    Args:
+        path: the folder or file.
+        read: gives the records of a file.
+        suffixes: of the files that it reads.
+        what: the data are for, for messages.
+
+    Raises:
+        FwError: no training file, two files for one split, or what `read` refuses.
+    """
     if path.is_dir():
-        files = _find_files(path, task)
-        return {split: read_records(file, task, **options) for split, file in files.items()}
-    return split_records(read_records(path, task, **options))
+        files = _find_files(path, suffixes, what)
+        return {split: read(file) for split, file in files.items()}
+    return split_records(read(path))
 
 
-def _find_files(folder: Path, task: str) -> dict[str, Path]:
+def _find_files(folder: Path, suffixes: Collection[str], what: str) -> dict[str, Path]:
     """The one file of each split; the file's own name is asked first, then the folders above."""
     found: dict[str, Path] = {}
     for file in sorted(folder.rglob("*")):
         names = file.relative_to(folder).parts
-        if file.suffix.lower() not in FORMATS[task].readers or not file.is_file():
+        if file.suffix.lower() not in suffixes or not file.is_file():
             continue
         split = next(
             (
@@ -186,8 +207,8 @@ def _find_files(folder: Path, task: str) -> dict[str, Path]:
         found[split] = file
     if "train" not in found:
         raise FwError(
-            f"{folder}: expected a file for {task} with 'train' in its name "
-            f"({' '.join(FORMATS[task].readers)}); found {', '.join(found) or 'none'}; "
+            f"{folder}: expected a file for {what} with 'train' in its name "
+            f"({' '.join(suffixes)}); found {', '.join(found) or 'none'}; "
             "a single file can be given by its own path"
         )
     return {split: found[split] for split in SPLITS if split in found}

@@ -1,7 +1,7 @@
 """Model folders in the form of Hugging Face transformers, and adapters of PEFT, in and out."""
 
 from fw.hub.adapter import Adapter, load_adapter, merge, save_adapter
-from fw.hub.families import FAMILIES, Family
+from fw.hub.families import FAMILIES, Family, own_family
 from fw.hub.folder import Loaded, load, save
 from fw.hub.new import new
 
@@ -14,6 +14,7 @@ __all__ = [
     "load_adapter",
     "merge",
     "new",
+    "own_family",
     "save",
     "save_adapter",
 ]
