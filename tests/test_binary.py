@@ -32,7 +32,7 @@ def test_every_figure_is_that_of_scikit_learn_or_scipy(seed):
     theirs = {
         "auc": sklearn.metrics.roc_auc_score(y, p),
         "average_precision": sklearn.metrics.average_precision_score(y, p),
-        "ks": scipy_stats.ks_2samp(p[y == 1], p[y == 0]).statistic,
+        "ks": scipy_stats.ks_2samp(p[y == 1], p[y == 0])[0],
         "log_loss": sklearn.metrics.log_loss(y, p),
         "brier": sklearn.metrics.brier_score_loss(y, p),
         "precision": sklearn.metrics.precision_score(y, p > 0.5, **ZERO),
