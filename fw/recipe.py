@@ -17,6 +17,7 @@ from fw.data.targets import SEPARATOR
 from fw.errors import FwError
 from fw.models.stack_layout import default_microbatches
 from fw.optimizer import AdamW
+from fw.processors import processor_of
 from sharding.parallel.pipeline import REMAT
 
 TASKS = {
@@ -27,11 +28,16 @@ TASKS = {
     "qa": "question_answering",
     "mlm": "masked_lm",
     "lm": "causal_lm",
+    "tabular": "tabular_classification",
+    "estimate": "tabular_regression",
 }
 """What `--task` says, and the task that model, data and artifact know."""
 
-NEW: tuple[str, ...] = ()
+NEW = ("mlp", "ft_transformer")
 """Models that `--model` names and that begin with random parameters."""
+
+LEARNING_RATE = 1e-3
+"""Of a new model, where nothing is said."""
 
 _POSITIVE = ("batch", "length", "accumulate", "log_every", "keep_last", "keep_best")
 _NOT_NEGATIVE = ("epochs", "steps", "texts", "evaluate_every", "microbatches")
@@ -45,12 +51,16 @@ class Finetune(AdamW):
     Attributes:
       task: "ner" (a tag for each word), "classify" (a class for each text), "multilabel" (any
         number of labels for each text), "regress" (numbers for each text), "qa" (the passage of a
-        text that answers a question), "mlm" (words that are hidden) or "lm" (the next word of
-        documents, and of answers in conversations).
-      model: a name of `fw fetch --list`, or a Hugging Face model folder.
+        text that answers a question), "mlm" (words that are hidden), "lm" (the next word of
+        documents, and of answers in conversations), "tabular" (a class for each row of a table) or
+        "estimate" (a number for each row).
+      model: a name of `fw fetch --list`, or a Hugging Face model folder; or a new model, "mlp" or
+        "ft_transformer" for tables. Nothing: all-MiniLM-L6-v2 for texts, ft_transformer for tables.
+      config: fields of a new model's config, as in depth=4,sizes=32/64.
       data: a file, or a folder with train, dev and test files (CoNLL, CSV, TSV, JSON lines), or a
         name of `fw fetch --list`.
       run: the run's folder, made by it.
+      learning_rate: at its peak, after the warm-up; 0 for 5e-5, or for a new model 1e-3.
       epochs: passes over the training data.
       steps: optimiser steps; 0 for as many as the epochs take.
       batch: rows a step; a packed row holds several texts.
@@ -72,6 +82,11 @@ class Finetune(AdamW):
       keep_best: how many of the best checkpoints stay.
       columns: names of input and target column, as in text,label; for tables and JSON lines.
         "regress" takes one target or more.
+      target: for "tabular" and "estimate", the column to predict; "target" if nothing is said.
+      drop: columns of a table to leave out, parted by commas.
+      numeric: columns of numbers, whatever they look like.
+      categorical: columns of categories, whatever they look like.
+      classes: of a table's target in the order of their ids, of two the positive one last.
       scheme: of the tags in the files: auto, bio or iob1.
       separator: between the labels in a table's cell, for "multilabel".
       skip_bad_rows: count rows that cannot be read instead of stopping at the first.
@@ -83,9 +98,11 @@ class Finetune(AdamW):
     """
 
     task: str = "ner"
-    model: str = "all-MiniLM-L6-v2"
+    model: str = ""
+    config: str = ""
     data: str = ""
     run: str = "runs/latest"
+    learning_rate: float = 0.0
     epochs: float = 3.0
     steps: int = 0
     batch: int = 8
@@ -104,6 +121,11 @@ class Finetune(AdamW):
     keep_last: int = 1
     keep_best: int = 1
     columns: str = ""
+    target: str = ""
+    drop: str = ""
+    numeric: str = ""
+    categorical: str = ""
+    classes: str = ""
     scheme: str = "auto"
     separator: str = SEPARATOR
     skip_bad_rows: bool = False
@@ -124,6 +146,7 @@ class Finetune(AdamW):
         if not self.data:
             raise FwError("data is missing; give --data a file or a folder")
         precision.policy(self.precision)
+        self._settle()
         for least, names in ((1, _POSITIVE), (0, _NOT_NEGATIVE)):
             for name in names:
                 if getattr(self, name) < least:
@@ -163,6 +186,14 @@ class Finetune(AdamW):
     def names(self) -> tuple[str, ...] | None:
         """The columns' names; None if they are left to the reader."""
         return tuple(self.columns.split(",")) if self.columns else None
+
+    def _settle(self) -> None:
+        """What the task or the model decides, so that a run's config tells it."""
+        if not self.model:
+            object.__setattr__(self, "model", processor_of(self.long_task).default)
+        if not self.learning_rate:
+            rate = LEARNING_RATE if self.model in NEW else AdamW.learning_rate
+            object.__setattr__(self, "learning_rate", rate)
 
     def _check_columns(self) -> None:
         if not self.separator:

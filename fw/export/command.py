@@ -103,6 +103,11 @@ def read_items(processor: Processor, file: str, task: str, form: str | None = No
         FwError: it cannot be read, has a bad row (with its line), or no row.
     """
     name = "standard input" if file == "-" else file
+    if file != "-" and form is None and (own := processor.from_file(Path(file))) is not None:
+        for number, item in enumerate(own, 1):
+            if why := processor.problem(item, task):
+                raise FwError(f"{name}: {processor.item} {number}: {why}")
+        return own
     lines = (_standard_input() if file == "-" else read_text(file)).split("\n")
     items: list[Any] = []
     for number, line in enumerate(lines, 1):

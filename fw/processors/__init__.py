@@ -4,14 +4,21 @@
 | --- | --- |
 | `processor` | what every kind has |
 | `text` | texts; `answers`, `ask` and `words` are what is said of them |
+| `table` | rows of tables |
+| `outputs` | what all kinds have in common |
 """
 
+from fw.data import columns
 from fw.data.formats import FORMATS
 from fw.errors import FwError
 from fw.processors.processor import Change, Processor
+from fw.processors.table import Table
 from fw.processors.text import Text
 
-PROCESSORS: dict[str, type[Processor]] = dict.fromkeys(FORMATS, Text)
+PROCESSORS: dict[str, type[Processor]] = {
+    **dict.fromkeys(FORMATS, Text),
+    **dict.fromkeys(columns.TASKS, Table),
+}
 """By the task's name."""
 
 TASKS = tuple(PROCESSORS)
@@ -31,4 +38,4 @@ def processor_of(task: str) -> type[Processor]:
     return PROCESSORS[task]
 
 
-__all__ = ["PROCESSORS", "TASKS", "Change", "Processor", "Text", "processor_of"]
+__all__ = ["PROCESSORS", "TASKS", "Change", "Processor", "Table", "Text", "processor_of"]

@@ -22,6 +22,7 @@ from fw.data.tokenizer import Tokenizer
 from fw.metrics.entities import entity_spans
 from fw.metrics.multi_label import THRESHOLD
 from fw.processors.ask import ask
+from fw.processors.outputs import one_label, softmax
 from fw.processors.words import say_words
 
 if TYPE_CHECKING:
@@ -185,7 +186,7 @@ def answer(
     for i, item in enumerate(items):
         own = logits.get(i, np.zeros((0, len(artifact.labels))))
         if tagged:
-            yield {"text": item.text, "entities": _entities(item, _softmax(own), artifact.labels)}
+            yield {"text": item.text, "entities": _entities(item, softmax(own), artifact.labels)}
         else:
             said = _SAY[artifact.task](own, artifact.labels)
             yield {"text": item.text, **said, "truncated": item.pieces > length}
@@ -225,15 +226,6 @@ def say(answer: Mapping[str, Any]) -> str:
     return "\n".join((answer["text"], *found))
 
 
-def _one_label(logits: np.ndarray, labels: Sequence[str]) -> dict[str, Any]:
-    scores = _softmax(logits)
-    return {
-        "label": labels[int(scores.argmax())],
-        "score": float(scores.max()),
-        "scores": dict(zip(labels, scores.tolist(), strict=True)),
-    }
-
-
 def _many_labels(logits: np.ndarray, labels: Sequence[str]) -> dict[str, Any]:
     # As 1 / (1 + exp(-x)), which overflows nowhere.
     scores = 0.5 + 0.5 * np.tanh(0.5 * logits.astype(np.float64))
@@ -246,7 +238,7 @@ def _numbers(logits: np.ndarray, labels: Sequence[str]) -> dict[str, Any]:
 
 
 _SAY = {
-    "sequence_classification": _one_label,
+    "sequence_classification": one_label,
     "multi_label_classification": _many_labels,
     "regression": _numbers,
 }
@@ -263,8 +255,3 @@ def _entities(item: Item, scores: np.ndarray, labels: Sequence[str]) -> list[dic
         text = item.text[start:end]
         entities.append({"type": kind, "text": text, "start": start, "end": end, "score": score})
     return entities
-
-
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    powers = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True, initial=-1e30))
-    return powers / powers.sum(axis=-1, keepdims=True)

@@ -121,6 +121,10 @@ class Processor(Protocol):
         """The thing that a line of JSON is."""
         ...
 
+    def from_file(self, path: Path) -> list[Any] | None:
+        """The things of a file of a format of their own; None: it has a thing a line."""
+        return None
+
     def answer(
         self, artifact: Artifact, items: Sequence[Any], batch_size: int
     ) -> Iterator[dict[str, Any]]:
