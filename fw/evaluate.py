@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from fw import metrics
 from fw.data import Packed, eval_batches
+from fw.data.rows import Rows
 from fw.model import Batch
 from fw.tasks import Summary, Task
 from sharding import Rules, constrain, put, scope
@@ -55,7 +56,7 @@ def make_counter(forward: Forward, task: Task) -> Counter:
 def count(
     counter: Counter,
     variables: Any,
-    rows: Packed,
+    rows: Packed | Rows,
     *,
     size: int,
     mesh: Mesh,
@@ -66,7 +67,7 @@ def count(
     Args:
       counter: from `make_counter`.
       variables: where training or loading put them.
-      rows: packed texts.
+      rows: packed texts, or rows of arrays.
       size: rows in a batch; must divide over the mesh's batch axes.
       mesh, rules: where the batch goes.
     """
@@ -86,7 +87,7 @@ def count(
 def evaluate(
     counter: Counter,
     variables: Any,
-    rows: Packed,
+    rows: Packed | Rows,
     *,
     size: int,
     mesh: Mesh,

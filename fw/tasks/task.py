@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fw.data.pack import Packed
 from fw.labels import IGNORE
 from fw.model import Batch
 
@@ -49,7 +48,8 @@ class Task:
       summarise: `counts -> Summary`, on the host.
       metric: the figure of the summary that checkpoints are chosen by.
       judge: `(rows, logits of all rows) -> tree` of further counts, for what the device cannot
-        count: ranks, spellings. On the host; None for most tasks.
+        count: ranks, spellings. On the host; None for most tasks. The rows are those of
+        `fw.data.Packed` or `fw.data.rows.Rows`.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Task:
     count: Callable[[Any, Batch], Any]
     summarise: Callable[[Any], Summary]
     metric: str
-    judge: Callable[[Packed, np.ndarray], Any] | None = None
+    judge: Callable[[Any, np.ndarray], Any] | None = None
 
 
 def cross_entropy(logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
