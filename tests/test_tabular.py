@@ -6,18 +6,30 @@ import re
 import string
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import sklearn.metrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.preprocessing import QuantileTransformer
 
 from fw.data import columns as saved
+from fw.data.batches import Batches
 from fw.data.columns import ABSENT, RESERVED, UNSEEN
 from fw.data.fit_columns import MISSING, fit_columns
 from fw.data.scaling import learn_scales, scaled
 from fw.data.table import Entry, read_entries
 from fw.errors import FwError
+from fw.evaluate import evaluate, make_counter
+from fw.models.ft_transformer import FTTransformerConfig, ft_transformer
+from fw.models.mlp import MLPConfig, mlp
+from fw.optimizer import AdamW, optimizer
+from fw.step import initial_state, make_step
+from fw.tasks import make_task
+from fw.tasks.tabular_regression import tabular_regression
+from sharding import create, make_mesh, put, rules, shardings
 
 few = settings(derandomize=True, deadline=None, max_examples=30)
 
@@ -98,6 +110,10 @@ def people(seed, count, shift=0.0):
     return entries
 
 
+def number(entry, name):
+    return float(str(entry.cells[name]))
+
+
 @pytest.mark.parametrize("ties", [False, True])
 def test_quantiles_are_those_of_scikit_learn_and_those_of_train_alone(ties):
     rng = np.random.default_rng(2)
@@ -125,7 +141,7 @@ def test_columns_are_told_apart_by_the_rule_or_as_stated(tmp_path):
     rows = columns.encode(train)
     assert rows.arrays["missing"].sum() == 30 and rows.empty["labels"] == -1
     np.testing.assert_array_equal(rows.arrays["missing"][3], [1])
-    ages = [float(e.cells["age"]) for e in train if e.cells["age"] != "NA"]
+    ages = [number(e, "age") for e in train if e.cells["age"] != "NA"]
     median = columns.inputs([{"age": float(np.median(ages))}])["numbers"]
     np.testing.assert_array_equal(rows.arrays["numbers"][3], median[0])
     jobs = [["job", "?"], ["job", "pilot"], ["job", "smith"], ["rooms", 2.0]]
@@ -142,7 +158,7 @@ def test_columns_are_told_apart_by_the_rule_or_as_stated(tmp_path):
     assert arrays["labels"].shape == (300, 1) and np.isnan(other.encode(train).empty["labels"])
     np.testing.assert_allclose(arrays["numbers"][:, 1].std(), 1, rtol=1e-5)
     said = [answer["number"] for answer in other.answers(arrays["labels"])]
-    np.testing.assert_allclose(said, [float(e.cells["score"]) for e in train], rtol=1e-5)
+    np.testing.assert_allclose(said, [number(e, "score") for e in train], rtol=1e-5)
     text = fit_columns(train, "good", categorical=["age"], classes=["yes", "no"], least=3)
     assert len(text.categories["age"]) < 3 and text.classes == ("yes", "no")
     assert text.answers(np.array([[2.0, 0.0]]))[0]["label"] == "yes"
@@ -212,7 +228,8 @@ def test_what_no_columns_can_be_made_of_is_refused():
         ({"task": saved.NUMBER}, "people.csv:2: 'good': expected a number; got"),
     ):
         with pytest.raises(FwError, match=re.escape(message)):
-            fit_columns(train, **{"target": "good", **options})
+            given: Any = {"target": "good", **options}
+            fit_columns(train, **given)
     with pytest.raises(FwError, match="no rows at all"):
         fit_columns([], "good")
     slip = [*train, Entry({**train[0].cells, "age": "4o"}, "people.csv:200")]
@@ -233,8 +250,9 @@ def test_what_no_columns_can_be_made_of_is_refused():
             columns.encode([Entry({**train[0].cells, **cells}, "x.csv:9")])
     with pytest.raises(FwError, match="no row has a column 'age'"):
         columns.encode([Entry({"good": "yes", "job": "cook"}, "x.csv:2")])
+    wrong: Any = "cook"
     for item, message in (
-        ("cook", "row 2: expected values by column; got str"),
+        (wrong, "row 2: expected values by column; got str"),
         ({"ages": 3}, "row 2: there is no column 'ages'"),
         ({"age": "old"}, "row 2: 'age': expected a number; got 'old'"),
         ({"age": [1]}, "row 2: 'age': expected a text, a finite number, true, false or null; got"),
@@ -270,3 +288,228 @@ def test_a_hostile_folder_is_refused(tmp_path):
     (tmp_path / saved.FILE).write_text("[]")
     with pytest.raises(FwError, match="expected an object"):
         saved.load(tmp_path)
+
+
+# --- models ---------------------------------------------------------------------------------------
+
+TWO = ("no", "yes")
+SMALL: Any = {"hidden_size": 32, "num_hidden_layers": 2}
+MODELS = {
+    "mlp": lambda n, c, task, out: mlp(MLPConfig(n, c, out, task, **SMALL)),
+    "waves": lambda n, c, task, out: mlp(MLPConfig(n, c, out, task, number_size=8, **SMALL)),
+    "ft": lambda n, c, task, out: ft_transformer(
+        FTTransformerConfig(n, c, out, task, 32, 2, 4, 48)
+    ),
+}
+
+
+def wild(model, seed):
+    """Variables that are nowhere 0 or 1, so that none goes unseen."""
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    return jax.tree.map(lambda x: jnp.array(rng.normal(size=x.shape) / 4, jnp.float32), shapes)
+
+
+def batch_of(numbers, cardinalities, seed, rows=16):
+    rng, batch = np.random.default_rng(seed), {}
+    if numbers:
+        batch["numbers"] = rng.normal(size=(rows, numbers)).astype(np.float32)
+        batch["missing"] = (rng.random((rows, numbers)) < 0.3).astype(np.float32)
+    if cardinalities:
+        ids = [rng.integers(0, size, rows) for size in cardinalities]
+        batch["categories"] = np.stack(ids, -1).astype(np.int32)
+    return batch
+
+
+def dense_np(p, x):
+    return x @ p["kernel"] + p.get("bias", 0)
+
+
+def norm_np(p, x):
+    centred = x - x.mean(-1, keepdims=True)
+    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * p["scale"] + p["bias"]
+
+
+def vectors_np(p, ids, cardinalities):
+    """One table a column, as if each had been given its own."""
+    tables = np.split(p["table"]["embedding"], np.cumsum(cardinalities)[:-1])
+    return np.stack([table[ids[:, i]] for i, table in enumerate(tables)], 1)
+
+
+def ft_np(p, batch, cardinalities, heads=4):
+    """Row by row, head by head, in float64."""
+    out = []
+    for row in range(len(next(iter(batch.values())))):
+        own, t = {name: values[row] for name, values in batch.items()}, p["tokens"]
+        tokens = []
+        for i, x in enumerate(own.get("numbers", ())):
+            tokens.append(x * t["weight"][i] + own["missing"][i] * t["missing"][i])
+        if cardinalities:
+            tokens += [*vectors_np(t["categories"], own["categories"][None], cardinalities)[0]]
+        x = np.stack([t["first"][0], *(a + b for a, b in zip(tokens, t["bias"], strict=True))])
+        for number in range(len(p["layers"])):
+            layer = p["layers"][str(number)]
+            y = norm_np(layer["attention_norm"], x) if number else x
+            q, k, v = (dense_np(layer[name], y) for name in ("query", "key", "value"))
+            mixed = np.zeros_like(q)
+            for part in np.split(np.arange(q.shape[1]), heads):
+                scores = np.exp(q[:, part] @ k[:, part].T / np.sqrt(len(part)))
+                mixed[:, part] = scores / scores.sum(-1, keepdims=True) @ v[:, part]
+            x = x + dense_np(layer["out"], mixed)
+            y = norm_np(layer["norm"], x)
+            inner = np.maximum(dense_np(layer["gate"], y), 0) * dense_np(layer["up"], y)
+            x = x + dense_np(layer["down"], inner)
+        out.append(dense_np(p["classifier"], np.maximum(norm_np(p["norm"], x[0]), 0)))
+    return np.stack(out)
+
+
+def mlp_np(p, batch, cardinalities):
+    x = p["bias"]
+    if "numbers" in batch:
+        numbers = batch["numbers"]
+        if "waves" in p:
+            w = p["waves"]
+            turn = 2 * np.pi * w["frequency"] * numbers[..., None]
+            wave = np.concatenate([np.sin(turn), np.cos(turn)], -1)
+            columns = [wave[:, i] @ w["kernel"][i] + w["bias"][i] for i in range(wave.shape[1])]
+            numbers = np.maximum(np.concatenate(columns, -1), 0)
+        x = x + dense_np(p["numbers"], numbers) + dense_np(p["missing"], batch["missing"])
+    if cardinalities:
+        flat = vectors_np(p["vectors"], batch["categories"], cardinalities)
+        x = x + dense_np(p["categories"], flat.reshape(len(flat), -1))
+    x = np.maximum(x, 0)
+    for layer in p.get("layers", {}).values():
+        x = np.maximum(dense_np(layer, x), 0)
+    return dense_np(p["classifier"], x)
+
+
+@pytest.mark.parametrize(("numbers", "cardinalities"), [(3, (4, 5, 3)), (4, ()), (0, (6, 2))])
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_forward_pass_is_that_of_plain_numpy(kind, numbers, cardinalities, quickly_compiled):
+    model = MODELS[kind](numbers, cardinalities, saved.CLASSES, 3)
+    variables, batch = wild(model, 1), batch_of(numbers, cardinalities, 2)
+    found = jax.jit(model.apply)(variables, batch)[0]
+    params = jax.tree.map(lambda x: np.asarray(x, np.float64), variables["params"])
+    expected = (ft_np if kind == "ft" else mlp_np)(params, batch, cardinalities)
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "mesh", [pytest.param("data=8", marks=pytest.mark.slow), "data=2,fsdp=2,tensor=2"]
+)
+@pytest.mark.parametrize("kind", ["waves", "ft"])
+def test_meshes_take_the_steps_of_one_device(kind, mesh, quickly_compiled):
+    model, found = MODELS[kind](3, (4, 5, 3), saved.CLASSES, 2), []
+    task, batch = make_task(saved.CLASSES, TWO), batch_of(3, (4, 5, 3), 3)
+    batch["labels"] = np.arange(16, dtype=np.int32) % 3 - 1
+    for name in ("data=1", mesh):
+        where, layout, key = make_mesh(name), rules(), jax.random.key(0)
+        lie = shardings(model.axes, jax.eval_shape(model.init, key), where, layout)
+        tx = optimizer(AdamW(learning_rate=1e-2, warmup=0), 4)
+        step = make_step(model, task.loss, tx, mesh=where, rules=layout)
+        state = initial_state(create(model.init, key, shardings=lie), tx, where)
+        losses = []
+        for _ in range(3):
+            state, figures = step(state, put(batch, where, layout))
+            losses.append(float(figures["loss"]))
+        found.append([*losses, float(figures["grad_norm"])])
+    np.testing.assert_allclose(*found, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_missing_number_is_the_median_until_one_was_missing_in_training(kind, quickly_compiled):
+    model = MODELS[kind](3, (4,), saved.NUMBER, 1)
+    variables, batch = model.init(jax.random.key(0)), batch_of(3, (4,), 5)
+    present = {**batch, "missing": np.zeros_like(batch["missing"])}
+    np.testing.assert_array_equal(
+        model.apply(variables, batch)[0], model.apply(variables, present)[0]
+    )
+
+
+def test_configs_that_cannot_be_are_refused():
+    for change, message in (
+        ({"task": "ner"}, "task 'ner' is unknown"), ({"numbers": 0, "categories": ()}, "columns"),
+        ({"categories": (3, 0)}, "rows of each"), ({"hidden_size": 0}, "hidden_size is 0"),
+        ({"dropout": 1.0}, "dropout 1.0 is no rate"), ({"num_labels": 0}, "num_labels is 0"),
+    ):  # fmt: skip
+        for config in (MLPConfig, FTTransformerConfig):
+            with pytest.raises(FwError, match=message):
+                given: Any = {"numbers": 1, "categories": (), "num_labels": 2, **change}
+                config(**{"task": saved.CLASSES, **given})
+    with pytest.raises(FwError, match="not a multiple of num_attention_heads"):
+        FTTransformerConfig(1, (), 2, saved.CLASSES, hidden_size=30)
+
+
+# --- tasks ----------------------------------------------------------------------------------------
+
+
+def learn(model, task, train, test, steps=60):
+    """The line in short: batches, steps, evaluation on a mesh of four."""
+    mesh, layout, key = make_mesh("data=2,tensor=2"), rules(), jax.random.key(1)
+    lie = shardings(model.axes, jax.eval_shape(model.init, key), mesh, layout)
+    tx = optimizer(AdamW(learning_rate=1e-2), steps)
+    step = make_step(model, task.loss, tx, mesh=mesh, rules=layout)
+    state = initial_state(create(model.init, key, shardings=lie), tx, mesh)
+    batches = Batches(train.arrays, 64, seed=0)
+    for i in range(steps):
+        state, _ = step(state, put(batches(i), mesh, layout))
+    counter = make_counter(lambda variables, batch: model.apply(variables, batch)[0], task)
+    summary = evaluate(counter, state.variables, test, size=64, mesh=mesh, rules=layout)
+    return summary, np.asarray(
+        jax.jit(model.apply)(jax.device_get(state.variables), test.arrays)[0]
+    )
+
+
+@pytest.mark.parametrize("kind", ["mlp", "ft"])
+def test_two_classes_are_learnt_and_judged_as_scikit_learn_does(kind, quickly_compiled):
+    train, test = people(0, 400), people(1, 150)
+    columns = fit_columns(train, "good", drop=["score"])
+    model = MODELS[kind](len(columns.numbers), columns.cardinalities, saved.CLASSES, 2)
+    rows = columns.encode(test)
+    task = make_task(saved.CLASSES, columns.labels)
+    summary, logits = learn(model, task, columns.encode(train), rows)
+    gold = rows.arrays["labels"]
+    scores = [answer["scores"]["yes"] for answer in columns.answers(logits)]
+    assert task.metric == summary.metric == "auc"
+    assert summary.value == pytest.approx(sklearn.metrics.roc_auc_score(gold, scores), abs=1e-4)
+    assert summary.value > 0.93
+    given = [answer["label"] == "yes" for answer in columns.answers(logits)]
+    assert summary.figures["f1"] == pytest.approx(sklearn.metrics.f1_score(gold, given))
+    assert summary.figures["log_loss"] == pytest.approx(summary.figures["loss"], rel=1e-4)
+    json.dumps(summary.figures)
+    curves = summary.figures["curves"]
+    assert curves["roc"][0][:2] == [0, 0] and curves["roc"][-1][:2] == [1, 1]
+    assert sum(count for *_, count in curves["reliability"]) == len(test)
+    with pytest.raises(FwError, match="all 2 rows are 'yes'"):
+        ones = columns.encode([e for e in test if e.cells["good"] == "yes"][:2])
+        counts = jax.device_get(task.count(jnp.array(logits[:2]), ones.arrays))
+        assert task.judge is not None
+        task.summarise({**counts, **task.judge(ones, logits[:2])})
+
+
+def test_more_classes_and_numbers_are_learnt_and_judged(quickly_compiled):
+    train, test, bad = people(0, 400), people(1, 150), []
+    columns = fit_columns(train, "job", drop=["good"], on_bad_row=bad.append)
+    rows = columns.encode(test, on_bad_row=bad.append)
+    assert rows.rows == 137 and len(bad) == 33 + 13  # every twelfth has no job
+    model = MODELS["mlp"](len(columns.numbers), columns.cardinalities, saved.CLASSES, 3)
+    task = make_task(saved.CLASSES, columns.labels)
+    summary, logits = learn(model, task, columns.encode(train, on_bad_row=bad.append), rows, 30)
+    theirs = sklearn.metrics.f1_score(rows.arrays["labels"], logits.argmax(-1), average="macro")
+    assert summary.metric == task.metric == "macro_f1"
+    assert summary.value == pytest.approx(theirs) and "auc" not in summary.figures
+
+    columns = fit_columns(train, "score", saved.NUMBER, drop=["good"], transform="standard")
+    model = MODELS["waves"](len(columns.numbers), columns.cardinalities, saved.NUMBER, 1)
+    task, rows = tabular_regression(columns.labels, columns.spread), columns.encode(test)
+    summary, outputs = learn(model, task, columns.encode(train), rows)
+    gold = [number(entry, "score") for entry in test]
+    said = [answer["number"] for answer in columns.answers(outputs)]
+    assert summary.metric == task.metric == "r2"
+    for name, figure in (
+        ("r2", sklearn.metrics.r2_score(gold, said)),
+        ("rmse", sklearn.metrics.root_mean_squared_error(gold, said)),
+        ("mae", sklearn.metrics.mean_absolute_error(gold, said)),
+    ):
+        assert summary.figures[name] == pytest.approx(figure, rel=1e-3)
+    assert summary.value > 0.6

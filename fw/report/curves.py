@@ -19,6 +19,7 @@ SQUARES = "squares"  # of the loss of numbers, whatever they measure
 FRACTIONS = (
     *("accuracy", "precision", "recall", "f1", "macro_f1", "micro_f1", "weighted_f1"),
     "exact_match",
+    *("auc", "average_precision", "ks", "calibration_error", "calibration_error_by_count"),
 )
 
 

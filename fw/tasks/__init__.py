@@ -9,6 +9,8 @@ from fw.tasks.multi_label_classification import (
 from fw.tasks.question_answering import question_answering, span_loss
 from fw.tasks.regression import regression, squared_error
 from fw.tasks.sequence_classification import sequence_classification
+from fw.tasks.tabular_classification import tabular_classification
+from fw.tasks.tabular_regression import tabular_regression
 from fw.tasks.task import Summary, Task, cross_entropy
 from fw.tasks.token_classification import token_classification
 
@@ -26,6 +28,8 @@ __all__ = [
     "sigmoid_cross_entropy",
     "span_loss",
     "squared_error",
+    "tabular_classification",
+    "tabular_regression",
     "token_classification",
     "word_loss",
 ]

@@ -8,6 +8,8 @@ from fw.tasks.multi_label_classification import multi_label_classification
 from fw.tasks.question_answering import question_answering
 from fw.tasks.regression import regression
 from fw.tasks.sequence_classification import sequence_classification
+from fw.tasks.tabular_classification import tabular_classification
+from fw.tasks.tabular_regression import tabular_regression
 from fw.tasks.task import Task
 from fw.tasks.token_classification import token_classification
 
@@ -19,6 +21,8 @@ _EVERY = (
     question_answering,
     masked_lm,
     causal_lm,
+    tabular_classification,
+    tabular_regression,
 )
 _TASKS = {task.__name__: task for task in _EVERY}
 

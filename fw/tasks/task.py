@@ -48,7 +48,8 @@ class Task:
       summarise: `counts -> Summary`, on the host.
       metric: the figure of the summary that checkpoints are chosen by.
       judge: `(rows, logits of all rows) -> tree` of further counts, for what the device cannot
-        count: ranks, spellings. On the host; None for most tasks.
+        count: ranks, spellings. On the host; None for most tasks. The rows are those of
+        `fw.data.Packed` or `fw.data.rows.Rows`.
     """
 
     name: str
