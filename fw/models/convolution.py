@@ -1,9 +1,19 @@
-"""Convolutions of images, [batch, height, width, channels]: the one place that computes them."""
+"""Windows over images, [batch, height, width, channels]: the one place that computes them.
+
+Convolutions, and the pooling that goes with them. `fw.models.vision` has the layers.
+"""
 
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import lax
+
+Padding = Sequence[tuple[int, int]]
+"""Places before and after, down and across."""
+
+NO_PADDING: Padding = ((0, 0), (0, 0))
 
 
 def conv(
@@ -11,7 +21,7 @@ def conv(
     kernel: jax.Array,
     *,
     strides: tuple[int, int] = (1, 1),
-    padding: Sequence[tuple[int, int]] = ((0, 0), (0, 0)),
+    padding: Padding = NO_PADDING,
     groups: int = 1,
 ) -> jax.Array:
     """A two-dimensional convolution, as deep learning has it: the kernel is not turned round.
@@ -26,7 +36,6 @@ def conv(
     Returns:
       [B, H', W', out].
 
-    >>> import jax.numpy as jnp
     >>> conv(jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 5)), padding=[(1, 1), (1, 1)]).shape
     (1, 4, 4, 5)
     """
@@ -38,3 +47,67 @@ def conv(
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=groups,
     )
+
+
+def max_pool(
+    x: jax.Array,
+    window: tuple[int, int],
+    *,
+    strides: tuple[int, int] | None = None,
+    padding: Padding = NO_PADDING,
+) -> jax.Array:
+    """The largest number of every window of every channel; padding is less than any.
+
+    Args:
+      x: [B, H, W, C], floating.
+      window: its height and width.
+      strides: as in `conv`; None lays the windows side by side.
+      padding: as in `conv`, of less than a window.
+
+    Returns:
+      [B, H', W', C].
+
+    >>> max_pool(jnp.arange(16.0).reshape(1, 4, 4, 1), (2, 2))[0, :, :, 0]
+    Array([[ 5.,  7.],
+           [13., 15.]], dtype=float32)
+    """
+    return _pool(x, -np.inf, lax.max, window, strides, padding)
+
+
+def avg_pool(
+    x: jax.Array,
+    window: tuple[int, int],
+    *,
+    strides: tuple[int, int] | None = None,
+    padding: Padding = NO_PADDING,
+) -> jax.Array:
+    """The mean of every window of every channel; padding counts as zeros, as in torch.
+
+    Args:
+      x, window, strides, padding: as in `max_pool`.
+
+    Returns:
+      [B, H', W', C].
+
+    >>> avg_pool(jnp.arange(16.0).reshape(1, 4, 4, 1), (2, 2))[0, :, :, 0]
+    Array([[ 2.5,  4.5],
+           [10.5, 12.5]], dtype=float32)
+    """
+    total = _pool(x, 0.0, lax.add, window, strides, padding)
+    return total * np.asarray(1 / (window[0] * window[1]), x.dtype)
+
+
+def _pool(x, start, combine, window, strides, padding):
+    strides = window if strides is None else strides
+    around = [(0, 0), *padding, (0, 0)]
+    start = np.asarray(start, x.dtype)
+    return lax.reduce_window(x, start, combine, (1, *window, 1), (1, *strides, 1), around)
+
+
+def global_mean(x: jax.Array) -> jax.Array:
+    """The mean of every channel over its whole image: [B, H, W, C] → [B, C].
+
+    >>> global_mean(jnp.arange(4.0).reshape(1, 2, 2, 1))
+    Array([[1.5]], dtype=float32)
+    """
+    return jnp.mean(x, (1, 2))
