@@ -18,13 +18,13 @@ IMAGES = ("batch", "height", "width", None)
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 
-def valid(x, kernel, strides):
-    """A convolution without padding, of as many groups as the channels tell."""
+def conv(x, kernel, strides, padding):
+    """A convolution of as many groups as the channels tell."""
     return lax.conv_general_dilated(
         x,
         kernel,
         strides,
-        "VALID",
+        padding,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=x.shape[-1] // kernel.shape[2],
     )
@@ -63,7 +63,7 @@ class Case:
 
     def windowed(self, x, kernel):
         return windowed(
-            lambda x, kernel: valid(x, kernel, self.strides),
+            lambda x, kernel, padding: conv(x, kernel, self.strides, padding),
             x,
             kernel,
             window=self.window,
@@ -74,8 +74,7 @@ class Case:
         )
 
     def whole(self, x, kernel):
-        (t, b), (l, r) = self.padding
-        return valid(jnp.pad(x, ((0, 0), (t, b), (l, r), (0, 0))), kernel, self.strides)
+        return conv(x, kernel, self.strides, self.padding)
 
     def outputs(self, f):
         def run(x, kernel):
@@ -121,17 +120,15 @@ def test_a_convolution_is_that_of_one_device_forward_and_backward(mesh, seed):
 def test_maxima_over_windows_that_reach_beyond_the_image(mesh):
     layout, mesh = MESHES[mesh][0], make_mesh(mesh)
     x = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32) - 5
-    expected = lax.reduce_window(
-        x, -np.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), [(0, 0), (1, 1), (1, 1), (0, 0)]
-    )
 
-    def pool(x):
-        return lax.reduce_window(x, -np.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), "VALID")
+    def pool(x, padding):
+        around = [(0, 0), *padding, (0, 0)]
+        return lax.reduce_window(x, -np.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), around)
 
     with scope(mesh, layout):
         sides = {"window": (3, 3), "strides": (2, 2), "padding": [(1, 1), (1, 1)]}
         got = jax.jit(lambda x: windowed(pool, x, **sides, fill=-np.inf))(x)
-    np.testing.assert_array_equal(got, expected)
+    np.testing.assert_array_equal(got, pool(x, sides["padding"]))
 
 
 def test_nothing_travels_but_halos_and_kernels():
@@ -142,7 +139,7 @@ def test_nothing_travels_but_halos_and_kernels():
 
     def forward(params, x):
         return windowed(
-            lambda x, kernel: valid(x, kernel, (1, 1)), x, params["kernel"],
+            lambda x, k, padding: conv(x, k, (1, 1), padding), x, params["kernel"],
             window=window, padding=[(2, 2), (1, 1)], channels=("embed", "mlp"),
             names=[axes["kernel"]],
         )  # fmt: skip
@@ -191,10 +188,9 @@ def test_nothing_travels_but_halos_and_kernels():
     ],
 )  # fmt: skip
 def test_sizes_that_do_not_fit_are_refused(shape, options, said):
-    def pool(x):
-        window = (1, *options["window"], 1)
-        strides = (1, *options.get("strides", (1, 1)), 1)
-        return lax.reduce_window(x, 0.0, lax.add, window, strides, "VALID")
+    def pool(x, padding):
+        window, strides = (1, *options["window"], 1), (1, *options.get("strides", (1, 1)), 1)
+        return lax.reduce_window(x, 0.0, lax.add, window, strides, [(0, 0), *padding, (0, 0)])
 
     with scope(make_mesh("sequence=4"), RULES), pytest.raises(ShardingError, match=said):
         windowed(pool, jnp.ones(shape), **options)

@@ -71,13 +71,14 @@ class Conv(nnx.Module):
         kernel = jax.random.normal(rngs.params(), shape) * std
         self.kernel = nnx.Param(kernel, axes=(None, None, *axes))
         self.bias = nnx.Param(jnp.zeros(size_out), axes=axes[1:]) if bias else None
-        self.strides, self.groups = (strides, strides), groups
+        self.axes, self.strides, self.groups = axes, (strides, strides), groups
         half = (window // 2, window // 2)
         self.padding = (half, half) if padding is None else tuple(padding)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.kernel[...]
-        y = conv(x, kernel, strides=self.strides, padding=self.padding, groups=self.groups)
+        window = {"strides": self.strides, "padding": self.padding, "groups": self.groups}
+        y = conv(x, kernel, **window, axes=self.axes)
         return y if self.bias is None else y + self.bias[...]
 
 

@@ -10,6 +10,7 @@ channels that are cut.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -39,7 +40,7 @@ def windowed(
     channels: tuple[str | None, str | None] | None = None,
     names: Sequence[Names] = (),
 ) -> jax.Array:
-    """fn(padded x, *kernels), of images that the mesh may cut anywhere.
+    """fn(x, *kernels, padding), of images that the mesh may cut anywhere.
 
     Where it cuts height or width in a `scope`, n parts exchange halos by permutations over those
     mesh axes: of the padding (t, b), t rows go to the next part and window - stride - t rows to the
@@ -48,14 +49,14 @@ def windowed(
     it, if `channels` are named; else it is the compiler's to find.
 
     Args:
-        fn: of [B, H, W, C] and kernels to [B, H', W', C'], without a padding of its own, row by row
-            of the batch; given parts, it computes parts.
+        fn: of [B, H, W, C], kernels and `padding=` to [B, H', W', C']; given parts, with less
+            padding where rows of others took its place, it computes parts.
         x: [B, H, W, C].
         *kernels: what else fn takes, such as [height, width, C, C'].
         window: rows and columns that an element of the output depends on.
         strides: places from one window to the next.
         padding: rows before and after, columns before and after.
-        fill: what they hold.
+        fill: what they hold, as fn has it.
         channels: the names of the last axes of x and of the output. Where the mesh cuts x along
             channels, but not the output, fn gives summands. None: fn takes each channel by itself,
             or batch, channels and kernels are left to the compiler.
@@ -68,16 +69,13 @@ def windowed(
         ShardingError: a size that the mesh does not divide; parts that are no multiple of a stride;
             a padding with which output and input do not lie alike.
 
-    >>> total = lambda x: lax.reduce_window(x, 0.0, lax.add, (1, 3, 1, 1), (1,) * 4, "valid")
+    >>> def total(x, padding):
+    ...     sides = [(0, 0), *padding, (0, 0)]
+    ...     return lax.reduce_window(x, 0.0, lax.add, (1, 3, 1, 1), (1,) * 4, sides)
     >>> windowed(total, jnp.ones((1, 4, 1, 1)), window=(3, 1), padding=[(1, 1), (0, 0)])[0, :, 0, 0]
     Array([2., 3., 3., 2.], dtype=float32)
     """
-    zero = jnp.asarray(fill, x.dtype)
-
-    def alone(x: jax.Array, *kernels: jax.Array) -> jax.Array:
-        edges = ((0, 0, 0), *((*sides, 0) for sides in padding), (0, 0, 0))
-        return fn(lax.pad(x, zero, edges) if any(map(any, padding)) else x, *kernels)
-
+    alone = partial(fn, padding=tuple(padding))
     cuts = Cuts.current()
     if cuts is None:
         return alone(x, *kernels)
@@ -107,11 +105,12 @@ def windowed(
 
     def body(x: jax.Array, *kernels: jax.Array) -> jax.Array:
         x = vary(x, where_x, axes)
+        left = list(padding)
         for side in range(2):
-            before, after = padding[side]
             if over[side]:
+                before, left[side] = left[side][0], (0, 0)
                 after = window[side] - strides[side] - before
-            x = _surrounded(x, 1 + side, over[side], before, after, fill)
+                x = _surrounded(x, 1 + side, over[side], before, after, fill)
         parts = []
         for kernel, lies in zip(kernels, stored, strict=True):
             kernel = vary(kernel, lies, axes)
@@ -119,7 +118,7 @@ def windowed(
                 gone = tuple(a for a in mesh_axes(entry) if a not in kept)
                 kernel = whole(kernel, gone, place)
             parts.append(kernel)
-        y = fn(x, *parts)
+        y = fn(x, *parts, padding=tuple(left))
         return lax.psum(y, inside) if inside else y
 
     return cuts.shard_map(body, (where_x, *stored), where_y, axes)(x, *kernels)
@@ -147,10 +146,6 @@ def _surrounded(
     x: jax.Array, axis: int, over: tuple[str, ...], before: int, after: int, fill: float
 ) -> jax.Array:
     """A part with the rows before and after it; `fill` beyond the image. `after` < 0 takes away."""
-    if not over:
-        edges = [(0, 0, 0)] * x.ndim
-        edges[axis] = (before, after, 0)
-        return lax.pad(x, jnp.asarray(fill, x.dtype), edges) if before or after else x
     above = _neighbours(x, axis, over, before, fill, later=False)[::-1]
     below = _neighbours(x, axis, over, after, fill, later=True)
     if after < 0:  # windows with gaps between them
