@@ -10,5 +10,14 @@ PROBLEMS = {
 }
 """The tasks of whole texts, which share a head, and the `problem_type` of each in transformers."""
 
-LABELLED = ("token_classification", *PROBLEMS)
-"""The tasks whose classes, or numbers, have names."""
+OF_TEXTS = ("token_classification", *PROBLEMS)
+"""The tasks of texts whose classes, or numbers, have names."""
+
+LABELLED = (
+    *OF_TEXTS,
+    "image_classification",
+    "segmentation",
+    "tabular_classification",
+    "tabular_regression",
+)
+"""The tasks of all kinds whose classes, or numbers, have names."""

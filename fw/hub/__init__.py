@@ -1,7 +1,7 @@
 """Model folders in the form of Hugging Face transformers, and adapters of PEFT, in and out."""
 
 from fw.hub.adapter import Adapter, load_adapter, merge, save_adapter
-from fw.hub.families import FAMILIES, Family
+from fw.hub.families import FAMILIES, Family, own_family
 from fw.hub.folder import Loaded, load, save
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "load",
     "load_adapter",
     "merge",
+    "own_family",
     "save",
     "save_adapter",
 ]

@@ -340,6 +340,8 @@ def _modules(
     layers: dict[str, tuple[Name, ...]] = {}
     heads: dict[str, Name] = {}
     for name in family.names(config):
+        if name.kind != "params":
+            continue
         tensor = name.tensor if joined else name.tensor.removeprefix(family.prefix)
         head = family.may_lack(name.tensor)
         if head:

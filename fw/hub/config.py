@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as shown  # a hostile file may hold a long value
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from fw.errors import FwError
 from fw.hub.families import FAMILIES, OWN, Family
@@ -135,12 +135,15 @@ def read_config(
             raise FwError(
                 f"{where}: {key} {shown(source[key])} is not supported; expected {only!r}"
             )
-    given: dict[str, Any] = {"task": head.task, "num_labels": len(head.labels), **extra}
+    given: dict[str, Any] = {"task": head.task, **extra}
+    fields = dataclasses.fields(family.config)  # type: ignore[arg-type]
+    if any(field.name == "num_labels" for field in fields):
+        given["num_labels"] = len(head.labels)
     try:
         source = family.reads(source)
     except FwError as error:
         raise FwError(f"{where}: {error}") from None
-    for field in dataclasses.fields(family.config):  # type: ignore[arg-type]
+    for field in fields:
         if field.name in given or field.name in OWN:
             continue
         if field.name in source:
@@ -300,26 +303,73 @@ def _unnamed(count: int) -> tuple[str, ...]:
     return tuple(f"LABEL_{i}" for i in range(count))
 
 
+_NONE = object()
+"""What a value of another kind or range becomes."""
+
+
 def _checked(field: dataclasses.Field, value: Any, where: object, limit: int) -> Any:
-    kinds = get_args(field.type) or (field.type,)
-    if field.metadata.get("unbounded"):  # it sizes no array
-        limit = 2**31 - 1
-    match value:
-        case None if types.NoneType in kinds:
-            return None
-        case bool():  # to Python, an int
-            if bool in kinds:
-                return value
-        # The bound refuses infinity, nan, and integers too large for a float.
-        case int() | float() if float in kinds and 0 <= value <= sys.float_info.max:
-            return float(value)
-        case int() if int in kinds and 0 < value <= limit:
-            return value
-        case str() if str in kinds:
-            return value
-    wanted = "true or false" if bool in kinds else "a string"
-    if float in kinds:
-        wanted = "a number, 0 or more"
-    elif int in kinds:
-        wanted = f"an integer from 1 to {limit}, the largest that the tensors bear out"
+    """A value of JSON as a field has it: of its type and, by its metadata, its range.
+
+    Integers are from 1 to what the tensors bear out, numbers 0 or more; "unbounded" takes any
+    integer of 32 bits, for one that sizes no array, and "signed" numbers and integers of any sign.
+    """
+    least, most = 1, limit
+    if field.metadata.get("unbounded"):
+        most = 2**31 - 1
+    if signed := bool(field.metadata.get("signed")):
+        least, most = -(2**31), 2**31 - 1
+    found = _fitted(field.type, value, range(least, most + 1), signed)
+    if found is not _NONE:
+        return found
+    wanted = _wanted(field.type, range(least, most + 1), signed)
     raise FwError(f"{where}: {field.name} is {shown(value)}; expected {wanted}")
+
+
+def _fitted(kind: Any, value: Any, integers: range, signed: bool) -> Any:
+    """The value as one of the kind, or `_NONE`."""
+    if get_origin(kind) is tuple:
+        kinds = get_args(kind)
+        if not isinstance(value, list):
+            return _NONE
+        if kinds[1:] == (...,):
+            kinds = kinds[:1] * len(value)
+        if len(kinds) != len(value):
+            return _NONE
+        found = [_fitted(k, v, integers, signed) for k, v in zip(kinds, value, strict=True)]
+        return _NONE if any(one is _NONE for one in found) else tuple(found)
+    if choices := get_args(kind):
+        found = (_fitted(choice, value, integers, signed) for choice in choices)
+        return next((one for one in found if one is not _NONE), _NONE)
+    if not _fits(kind, value, integers, signed):
+        return _NONE
+    return float(value) if kind is float else value
+
+
+def _fits(kind: Any, value: Any, integers: range, signed: bool) -> bool:
+    """Whether a value without parts is one of the kind."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)  # to Python, an int
+    most = sys.float_info.max  # refuses infinity, nan, and integers too large for a float
+    return {
+        types.NoneType: value is None,
+        bool: isinstance(value, bool),
+        int: number and isinstance(value, int) and value in integers,
+        float: number and (-most if signed else 0) <= value <= most,
+        str: isinstance(value, str),
+    }[kind]
+
+
+def _wanted(kind: Any, integers: range, signed: bool) -> str:
+    """The kind in words."""
+    if get_origin(kind) is tuple:
+        kinds = get_args(kind)
+        some = " and ".join(_wanted(k, integers, signed) for k in kinds if k is not ...)
+        return f"a list, each {some}" if kinds[1:] == (...,) else f"a list of {some}"
+    kinds = get_args(kind) or (kind,)
+    if bool in kinds:
+        return "true or false"
+    if float in kinds:
+        return "a number" if signed else "a number, 0 or more"
+    if int in kinds:
+        reason = ", the largest that the tensors bear out" if integers[-1] < 2**31 - 1 else ""
+        return f"an integer from {integers[0]} to {integers[-1]}{reason}"
+    return _wanted(kinds[0], integers, signed) if get_args(kind) else "a string"

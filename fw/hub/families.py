@@ -8,16 +8,20 @@ import dataclasses
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from reprlib import repr as shown
 from typing import Any
+
+import jax
 
 from fw.errors import FwError
 from fw.hub.files import AnyTensor, Tensors
 from fw.hub.header import shown_name
 from fw.labels import PROBLEMS
 from fw.model import Model
-from fw.models import bert, distilbert, llama, modernbert, roberta
+from fw.models import bert, distilbert, llama, modernbert, resnet, roberta
 from fw.models.names import Name
+from sharding import paths
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,60 @@ class Family:
 
 OWN = ("task", "num_labels", "pooling", "normalize", "microbatches", "remat", "scan")
 """Fields of a config that are no keys of `config.json`."""
+
+
+def own_family(
+    config: Callable[..., Any],
+    model: Callable[[Any], Model],
+    tasks: Iterable[str],
+    head: tuple[str, ...] = (),
+) -> Family:
+    """The family of a model that has no home at Hugging Face.
+
+    Its tensors are called as our paths are, with "." for "/": "units.0.kernel", and "state.…" for
+    what is not trained. A row in `FAMILIES` with the config's `model_type` makes `load` and `save`
+    know it.
+
+    Fields of the config may be bool, int, float, str, None, unions of them, and tuples of them,
+    nested as one likes: `tuple[tuple[str, int], ...]`. What a `config.json` says is checked: an
+    integer is at least 1 and at most the largest size of any tensor, or their number; a float is at
+    least 0. `field(metadata={"unbounded": True})` lifts the upper bound of integers, such as the
+    seed of a hash, that size no array and count no layers; `"signed"` also takes what is below.
+    Fields called as those in `OWN` say how a model is used or computed, and are not kept.
+
+    Args:
+      config: the dataclass, with `model_type` and a field `task`; `num_labels` if it has labels.
+      model: makes the model of a config.
+      tasks: what it can be made for.
+      head: beginnings of the names of tensors that a folder may lack, and that are then made anew;
+        those with an axis "labels" are also where the labels asked for are others than the
+        folder's.
+
+    >>> from dataclasses import dataclass
+    >>> from typing import ClassVar
+    >>> import jax.numpy as jnp
+    >>> @dataclass(frozen=True)
+    ... class LineConfig:
+    ...     sizes: tuple[int, ...]
+    ...     task: str = "ranking"
+    ...     model_type: ClassVar[str] = "line"
+    >>> def line(config):
+    ...     init = lambda key: {"params": {"w": {"kernel": jnp.zeros(config.sizes)}}, "state": {}}
+    ...     return Model(config, init, print, {"params": {"w": {"kernel": ("embed", "mlp")}}})
+    >>> family = own_family(LineConfig, line, ["ranking"])
+    >>> family.architectures, [name.tensor for name in family.names(LineConfig((2, 3)))]
+    ({'ranking': 'LineForRanking'}, ['w.kernel'])
+    """
+    name = getattr(config, "__name__", "").removesuffix("Config")
+    classes = {task: f"{name}For{task.title().replace('_', '')}" for task in tasks}
+    return Family(config, model, partial(_by_path, model), classes, prefix="", head=head)
+
+
+def _by_path(model: Callable[[Any], Model], config: Any) -> Iterator[Name]:
+    for path in paths(jax.eval_shape(model(config).init, jax.random.key(0))):
+        kind, _, below = path.partition("/")
+        tensor = below if kind == "params" else path
+        yield Name(below, tensor.replace("/", "."), kind=kind)
 
 
 def _architectures(name: str) -> dict[str, str]:
@@ -178,6 +236,15 @@ FAMILIES: Mapping[str, Family] = types.MappingProxyType(
             )
             for name, architecture in llama.ARCHITECTURES.items()
         },
+        "resnet": Family(
+            resnet.ResNetConfig,
+            resnet.resnet,
+            resnet.hf_names,
+            architectures={"image_classification": "ResNetForImageClassification"},
+            prefix="resnet.",
+            head=("classifier.",),
+            writes=resnet.write_config,
+        ),
     }
 )
 """The families that fw knows, by `model_type`."""

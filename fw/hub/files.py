@@ -10,7 +10,7 @@ import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from reprlib import repr as shown
 from typing import Any
@@ -69,13 +69,15 @@ class Tensor:
         """Reads a part, and only that part, from the file; gaps of less than a page as well.
 
         Args:
-          index: a slice of step 1 an axis.
+          index: a slice of step 1 an axis; () for a tensor without axes.
 
         Raises:
           FwError: the file cannot be read, or holds what NumPy has no dtype for.
         """
         if self.dtype not in DTYPES:
             raise FwError(f"{self.file}: tensor {self.name!r}: cannot read {self.dtype}")
+        if not self.shape:
+            return replace(self, shape=(1,)).read((slice(0, 1),)).reshape(())
         dtype, (first, *rest) = np.dtype(DTYPES[self.dtype]), index
         start, stop, _ = first.indices(self.shape[0])
         shape, row = self.shape[1:], math.prod(self.shape[1:]) * dtype.itemsize

@@ -5,6 +5,7 @@ holds the whole model. What the folder lacks, a new head, is computed where it b
 knows the files, `config` what to make of them, `families` the names, `sharding` the places.
 """
 
+import dataclasses
 import gc
 import json
 from collections import deque
@@ -42,6 +43,10 @@ from fw.models.names import Name
 from fw.models.stack_layout import scans
 from fw.tensors import DTYPES, tensor_file
 from sharding import Rules, create, fill, gather, paths, shardings
+
+COUNTS = ("I64", "I32")
+"""The dtypes of what a model counts, such as the batches that a norm has seen; written as the
+first."""
 
 FLOATS = {n: np.dtype(d).name for n, d in DTYPES.items() if jnp.issubdtype(d, jnp.floating)}
 """The dtypes of parameters, by safetensors' names."""
@@ -102,8 +107,9 @@ def load(
         requires a complete folder.
       task: a task of the family; None takes the one that the folder was made for.
       labels: names of the classes by id; None takes the folder's.
-      dtype: of the parameters, whatever the files have.
-      microbatches, remat: of the model's config, as in `sharding.pipeline`.
+      dtype: of the parameters, whatever the files have; what a model counts stays integer.
+      microbatches, remat: of the model's config, as in `sharding.pipeline`; a model without layers
+        of one kind has no microbatches.
       scan: of the config, as in `Stack`: whether layers are stacked. None: an encoder's are apart
         on CPUs, which copy each layer out of a stack, unless the mesh has stages; others are.
 
@@ -137,13 +143,13 @@ def load(
         head = choose_head(family, source, where, task=task, labels=labels, limit=limit)
         extra = read_pooling(folder) if head.task == "embedding" else {}
         stacked = family.stacked or scans(mesh) if scan is None else scan
-        extra |= {"microbatches": microbatches, "remat": remat, "scan": stacked}
+        extra |= _computed(family, microbatches=microbatches, remat=remat, scan=stacked)
         config = read_config(family, source, where, head, limit, extra)
         named = family.by_name(tensors)
         wanted: dict[str, list[Name]] = {}
         lacking = 0
         for name in family.names(config):
-            wanted.setdefault(f"params/{name.path}", []).append(name)
+            wanted.setdefault(name.place, []).append(name)
             lacking += name.tensor not in named and not family.may_lack(name.tensor)
             if lacking == LACKING:  # a config may ask for more names than memory holds
                 break
@@ -163,8 +169,8 @@ def load(
                 continue
             used |= {name.tensor for name in wanted[path]}
             for name in wanted[path]:
-                _check_tensor(named[name.tensor], name, leaf.shape)
-            like = jax.ShapeDtypeStruct(leaf.shape, dtype)
+                _check_tensor(named[name.tensor], name, leaf)
+            like = jax.ShapeDtypeStruct(leaf.shape, _stored(leaf.dtype, dtype))
             # One after another: until a part is on its device, the host holds it as well.
             leaves[path] = jax.block_until_ready(fill(like, place, reader(wanted[path], named)))
     if fresh:
@@ -202,9 +208,11 @@ def save(folder: str | Path, loaded: Loaded, *, tokenizer_from: str | Path | Non
     config = write_config(model.config, loaded.labels, dtype.name, loaded.config)
     names: dict[str, list[Name]] = {}
     for name in family_of(config, folder).stored(model.config):
-        names.setdefault(f"params/{name.path}", []).append(name)
+        names.setdefault(name.place, []).append(name)
     like = {
-        name.tensor: jax.ShapeDtypeStruct(name.stored(leaves[path].shape), dtype)
+        name.tensor: jax.ShapeDtypeStruct(
+            name.stored(leaves[path].shape), _stored(leaves[path].dtype, dtype, np.int64)
+        )
         for path, own in names.items()
         for name in own
     }
@@ -223,7 +231,8 @@ def save(folder: str | Path, loaded: Loaded, *, tokenizer_from: str | Path | Non
                 for path, array in host:
                     for name in names[path]:
                         own = array[name.index]
-                        put(name.tensor, own.T if name.transposed else own, name.part[0])
+                        own = own.transpose(name.order(own.ndim))
+                        put(name.tensor, own.astype(like[name.tensor].dtype), name.part[0])
                     del array, own  # before the next one comes
             text = json.dumps(config, indent=2, sort_keys=True)
             (part / CONFIG).write_text(f"{text}\n", encoding="utf-8")
@@ -254,15 +263,35 @@ def _list(names: Sequence[str], most: int = 5) -> str:
     return f"tensor {shown} is" if len(names) == 1 else f"tensors {shown}{more} are"
 
 
-def _check_tensor(tensor: AnyTensor, name: Name, shape: tuple[int, ...]) -> None:
-    """Refuses a tensor of another shape than the model's, or of no floating dtype."""
-    expected = name.stored(shape)
+def _computed(family: Family, **how: Any) -> dict[str, Any]:
+    """Those of the settings that the family's configs have a field for."""
+    fields = {field.name for field in dataclasses.fields(family.config)}  # type: ignore[arg-type]
+    if how["remat"] is not None and "remat" not in fields:
+        raise FwError(f"remat: a {family.config.model_type} has no layers to compute again")
+    return {name: value for name, value in how.items() if name in fields}
+
+
+def _stored(own: np.dtype, floating: np.dtype, integer: DTypeLike | None = None) -> np.dtype:
+    """The dtype in which a variable is read or written: parameters all in one, counts in theirs."""
+    if jnp.issubdtype(own, jnp.floating):
+        return floating
+    return np.dtype(own if integer is None else integer)
+
+
+def _check_tensor(tensor: AnyTensor, name: Name, like: jax.ShapeDtypeStruct) -> None:
+    """Refuses a tensor of another shape than the model's, or of a dtype that it cannot be."""
+    expected = name.stored(like.shape)
     if tensor.shape != expected:
         raise FwError(
             f"{tensor.file}: tensor {tensor.name!r}: expected shape {expected}, as {CONFIG} says, "
             f"found {tensor.shape}"
         )
-    if tensor.dtype not in FLOATS:
+    if jnp.issubdtype(like.dtype, jnp.integer):
+        if tensor.dtype not in COUNTS:
+            wanted = " or ".join(COUNTS)
+            where = f"{tensor.file}: tensor {tensor.name!r}"
+            raise FwError(f"{where}: expected {wanted}, found {tensor.dtype}")
+    elif tensor.dtype not in FLOATS:
         raise FwError(
             f"{tensor.file}: tensor {tensor.name!r}: expected one of {', '.join(FLOATS)}, found "
             f"{tensor.dtype}; a quantised model must be saved in one of these first"
@@ -284,13 +313,13 @@ def _init(
     def init(key: jax.Array) -> dict[str, jax.Array]:
         variables = model.init(key)
         every = dict(zip(paths(variables), jax.tree.leaves(variables), strict=True))
-        return {path: every[path].astype(dtype) for path in places}
+        return {path: every[path].astype(_stored(every[path].dtype, dtype)) for path in places}
 
     return create(init, key, shardings=dict(places))
 
 
 def _checked(model: Model, variables: Variables) -> tuple[dict[str, Any], np.dtype]:
-    """The parameters by path, those that the model has, and their one dtype."""
+    """The variables by path, those that the model has, and the one dtype of parameters."""
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     expected = dict(zip(paths(shapes), map(np.shape, jax.tree.leaves(shapes)), strict=True))
     found = dict(zip(paths(variables), map(np.shape, jax.tree.leaves(variables)), strict=True))
@@ -300,11 +329,20 @@ def _checked(model: Model, variables: Variables) -> tuple[dict[str, Any], np.dty
                 f"{_short(path)}: expected {expected.get(path, 'no parameter')}, got "
                 f"{found.get(path, 'none')}; compressed parameters are restored before saving"
             )
-    dtypes = sorted({str(leaf.dtype) for leaf in jax.tree.leaves(variables)})
+    counts = {
+        path
+        for path, leaf in zip(paths(shapes), jax.tree.leaves(shapes), strict=True)
+        if jnp.issubdtype(leaf.dtype, jnp.integer)
+    }
+    every = dict(zip(paths(variables), jax.tree.leaves(variables), strict=True))
+    for path in sorted(counts):
+        if not jnp.issubdtype(every[path].dtype, jnp.integer):
+            raise FwError(f"{_short(path)}: expected integers, got {every[path].dtype}")
+    own = [path for path in every if path not in counts]
+    dtypes = sorted({str(every[path].dtype) for path in own})
     if len(dtypes) != 1 or dtypes[0] not in FLOATS.values():
         raise FwError(f"expected parameters of one floating dtype, got {', '.join(dtypes)}")
-    leaves = jax.tree.leaves(variables)
-    return dict(zip(paths(variables), leaves, strict=True)), np.dtype(leaves[0].dtype)
+    return every, np.dtype(dtypes[0])
 
 
 def on_first_process(write: Callable[[], None], folder: Path, host: Iterable = ()) -> None:

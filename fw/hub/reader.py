@@ -47,6 +47,9 @@ def reader(names: Sequence[Name], tensors: Tensors) -> Callable[[Parts], None]:
     """
 
     def read(parts: Parts) -> None:
+        if () in parts:
+            parts[()][...] = _number(tensors[names[0].tensor], parts[()].dtype)
+            return
         shares = [list(_shares(name, parts)) for name in names]
         given = sum(into.size for own in shares for _, into in own)
         if given != (wanted := sum(part.size for part in parts.values())):
@@ -78,13 +81,22 @@ def _tasks(name: Name, tensor: AnyTensor, shares: list[Share]) -> Iterator[Calla
             yield partial(_copy, tensor, above, some, run, name.transposed)
 
 
+def _number(tensor: AnyTensor, dtype: np.dtype) -> np.ndarray:
+    """A tensor without axes, which files have in 64 bits where models have 32."""
+    found = tensor.read(())
+    if dtype.kind == "i" and not np.iinfo(dtype).min <= found <= np.iinfo(dtype).max:
+        raise FwError(f"{tensor.file}: tensor {tensor.name!r}: {found} does not fit {dtype}")
+    return found.astype(dtype)
+
+
 def _shares(name: Name, parts: Parts) -> Iterator[Share]:
     for index, buffer in parts.items():
         axes = list(zip_longest(index, name.entry))
         at = tuple(slice(None) if i is None else i - s.start for s, i in axes)
         if all(i is None or s.start <= i < s.stop for s, i in axes):
             own, into = tuple(s for s, i in axes if i is None), buffer[at]
-            yield (own[::-1], into.T) if name.transposed else (own, into)
+            order = name.order(len(own))
+            yield tuple(own[i] for i in order), into.transpose(order)
 
 
 def _runs(shares: list[Share]) -> list[list[Share]]:
@@ -111,7 +123,7 @@ def _copy(tensor: AnyTensor, above: int, rows: slice, run: list[Share], turned: 
         for at, first in enumerate(columns):
             own[at] = slice(own[at].start - first.start, own[at].stop - first.start)
         share = found[:, *own]
-        into[to] = _spread(share, into.dtype) if turned else share
+        into[to] = _spread(share, into.dtype) if turned and share.ndim == 2 else share
 
 
 def _spread(rows: np.ndarray, dtype: np.dtype) -> np.ndarray:

@@ -19,13 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fw.labels import LABELLED
+from fw.labels import OF_TEXTS
 from fw.model import Batch
 from fw.models.layers import Dense, Embedding, LayerNorm, gelu
 from sharding import constrain, linear, word_losses
 from sharding.context import differentiated
 
-TASKS = (*LABELLED, "question_answering", "masked_lm", "embedding")
+TASKS = (*OF_TEXTS, "question_answering", "masked_lm", "embedding")
 SPAN = 2
 """Logits of a token in question answering: whether the answer begins, and ends, with it."""
 

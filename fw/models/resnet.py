@@ -5,7 +5,7 @@ The numbers are those of Hugging Face's ResNet classes, which stride where torch
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import jax
@@ -37,7 +37,7 @@ class ResNetConfig:
 
     embedding_size: int
     hidden_sizes: tuple[int, ...]
-    depths: tuple[int, ...] = field(metadata={"unbounded": True})
+    depths: tuple[int, ...]
     num_labels: int
     task: str = "image_classification"
     num_channels: int = 3
@@ -101,9 +101,7 @@ class Unit(nnx.Module):
 class Block(nnx.Module):
     """relu(x + f(x)), f of two or three convolutions; x is projected where f changes its shape."""
 
-    def __init__(
-        self, config: ResNetConfig, size_in: int, size: int, strides: int, rngs: nnx.Rngs
-    ):
+    def __init__(self, config: ResNetConfig, size_in: int, size: int, strides: int, rngs: nnx.Rngs):
         rise, fall = ("embed", "mlp"), ("mlp", "embed")
         last = {"rectified": False, "rngs": rngs}
         if config.layer_type == "basic":
@@ -123,9 +121,7 @@ class Block(nnx.Module):
         self.units = nnx.List(units)
         projected = size_in != size or strides != 1
         axes = ("embed", None)
-        self.shortcut = (
-            Unit(size_in, size, 1, axes, strides=strides, **last) if projected else None
-        )
+        self.shortcut = Unit(size_in, size, 1, axes, strides=strides, **last) if projected else None
 
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         y = x
@@ -181,6 +177,18 @@ def resnet(config: ResNetConfig) -> Model:
     """
     build = lambda rngs: ResNet(config, rngs)  # noqa: E731
     return from_nnx(config, build, lambda module, batch, _, train: module(batch, train))
+
+
+def write_config(config: ResNetConfig) -> dict[str, Any]:
+    """The keys of its `config.json`, in which transformers knows no `stem` but its own.
+
+    >>> "stem" in write_config(ResNetConfig(8, (8,), (1,), num_labels=3))
+    False
+    """
+    found = asdict(config)
+    if config.stem == "imagenet":
+        del found["stem"]
+    return found
 
 
 def hf_names(config: ResNetConfig) -> Iterator[Name]:

@@ -83,7 +83,7 @@ class Conv(nnx.Module):
 
 
 class BatchNorm(nnx.Module):
-    """Batch normalisation (Ioffe & Szegedy 2015, arXiv:1502.03167), with torch's BatchNorm2d's numbers.
+    """Batch normalisation (Ioffe & Szegedy 2015, arXiv:1502.03167), as torch's BatchNorm2d has it.
 
     In training by the mean and variance of the batch, of which running averages are kept; these
     take their place otherwise. The running variance is the unbiased one, n / (n - 1) times the
