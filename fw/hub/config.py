@@ -81,7 +81,8 @@ def choose_head(
         raise FwError(
             f"{where}: 'architectures' is {shown(classes)}; expected a list of class names"
         )
-    stated = next((t for t, name in family.architectures.items() if [name] == classes[:1]), None)
+    named = {name: task for task, name in family.architectures.items()} | dict(family.variants)
+    stated = next((task for name, task in named.items() if [name] == classes[:1]), None)
     of_texts, problem = stated in PROBLEMS, source.get("problem_type")
     if of_texts and task is None:
         stated = _task_of(problem, _own_labels(source, where, limit), where)
@@ -183,9 +184,9 @@ def write_config(
     fields = {k: v for k, v in family.writes(config).items() if k not in OWN}
     return {
         **{key: value for key, value in source.items() if key not in SUPERSEDED},
+        "architectures": [family.architectures[config.task]],
         **fields,
         **named,
-        "architectures": [family.architectures[config.task]],
         "dtype": dtype,
         "model_type": config.model_type,
     }

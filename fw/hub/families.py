@@ -19,7 +19,7 @@ from fw.hub.files import AnyTensor, Tensors
 from fw.hub.header import shown_name
 from fw.labels import PROBLEMS
 from fw.model import Model
-from fw.models import bert, distilbert, llama, modernbert, resnet, roberta
+from fw.models import bert, distilbert, llama, modernbert, resnet, roberta, vit
 from fw.models.names import Name
 from sharding import paths
 
@@ -34,6 +34,7 @@ class Family:
       model: makes the model of a config.
       names: how a config's parameters are called.
       architectures: transformers' class by task.
+      variants: the task by further classes, which `reads` and `writes` tell apart.
       prefix: what the names of the encoder's tensors begin with, except in folders of the encoder
         alone.
       head: beginnings of the names that a folder may lack, or have in vain.
@@ -52,6 +53,7 @@ class Family:
     prefix: str
     head: tuple[str, ...]
     buffers: tuple[str, ...] = ()
+    variants: Mapping[str, str] = types.MappingProxyType({})
     fixed: Mapping[str, Any] = types.MappingProxyType({})
     reads: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
     writes: Callable[[Any], Mapping[str, Any]] = dataclasses.asdict
@@ -236,6 +238,36 @@ FAMILIES: Mapping[str, Family] = types.MappingProxyType(
             )
             for name, architecture in llama.ARCHITECTURES.items()
         },
+        "vit": Family(
+            vit.ViTConfig,
+            vit.vit,
+            vit.hf_names,
+            architectures={"image_classification": "ViTForImageClassification"},
+            prefix="vit.",
+            head=("vit.pooler.", "classifier."),
+            buffers=("embeddings.mask_token",),
+        ),
+        "deit": Family(
+            vit.DeiTConfig,
+            vit.vit,
+            vit.hf_names,
+            architectures={"image_classification": "DeiTForImageClassification"},
+            prefix="deit.",
+            head=("deit.pooler.", "classifier.", "cls_classifier.", "distillation_classifier."),
+            buffers=("embeddings.mask_token",),
+            variants={vit.WITH_TEACHER: "image_classification"},
+            reads=vit.read_deit_config,
+            writes=vit.write_deit_config,
+        ),
+        "dinov2": Family(
+            vit.Dinov2Config,
+            vit.vit,
+            vit.hf_names,
+            architectures={"image_classification": "Dinov2ForImageClassification"},
+            prefix="dinov2.",
+            head=("classifier.",),
+            fixed={"use_swiglu_ffn": False},
+        ),
         "resnet": Family(
             resnet.ResNetConfig,
             resnet.resnet,

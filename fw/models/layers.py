@@ -219,6 +219,19 @@ def visible(
     return Seen(segments, segment_bias(segments, dtype, causal=causal, window=window))
 
 
+def all_visible(x: jax.Array) -> Seen | jax.Array:
+    """What `visible` returns where a row is one text, or one image: every token sees every other.
+
+    Args:
+      x: [batch, length, ...].
+
+    >>> all_visible(jnp.ones((2, 5, 8))).bias.shape
+    (2, 1, 1, 1)
+    """
+    segments = jnp.ones(x.shape[:2], jnp.int32)
+    return segments if cutting("length") else Seen(segments, jnp.zeros((len(x), 1, 1, 1), x.dtype))
+
+
 def attention(
     q: jax.Array,
     k: jax.Array,

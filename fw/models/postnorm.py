@@ -75,13 +75,14 @@ class Head:
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention with its output projection."""
+    """Multi-head self-attention with its output projection; `bias` of queries, keys and values."""
 
-    def __init__(self, shape: Shape, rngs: nnx.Rngs):
+    def __init__(self, shape: Shape, rngs: nnx.Rngs, *, bias: bool = True):
         size, std = shape.size, shape.std
-        self.query = Dense(size, size, ("embed", "heads"), std=std, rngs=rngs)
-        self.key = Dense(size, size, ("embed", "heads"), std=std, rngs=rngs)
-        self.value = Dense(size, size, ("embed", "heads"), std=std, rngs=rngs)
+        into, how = ("embed", "heads"), {"std": std, "bias": bias, "rngs": rngs}
+        self.query = Dense(size, size, into, **how)
+        self.key = Dense(size, size, into, **how)
+        self.value = Dense(size, size, into, **how)
         self.out = Dense(size, size, ("heads", "embed"), std=std, rngs=rngs)
         self.heads = shape.heads
         self.rate = shape.attention_dropout

@@ -32,7 +32,7 @@ def on_image(x: jax.Array, channels: Name = "embed") -> jax.Array:
 
 
 class Conv(nnx.Module):
-    """A convolution with a square window, kernel [height, width, in / groups, out].
+    """A convolution, kernel [height, width, in / groups, out].
 
     New kernels are normal with variance 2 / (outputs that an input goes to), which keeps the size
     of gradients through rectifiers (He et al. 2015, arXiv:1502.01852, eq. 14).
@@ -42,11 +42,11 @@ class Conv(nnx.Module):
         self,
         size_in: int,
         size_out: int,
-        window: int,
+        window: int | tuple[int, int],
         axes: tuple[Name, Name],
         *,
         rngs: nnx.Rngs,
-        strides: int = 1,
+        strides: int | tuple[int, int] = 1,
         padding: Padding | None = None,
         groups: int = 1,
         bias: bool = False,
@@ -56,24 +56,26 @@ class Conv(nnx.Module):
 
         Args:
           size_in, size_out: channels.
-          window: its height and width.
+          window: its height and width, one number for both.
           axes: the names of the kernel's channels, in and out.
           rngs: its stream `params` gives the kernel's key.
-          strides: places from one window to the next.
+          strides: places from one window to the next, down and across.
           padding: as in `conv`; None has half a window on each side.
           groups: as in `conv`.
           bias: whether one is added.
           std: of the kernel, where it is not that of the paper.
         """
+        height, width = (window, window) if isinstance(window, int) else window
         if std is None:
-            std = math.sqrt(2 * groups / (window * window * size_out))
-        shape = (window, window, size_in // groups, size_out)
+            std = math.sqrt(2 * groups / (height * width * size_out))
+        shape = (height, width, size_in // groups, size_out)
         kernel = jax.random.normal(rngs.params(), shape) * std
         self.kernel = nnx.Param(kernel, axes=(None, None, *axes))
         self.bias = nnx.Param(jnp.zeros(size_out), axes=axes[1:]) if bias else None
-        self.axes, self.strides, self.groups = axes, (strides, strides), groups
-        half = (window // 2, window // 2)
-        self.padding = (half, half) if padding is None else tuple(padding)
+        self.strides = (strides, strides) if isinstance(strides, int) else strides
+        self.axes, self.groups = axes, groups
+        halves = tuple((n // 2, n // 2) for n in (height, width))
+        self.padding = halves if padding is None else tuple(padding)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.kernel[...]
