@@ -5,7 +5,7 @@
 | count | inside jit, on sharded arrays | `confusion`, `label_counts`, `entity_counts`, `mean` |
 | add | on the host, in 64 bits | `merge` |
 | summarise | on the host | `classification_report`, `multi_label_report`, `entity_report`, |
-| | | `regression_report`, `binary_report`, `mean_value` |
+| | | `regression_report`, `binary_report`, `segmentation_report`, `rand_error`, `mean_value` |
 | show | on the host | `to_text`, `to_dict` |
 """
 
@@ -33,6 +33,7 @@ from fw.metrics.entities import (
 from fw.metrics.multi_label import THRESHOLD, label_counts, multi_label_report
 from fw.metrics.regression import regression_report
 from fw.metrics.report import Report, Row, to_dict, to_text
+from fw.metrics.segmentation import rand_error, segmentation_report
 from fw.metrics.squad import squad_scores
 
 __all__ = [
@@ -60,10 +61,12 @@ __all__ = [
     "mean_value",
     "merge",
     "multi_label_report",
+    "rand_error",
     "regression_report",
     "reliability",
     "roc_auc",
     "roc_curve",
+    "segmentation_report",
     "squad_scores",
     "to_dict",
     "to_text",

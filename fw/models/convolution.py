@@ -1,14 +1,20 @@
 """Windows over images, [batch, height, width, channels]: the one place that computes them.
 
-Convolutions, and the pooling that goes with them. `fw.models.vision` has the layers.
+Convolutions, and the pooling that goes with them. `fw.models.vision` has the layers; where the mesh
+cuts images by their height, `sharding.parallel.halo` brings each part the rows that it lacks.
 """
 
+import math
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+
+from sharding import current, cutting
+from sharding.parallel.halo import windowed
 
 Padding = Sequence[tuple[int, int]]
 """Places before and after, down and across."""
@@ -23,6 +29,7 @@ def conv(
     strides: tuple[int, int] = (1, 1),
     padding: Padding = NO_PADDING,
     groups: int = 1,
+    axes: tuple[str | None, str | None] | None = None,
 ) -> jax.Array:
     """A two-dimensional convolution, as deep learning has it: the kernel is not turned round.
 
@@ -32,21 +39,47 @@ def conv(
       strides: places from one window to the next, down and across.
       padding: zeros before and after, down and across.
       groups: channels are cut into so many groups, each of which sees itself alone.
+      axes: the names of the kernel's channels, in and out, if it is a parameter: then its part of
+        the communication is written out, as that of dense layers is.
 
     Returns:
       [B, H', W', out].
 
+    Raises:
+      ShardingError: a height or width that the mesh cuts into parts that do not fit.
+
     >>> conv(jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 5)), padding=[(1, 1), (1, 1)]).shape
     (1, 4, 4, 5)
     """
+    return windowed(
+        partial(_conv, strides=strides),
+        x,
+        kernel,
+        window=kernel.shape[:2],
+        strides=strides,
+        padding=padding,
+        channels=_channels(axes, groups),
+        names=[(None, None, *(axes or (None, None)))],
+    )
+
+
+def _conv(x, kernel, strides, padding):
     return lax.conv_general_dilated(
         x,
         kernel,
         strides,
         padding,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=groups,
+        feature_group_count=x.shape[3] // kernel.shape[2],  # of a part of the channels, its groups
     )
+
+
+def _channels(axes, groups):
+    """The names of channels in and out: those of groups are cut alike, between groups or not."""
+    if axes is None or groups == 1:
+        return axes
+    ways = math.prod(current()[0].shape[a] for a in cutting(axes[1])) if axes[1] else 1
+    return (axes[1],) * 2 if groups % ways == 0 else (None, None)
 
 
 def max_pool(
@@ -99,9 +132,13 @@ def avg_pool(
 
 def _pool(x, start, combine, window, strides, padding):
     strides = window if strides is None else strides
-    around = [(0, 0), *padding, (0, 0)]
-    start = np.asarray(start, x.dtype)
-    return lax.reduce_window(x, start, combine, (1, *window, 1), (1, *strides, 1), around)
+
+    def pool(x, padding):
+        around = [(0, 0), *padding, (0, 0)]
+        first = np.asarray(start, x.dtype)
+        return lax.reduce_window(x, first, combine, (1, *window, 1), (1, *strides, 1), around)
+
+    return windowed(pool, x, window=window, strides=strides, padding=padding, fill=start)
 
 
 def global_mean(x: jax.Array) -> jax.Array:

@@ -73,13 +73,14 @@ class Conv(nnx.Module):
         self.kernel = nnx.Param(kernel, axes=(None, None, *axes))
         self.bias = nnx.Param(jnp.zeros(size_out), axes=axes[1:]) if bias else None
         self.strides = (strides, strides) if isinstance(strides, int) else strides
-        self.groups = groups
+        self.axes, self.groups = axes, groups
         halves = tuple((n // 2, n // 2) for n in (height, width))
         self.padding = halves if padding is None else tuple(padding)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.kernel[...]
-        y = conv(x, kernel, strides=self.strides, padding=self.padding, groups=self.groups)
+        window = {"strides": self.strides, "padding": self.padding, "groups": self.groups}
+        y = conv(x, kernel, **window, axes=self.axes)
         return y if self.bias is None else y + self.bias[...]
 
 
@@ -169,7 +170,7 @@ def batch_norm(x, scale, bias, epsilon):
 
 def _batch_norm_fwd(x, scale, bias, epsilon):
     rows = tuple(range(x.ndim - 1))
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = x.astype(np.promote_types(x.dtype, np.float32))
     # Around the mean: E[x²] - E[x]² has no digit left where the mean is a thousand deviations
     # away, and takes a CPU as many passes over x.
     mean = jnp.mean(wide, rows)

@@ -8,6 +8,7 @@ from fw.tasks.multi_label_classification import (
 )
 from fw.tasks.question_answering import question_answering, span_loss
 from fw.tasks.regression import regression, squared_error
+from fw.tasks.segmentation import pixel_loss, segmentation, soft_dice
 from fw.tasks.sequence_classification import sequence_classification
 from fw.tasks.tabular_classification import tabular_classification
 from fw.tasks.tabular_regression import tabular_regression
@@ -22,10 +23,13 @@ __all__ = [
     "make_task",
     "masked_lm",
     "multi_label_classification",
+    "pixel_loss",
     "question_answering",
     "regression",
+    "segmentation",
     "sequence_classification",
     "sigmoid_cross_entropy",
+    "soft_dice",
     "span_loss",
     "squared_error",
     "tabular_classification",

@@ -7,6 +7,7 @@ from fw.tasks.language_modelling import causal_lm, masked_lm
 from fw.tasks.multi_label_classification import multi_label_classification
 from fw.tasks.question_answering import question_answering
 from fw.tasks.regression import regression
+from fw.tasks.segmentation import segmentation
 from fw.tasks.sequence_classification import sequence_classification
 from fw.tasks.tabular_classification import tabular_classification
 from fw.tasks.tabular_regression import tabular_regression
@@ -23,6 +24,7 @@ _EVERY = (
     causal_lm,
     tabular_classification,
     tabular_regression,
+    segmentation,
 )
 _TASKS = {task.__name__: task for task in _EVERY}
 

@@ -4,6 +4,8 @@
 `shard_map`.
 """
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import jax
@@ -52,6 +54,10 @@ class Cuts:
     def of(*specs: PartitionSpec) -> set[str]:
         """The mesh axes that cut any of these."""
         return {axis for spec in specs for entry in spec for axis in mesh_axes(entry)}
+
+    def size(self, axes: Iterable[str]) -> int:
+        """How many parts these mesh axes make."""
+        return math.prod(self.mesh.shape[axis] for axis in axes)
 
     def shard_map(self, body, in_specs, out_specs, axes: set[str]):
         """`body` for each device's part along `axes`."""

@@ -1,0 +1,179 @@
+"""U-Net (Ronneberger et al. 2015, arXiv:1505.04597): a label for every pixel.
+
+Images are halved and their channels doubled on the way down; on the way up, each level joins what
+it had on the way down to what comes from below. Convolutions are padded, so that the answer has the
+size of the image, and normalised by the batch (the paper has neither). Nothing in it sees a whole
+image: where the mesh cuts height, devices exchange the rows at the edges of their parts.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fw.errors import FwError
+from fw.model import Batch, Model, from_nnx
+from fw.models.convolution import max_pool
+from fw.models.layers import dropout
+from fw.models.vision import BatchNorm, Conv, check_images, on_image
+from sharding import linear
+
+NORMS = ("batch", "none")
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """What a U-Net is made from.
+
+    Attributes:
+      num_labels: classes of a pixel.
+      num_channels: of an image.
+      width: channels of the highest level; each one below has twice as many.
+      depth: how often images are halved. Their height and width are multiples of 2^depth.
+      norm: "batch", or "none": then convolutions have biases.
+      dropout: of the two lowest levels, where the paper has it.
+      task: "segmentation".
+    """
+
+    num_labels: int
+    num_channels: int = 1
+    width: int = 64
+    depth: int = 4
+    norm: str = "batch"
+    dropout: float = 0.0
+    task: str = "segmentation"
+
+    model_type: ClassVar[str] = "unet"
+
+    def __post_init__(self):
+        """Checks what the arithmetic relies on."""
+        for name, least in {"num_labels": 1, "num_channels": 1, "width": 1, "depth": 1}.items():
+            if getattr(self, name) < least:
+                raise FwError(f"{name} {getattr(self, name)}: expected at least {least}")
+        for name, known in {"norm": NORMS, "task": ("segmentation",)}.items():
+            if getattr(self, name) not in known:
+                given = getattr(self, name)
+                raise FwError(f"{name} {given!r} is not supported; choose one of {', '.join(known)}")
+        if not 0 <= self.dropout < 1:
+            raise FwError(f"dropout {self.dropout}: expected at least 0 and less than 1")
+
+    @property
+    def multiple(self) -> int:
+        """Height and width of images are multiples of this."""
+        return 2**self.depth
+
+    @property
+    def reach(self) -> int:
+        """How many pixels away an output sees, at most: the radius of its receptive field.
+
+        Two 3x3 convolutions a level reach 2 of its pixels, on the way down and again on the way up;
+        at the bottom, once. A window of 2x2 is shared by its pixels: up to one more, of each level.
+        """
+        return sum(5 * 2**level for level in range(self.depth)) + 2 * 2**self.depth
+
+
+class Block(nnx.Module):
+    """Two 3x3 convolutions, each normalised and rectified."""
+
+    def __init__(self, config: UNetConfig, size_in: int, size: int, first: Any, rngs: nnx.Rngs):
+        normed = config.norm == "batch"
+        options = {"bias": not normed, "rngs": rngs}
+        self.convs = nnx.List(
+            [
+                Conv(size_in, size, 3, (first, "mlp"), **options),
+                Conv(size, size, 3, ("mlp", "embed"), **options),
+            ]
+        )
+        self.norms = nnx.List([BatchNorm(size, name) for name in ("mlp", "embed") if normed])
+
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        for i, (conv, name) in enumerate(zip(self.convs, ("mlp", "embed"), strict=True)):
+            x = conv(x)
+            if self.norms:
+                x = self.norms[i](x, train)
+            x = on_image(jax.nn.relu(x), name)
+        return x
+
+
+class Rise(nnx.Module):
+    """A transposed convolution, 2x2 with stride 2: each pixel becomes a square of four.
+
+    Squares do not overlap: four dense layers of one input, and nothing from a neighbour. The kernel
+    is [row, column, in, out].
+    """
+
+    def __init__(self, size_in: int, size_out: int, rngs: nnx.Rngs):
+        kernel = jax.random.normal(rngs.params(), (2, 2, size_in, size_out)) * size_in**-0.5
+        self.kernel = nnx.Param(kernel, axes=(None, None, "embed", None))
+        self.bias = nnx.Param(jnp.zeros(size_out), axes=(None,))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        B, H, W, _ = x.shape
+        kernel = self.kernel[...]
+        places = [kernel[row, column] for row in range(2) for column in range(2)]
+        ys = linear(x, places, ("embed", None), rows=("batch", "height", "width"))
+        pairs = [jnp.stack(ys[i : i + 2], 3) for i in (0, 2)]  # [B, H, W, column, out] of each row
+        y = jnp.stack(pairs, 2).reshape(B, 2 * H, 2 * W, -1)
+        return on_image(y + self.bias[...])
+
+
+class UNet(nnx.Module):
+    """Blocks down, one at the bottom, and blocks up; then a label for each pixel."""
+
+    def __init__(self, config: UNetConfig, rngs: nnx.Rngs):
+        self.config = config
+        sizes = [config.width * 2**level for level in range(config.depth + 1)]
+        befores = [config.num_channels, *sizes[:-1]]
+        self.downs = nnx.List(
+            [
+                Block(config, before, size, "embed" if level else None, rngs)
+                for level, (before, size) in enumerate(zip(befores, sizes, strict=True))
+            ]
+        )
+        self.rises = nnx.List([Rise(2 * size, size, rngs) for size in sizes[:-1]])
+        self.ups = nnx.List([Block(config, 2 * size, size, "embed", rngs) for size in sizes[:-1]])
+        self.classifier = Conv(
+            config.width, config.num_labels, 1, ("embed", "labels"), bias=True, rngs=rngs
+        )
+
+    def __call__(self, batch: Batch, key: jax.Array | None, train: bool) -> jax.Array:
+        config, x = self.config, batch["pixel_values"]
+        check_images(x, config.num_channels)
+        if any(size % config.multiple for size in x.shape[1:3]):
+            raise FwError(
+                f"pixel_values: images of {x.shape[1]} x {x.shape[2]}; a U-Net of depth "
+                f"{config.depth} halves them as often: expected multiples of {config.multiple}"
+            )
+        keys: Sequence[Any] = (None, None) if key is None else jax.random.split(key)
+        x, kept = on_image(x, None), []
+        for level, down in enumerate(self.downs):
+            if level:
+                kept.append(x)
+                x = on_image(max_pool(x, (2, 2)))
+            x = down(x, train)
+            if config.depth - level < 2:
+                x = dropout(x, config.dropout, keys[config.depth - level])
+        for beside, rise, up in reversed(list(zip(kept, self.rises, self.ups, strict=True))):
+            x = up(on_image(jnp.concatenate([beside, rise(x)], 3)), train)
+        return on_image(self.classifier(x), "labels")
+
+
+def unet(config: UNetConfig) -> Model:
+    """The model record of a U-Net.
+
+    `apply` takes `pixel_values`, float32 [B, H, W, channels], and returns logits [B, H, W, labels];
+    in training, the variables that it returns have the running averages moved.
+
+    >>> model = unet(UNetConfig(num_labels=2, width=4, depth=2))
+    >>> variables = model.init(jax.random.key(0))
+    >>> model.apply(variables, {"pixel_values": jnp.ones((1, 8, 16, 1))})[0].shape
+    (1, 8, 16, 2)
+    """
+    return from_nnx(
+        config,
+        lambda rngs: UNet(config, rngs),
+        lambda module, batch, key, train: module(batch, key, train),
+    )
