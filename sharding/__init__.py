@@ -5,6 +5,7 @@ from sharding.errors import ShardingError
 from sharding.layout import paths, shardings, specs
 from sharding.mesh import AXES, format_mesh, make_mesh
 from sharding.names import names, unboxed
+from sharding.parallel import tables
 from sharding.parallel.experts import experts
 from sharding.parallel.linear import linear, lookup
 from sharding.parallel.pipeline import bubble, pipeline
@@ -60,6 +61,7 @@ __all__ = [
     "shardings",
     "specs",
     "start",
+    "tables",
     "unboxed",
     "usage",
     "visualize",
