@@ -3,13 +3,14 @@
 import json
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import sklearn.metrics
 
 from fw import metrics
-from fw.data import requests
+from fw.data import Batches, requests
 from fw.data.interactions import (
     Table,
     concatenate,
@@ -18,9 +19,17 @@ from fw.data.interactions import (
     load_interactions,
     split_pairs,
 )
-from fw.data.recommend import clicks, pairs, queries
+from fw.data.recommend import clicks, dlrm_fields, pairs, queries, two_tower_fields
 from fw.data.vocabulary import fit_vocabulary, load
 from fw.errors import FwError
+from fw.evaluate import evaluate, make_counter
+from fw.models.dlrm import DLRMConfig, dlrm
+from fw.models.two_tower import TwoTowerConfig, two_tower
+from fw.optimizer import AdamW, optimizer
+from fw.step import initial_state, make_step
+from fw.table_optimizer import TableOptions, row_optimizer, with_tables
+from fw.tasks import ranking, retrieval, sampled_softmax
+from sharding import create, make_mesh, put, rules, shardings
 
 USERS, ITEMS, KINDS = 40, 24, 4
 
@@ -206,3 +215,113 @@ def test_ranks_are_those_of_sorting_and_of_scikit_learn():
         assert figures[f"hr@{k}"] == pytest.approx(np.mean(best == target[:, None]) * k)
     theirs = sklearn.metrics.label_ranking_average_precision_score(right, scores)
     assert figures["mrr"] == pytest.approx(theirs, abs=1e-6)
+
+
+def towers(vocabulary, **more):
+    fields = {**two_tower_fields(vocabulary), "size": 16, "temperature": 0.2, **more}
+    return two_tower(TwoTowerConfig(**fields))
+
+
+def clicker(vocabulary, **more):
+    return dlrm(DLRMConfig(**{**dlrm_fields(vocabulary), "size": 16, **more}))
+
+
+def train(model, task, rows, mesh, layout, *, steps, size=64, rate=0.05):
+    """The losses of some steps, and the parameters after them."""
+    mesh, layout = make_mesh(mesh), rules(layout)
+    config = AdamW(learning_rate=rate, schedule="constant", warmup=0.0)
+    lazy = row_optimizer(TableOptions("lazy_adam", rate), config, steps)
+    tx = with_tables(optimizer(config, steps), model, lazy)
+    key = jax.random.key(0)
+    where = shardings(model.axes, jax.eval_shape(model.init, key), mesh, layout)
+    state = initial_state(create(model.init, key, shardings=where), tx, mesh)
+    step = make_step(model, task.loss, tx, mesh=mesh, rules=layout)
+    batches, losses = Batches(rows.arrays, size, seed=0), []
+    for i in range(steps):
+        state, figures = step(state, put(batches(i), mesh, layout))
+        losses.append(float(figures["loss"]))
+    return losses, state.variables
+
+
+def judge(model, task, variables, rows, mesh="data=1", layout="data"):
+    counter = make_counter(lambda variables, batch: model.apply(variables, batch)[0], task)
+    found = evaluate(counter, variables, rows, size=16, mesh=make_mesh(mesh), rules=rules(layout))
+    return found.figures
+
+
+MESHES = (("data=8", "data"), ("data=2,fsdp=2,tensor=2", "fsdp_tensor"))
+
+
+@pytest.mark.parametrize("kind", ["towers", "deep towers", "clicks"])
+def test_a_mesh_changes_no_number(kind, parts, vocabulary, quickly_compiled):
+    if kind == "clicks":
+        # So many rows that the mesh cuts the table.
+        model = clicker(vocabulary, size=64, bottom=(32,), top=(32, 16))
+        task, rows = ranking(), clicks(vocabulary, parts["train"], parts["train"], 4.0)
+        judged = clicks(vocabulary, parts["dev"], parts["train"], 4.0)
+    else:
+        hidden = (32,) if kind == "deep towers" else ()
+        model = towers(vocabulary, hidden=hidden, user_rows=(1100, 8), size=64)
+        task, rows = retrieval(), pairs(vocabulary, parts["train"])
+        judged = queries(vocabulary, parts["dev"], parts["train"])
+    losses, variables = train(model, task, rows, "data=1", "data", steps=3)
+    figures = judge(model, task, variables, judged)
+    for mesh, layout in MESHES:
+        again, there = train(model, task, rows, mesh, layout, steps=3)
+        np.testing.assert_allclose(again, losses, rtol=2e-5)
+        here = judge(model, task, there, judged, mesh, layout)
+        for name, value in figures.items():
+            assert here[name] == pytest.approx(value, rel=1e-3), name
+
+
+def test_negatives_are_the_items_of_others(parts, vocabulary):
+    rng = np.random.default_rng(0)
+    user, item = rng.normal(size=(2, 12, 4)).astype(np.float32)
+    target = rng.integers(0, 6, 12).astype(np.int32)
+    target[3] = -1
+    log_q = rng.normal(size=12).astype(np.float32)
+    losses = []
+    for i in range(12):
+        others = [j for j in range(12) if target[j] not in (target[i], -1)]
+        logits = [user[i] @ item[j] - log_q[j] for j in [i, *others]]
+        losses.append(0 if i == 3 else np.log(np.sum(np.exp(logits))) - logits[0])
+    outputs = {"user": jnp.asarray(user), "item": jnp.asarray(item)}
+    batch = {"target": jnp.asarray(target), "log_q": jnp.asarray(log_q)}
+    total, weight = sampled_softmax(outputs, batch)
+    assert float(total) == pytest.approx(sum(losses), rel=1e-5) and float(weight) == 11
+
+
+def test_towers_find_what_users_like(parts, vocabulary):
+    model, task = towers(vocabulary), retrieval()
+    rows = queries(vocabulary, parts["test"], concatenate([parts["train"], parts["dev"]]))
+    _, variables = train(model, task, pairs(vocabulary, parts["train"]), "data=1", "data", steps=60)
+    figures = judge(model, task, variables, rows)
+    popular = np.broadcast_to(vocabulary.arrays["log_q"], (rows.rows, len(vocabulary.items)))
+    at = metrics.ranks(
+        jnp.asarray(popular), *(jnp.asarray(rows.arrays[n]) for n in ("target", "seen"))
+    )
+    assert figures["mrr"] > 1.3 * float(jnp.mean(1 / (at + 1)))
+    # The same by hand, from the vectors of all users and items.
+    outputs = [
+        model.apply(variables, {k: jnp.asarray(v) for k, v in some.arrays.items()})[0]
+        for some in (rows, rows.catalogue)
+    ]
+    scores = outputs[0]["user"] @ outputs[1]["item"].T
+    hits = 0
+    for row, at, seen in zip(scores, rows.arrays["target"], rows.arrays["seen"], strict=True):
+        row = row.at[np.setdiff1d(seen[seen >= 0], at)].set(-np.inf)
+        hits += bool(at in np.argsort(-row)[:10])
+    assert figures["hr@10"] == pytest.approx(hits / rows.rows)
+
+
+def test_clicks_are_learnt(parts, vocabulary):
+    model, task = clicker(vocabulary), ranking()
+    train_rows = clicks(vocabulary, parts["train"], parts["train"], 4.0)
+    _, variables = train(model, task, train_rows, "data=1", "data", steps=60, rate=0.02)
+    rows = clicks(vocabulary, parts["test"], parts["train"], 4.0)
+    figures = judge(model, task, variables, rows)
+    logits = model.apply(variables, {k: jnp.asarray(v) for k, v in rows.arrays.items()})[0]
+    p, y = 1 / (1 + np.exp(-np.asarray(logits, np.float64))), rows.arrays["labels"]
+    assert figures["auc"] == pytest.approx(sklearn.metrics.roc_auc_score(y, p), abs=1e-6)
+    assert figures["log_loss"] == pytest.approx(sklearn.metrics.log_loss(y, p), abs=1e-5)
+    assert figures["auc"] > 0.9

@@ -7,12 +7,13 @@ gives. `requests` has the same for answers.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from fw.data.interactions import Interactions, is_positive
 from fw.data.rows import Rows
-from fw.data.vocabulary import NONE, Vocabulary, bags
+from fw.data.vocabulary import NONE, Column, Vocabulary, bags
 from fw.errors import FwError
 from fw.labels import IGNORE
 
@@ -94,6 +95,28 @@ def clicks(
 def catalogue(vocabulary: Vocabulary) -> Rows:
     """All items, in the order of `vocabulary.items`; `item` is `NONE` in an empty row."""
     return _filled({c.name: vocabulary.arrays[c.name] for c in vocabulary.of("item")})
+
+
+def two_tower_fields(vocabulary: Vocabulary) -> dict[str, Any]:
+    """The fields of a `TwoTowerConfig` that the data decide."""
+    found: dict[str, Any] = {"history": vocabulary.history > 0}
+    for owner in ("user", "item"):
+        found |= {f"{owner}_{k}": v for k, v in _fields(vocabulary.of(owner)).items()}
+    return found
+
+
+def dlrm_fields(vocabulary: Vocabulary) -> dict[str, Any]:
+    """The fields of a `DLRMConfig` that the data decide."""
+    return {"history": vocabulary.history > 0, **_fields(vocabulary.columns)}
+
+
+def _fields(columns: Sequence[Column]) -> dict[str, Any]:
+    named = [column for column in columns if column.kind != "float"]
+    return {
+        "columns": tuple(column.name for column in named),
+        "rows": tuple(column.rows for column in named),
+        "numbers": tuple(column.name for column in columns if column.kind == "float"),
+    }
 
 
 def _users(
