@@ -244,11 +244,17 @@ def split(tree: Any, paths: tuple[str, ...]) -> tuple[Any, Any]:
     ({'a': {'c': 2}}, {'a': {'b': 1}, 'd': {'e': 3}})
     """
 
-    def without(tree: Any, at: str) -> Any:
-        if not isinstance(tree, dict):
-            return tree
-        kept = {k: without(v, f"{at}{k}/") for k, v in tree.items() if f"{at}{k}" not in paths}
-        return {k: v for k, v in kept.items() if v != {} or tree[k] == {}}
+    def without(tree: Any, place: str) -> Any:
+        kept = {}
+        for key, value in tree.items():
+            path = f"{place}{key}"
+            if isinstance(value, dict):
+                rest = without(value, f"{path}/")
+                if rest or not value:  # not what held nothing but tables
+                    kept[key] = rest
+            elif path not in paths:
+                kept[key] = value
+        return kept
 
     return without(tree, ""), nest({path: at(tree, path) for path in paths})
 

@@ -1,14 +1,27 @@
 """Embedding tables: rows and optimisers against numpy, what travels, and steps on every mesh."""
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from fw.table_optimizer import lazy_adam, rowwise_adagrad, sgd
-from sharding import ShardingError, gather, make_mesh, rules, scope, tables
+from fw.model import Model, from_nnx
+from fw.models.table import Table
+from fw.optimizer import AdamW, optimizer
+from fw.step import initial_state, make_step
+from fw.table_optimizer import (
+    TableOptions,
+    lazy_adam,
+    row_optimizer,
+    rowwise_adagrad,
+    sgd,
+    with_tables,
+)
+from sharding import create, gather, make_mesh, put, rules, scope, shardings, tables
 from sharding.layout import fit
 
 RULES = rules()
@@ -92,3 +105,69 @@ def test_rows_are_fetched_and_changed_as_in_numpy(kind, load):
         np.testing.assert_allclose(table, expected, rtol=1e-6, atol=1e-6)
         for name, value in state.items():
             np.testing.assert_allclose(value, remembered[name], rtol=1e-6, atol=1e-6)
+
+
+# --- the step -------------------------------------------------------------------------------------
+
+
+class Pairs(nnx.Module):
+    """Ratings of items by users, with a bag of tags: three tables, and a dense layer."""
+
+    def __init__(self, rngs, count=64, names=tables.BY_ROWS):
+        make = partial(Table, size=SIZE, rngs=rngs, init=nnx.initializers.normal(0.5))
+        self.items = make(count, ids=lambda batch: batch["item"], names=names)
+        self.users = make(32, ids=lambda batch: batch["user"], names=tables.WHOLE)
+        self.tags = make(20, ids=lambda batch: batch["tags"], bag="mean", names=tables.BY_COLUMNS)
+        self.out = nnx.Linear(
+            SIZE, 1, rngs=rngs, kernel_metadata={"axes": ("mlp", "labels")},
+            bias_metadata={"axes": ("labels",)},
+        )  # fmt: skip
+
+    def __call__(self, batch):
+        item = self.items(batch) + self.tags(batch)
+        return self.out(item * self.users(batch))[:, 0]
+
+
+def pairs(**options) -> Model:
+    build = lambda rngs: Pairs(rngs, **options)  # noqa: E731
+    return from_nnx(None, build, lambda module, batch, key, train: module(batch))
+
+
+def ratings(step, rows=32, count=64):
+    rng = np.random.default_rng((3, step))
+    tags = np.where(rng.random((rows, 3)) < 0.3, -1, rng.integers(0, 20, (rows, 3)))
+    batch = {"item": rng.zipf(1.5, rows) % count, "user": rng.integers(0, 32, rows), "tags": tags}
+    batch = {name: ids.astype(np.int32) for name, ids in batch.items()}
+    return {**batch, "rating": ((batch["item"] + batch["user"]) % 2).astype(np.float32)}
+
+
+def squared(outputs, batch):
+    return jnp.sum((outputs - batch["rating"]) ** 2), jnp.asarray(outputs.size, outputs.dtype)
+
+
+def begin(model, tx, mesh):
+    key = jax.random.key(0)
+    where = shardings(model.axes, jax.eval_shape(model.init, key), mesh, RULES)
+    return initial_state(create(model.init, key, shardings=where), tx, mesh)
+
+
+def train(model, mesh, steps=10, kind="rowwise_adagrad", **options):
+    mesh, config = make_mesh(mesh), AdamW(learning_rate=1e-2, weight_decay=0.0)
+    rows = row_optimizer(TableOptions(kind, 0.1), config, steps)
+    tx = with_tables(optimizer(config, steps), model, rows)
+    step = make_step(model, squared, tx, mesh=mesh, rules=RULES, **options)
+    state, losses = begin(model, tx, mesh), []
+    for i in range(steps):
+        state, measured = step(state, put(ratings(i), mesh, RULES))
+        losses.append(float(measured["loss"]))
+    return state, losses
+
+
+def test_losses_are_the_same_on_every_mesh_and_in_microbatches():
+    model = pairs()
+    assert sorted(model.tables) == ["items/table", "tags/table", "users/table"]
+    alone = train(model, "data=1")[1]
+    assert np.mean(alone[-3:]) < 0.9 * np.mean(alone[:3])
+    for mesh in ("data=8", "data=2,fsdp=2,tensor=2"):
+        np.testing.assert_allclose(train(model, mesh)[1], alone, rtol=1e-5)
+    np.testing.assert_allclose(train(model, "data=2", accumulate=4)[1], alone, rtol=1e-5)
