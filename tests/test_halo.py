@@ -175,6 +175,7 @@ def test_nothing_travels_but_halos_and_kernels():
         reduce: 2 * 3 / 4 * kernel / 2,
     }
 
+
 @pytest.mark.parametrize(
     ("shape", "options", "said"),
     [

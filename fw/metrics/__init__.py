@@ -2,7 +2,8 @@
 
 | step | where | functions |
 | --- | --- | --- |
-| count | inside jit, on sharded arrays | `confusion`, `label_counts`, `entity_counts`, `mean` |
+| count | inside jit, on sharded arrays | `confusion`, `label_counts`, `entity_counts`, `mean`, |
+| | | `rank_means` |
 | add | on the host, in 64 bits | `merge` |
 | summarise | on the host | `classification_report`, `multi_label_report`, `entity_report`, |
 | | | `regression_report`, `binary_report`, `segmentation_report`, `rand_error`, `mean_value` |
@@ -31,6 +32,7 @@ from fw.metrics.entities import (
     entity_types,
 )
 from fw.metrics.multi_label import THRESHOLD, label_counts, multi_label_report
+from fw.metrics.ranking import rank_means, ranks
 from fw.metrics.regression import regression_report
 from fw.metrics.report import Report, Row, to_dict, to_text
 from fw.metrics.segmentation import rand_error, segmentation_report
@@ -62,6 +64,8 @@ __all__ = [
     "merge",
     "multi_label_report",
     "rand_error",
+    "rank_means",
+    "ranks",
     "regression_report",
     "reliability",
     "roc_auc",

@@ -56,7 +56,9 @@ class UNetConfig:
         for name, known in {"norm": NORMS, "task": ("segmentation",)}.items():
             if getattr(self, name) not in known:
                 given = getattr(self, name)
-                raise FwError(f"{name} {given!r} is not supported; choose one of {', '.join(known)}")
+                raise FwError(
+                    f"{name} {given!r} is not supported; choose one of {', '.join(known)}"
+                )
         if not 0 <= self.dropout < 1:
             raise FwError(f"dropout {self.dropout}: expected at least 0 and less than 1")
 

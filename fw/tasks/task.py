@@ -15,6 +15,9 @@ import numpy as np
 from fw.labels import IGNORE
 from fw.model import Batch
 
+CATALOGUE = "catalogue"
+"""The entry of a batch of evaluation that holds what `Task.index` made of all items."""
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -50,6 +53,9 @@ class Task:
       judge: `(rows, logits of all rows) -> tree` of further counts, for what the device cannot
         count: ranks, spellings. On the host; None for most tasks. The rows are those of
         `fw.data.Packed` or `fw.data.rows.Rows`.
+      index: `(outputs of rows of a catalogue, those rows) -> tree` of what every batch is to be
+        ranked among, [rows, ...] each: `count` finds that of all rows as `batch[CATALOGUE]`. Once
+        an evaluation, on the mesh; None for most tasks.
     """
 
     name: str
@@ -59,6 +65,7 @@ class Task:
     summarise: Callable[[Any], Summary]
     metric: str
     judge: Callable[[Any, np.ndarray], Any] | None = None
+    index: Callable[[Any, Batch], Any] | None = None
 
 
 def cross_entropy(logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
