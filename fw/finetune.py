@@ -30,6 +30,7 @@ from fw.optimizer import learning_rate, optimizer
 from fw.processors import Change, Processor, Text, processor_of
 from fw.recipe import NEW, Finetune, locate
 from fw.step import initial_state, make_step
+from fw.table_optimizer import row_optimizer, with_tables
 from fw.tasks import Summary, make_task
 from fw.train import Progress, train
 from sharding import Rules, make_mesh, put
@@ -109,7 +110,7 @@ def finetune(recipe: Finetune, *, resume: bool = False) -> Path:
         progress = Progress(steps)
         _announce(progress, prepared, loaded, batches.steps_per_epoch, recipe)
 
-        tx = optimizer(recipe, steps)
+        tx = with_tables(optimizer(recipe, steps), model, row_optimizer(recipe, recipe, steps))
         step = make_step(
             model, task.loss, tx, mesh=mesh, rules=rules, precision=recipe.precision,
             accumulate=recipe.accumulate, seed=recipe.seed,
@@ -258,7 +259,10 @@ def _announce(progress: Progress, prepared: Data, loaded: Any, epoch: int, recip
         f"{processor.summary(recipe, prepared.rows['train'])}; {epoch} steps an epoch of "
         f"{len(prepared.records['train']) / max(epoch, 1):.0f} {processor.item}s each"
     )
-    for path in loaded.fresh:
+    if loaded.folder is None:
+        count = sum(x.size for x in jax.tree.leaves(loaded.variables["params"]))
+        progress.say(f"a new {recipe.model} of {count:,} parameters")
+    for path in loaded.fresh if loaded.folder is not None else ():
         progress.say(f"new, not in the checkpoint: {path}")
     for message in prepared.skipped[:3]:
         progress.say(f"skipped: {message}")

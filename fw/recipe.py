@@ -18,6 +18,7 @@ from fw.errors import FwError
 from fw.models.stack_layout import default_microbatches
 from fw.optimizer import AdamW
 from fw.processors import processor_of
+from fw.table_optimizer import TableOptions
 from sharding.parallel.pipeline import REMAT
 
 TASKS = {
@@ -30,22 +31,26 @@ TASKS = {
     "lm": "causal_lm",
     "tabular": "tabular_classification",
     "estimate": "tabular_regression",
+    "rank": "ranking",
+    "retrieve": "retrieval",
 }
 """What `--task` says, and the task that model, data and artifact know."""
 
-NEW = ("mlp", "ft_transformer")
+NEW = ("mlp", "ft_transformer", "dlrm", "two_tower")
 """Models that `--model` names and that begin with random parameters."""
 
 LEARNING_RATE = 1e-3
 """Of a new model, where nothing is said."""
 
+SPLITS = ("auto", "last", "hash")
+
 _POSITIVE = ("batch", "length", "accumulate", "log_every", "keep_last", "keep_best")
-_NOT_NEGATIVE = ("epochs", "steps", "texts", "evaluate_every", "microbatches")
+_NOT_NEGATIVE = ("epochs", "steps", "texts", "evaluate_every", "microbatches", "history")
 _REMAT = {name or "none": name for name in REMAT}
 
 
 @dataclasses.dataclass(frozen=True)
-class Finetune(AdamW):
+class Finetune(AdamW, TableOptions):
     """The recipe of a fine-tuning run; every field is an option of `fw finetune`.
 
     Attributes:
@@ -53,7 +58,8 @@ class Finetune(AdamW):
         number of labels for each text), "regress" (numbers for each text), "qa" (the passage of a
         text that answers a question), "mlm" (words that are hidden), "lm" (the next word of
         documents, and of answers in conversations), "tabular" (a class for each row of a table) or
-        "estimate" (a number for each row).
+        "estimate" (a number for each row), "retrieve" (the items that a user takes) or "rank"
+        (whether a user takes an item).
       model: a name of `fw fetch --list`, or a Hugging Face model folder; or a new model, "mlp" or
         "ft_transformer" for tables. Nothing: all-MiniLM-L6-v2 for texts, ft_transformer for tables.
       config: fields of a new model's config, as in depth=4,sizes=32/64.
@@ -87,6 +93,10 @@ class Finetune(AdamW):
       numeric: columns of numbers, whatever they look like.
       categorical: columns of categories, whatever they look like.
       classes: of a table's target in the order of their ids, of two the positive one last.
+      threshold: the least rating that counts as liked, for "rank" and "retrieve"; 0 for none.
+      history: how many of a user's last items are known of them.
+      split: of events: last (each user's last for the test, the one before for dev), hash (of
+        pairs), or auto: last where there are timestamps.
       scheme: of the tags in the files: auto, bio or iob1.
       separator: between the labels in a table's cell, for "multilabel".
       skip_bad_rows: count rows that cannot be read instead of stopping at the first.
@@ -126,6 +136,9 @@ class Finetune(AdamW):
     numeric: str = ""
     categorical: str = ""
     classes: str = ""
+    threshold: float = 0.0
+    history: int = 50
+    split: str = "auto"
     scheme: str = "auto"
     separator: str = SEPARATOR
     skip_bad_rows: bool = False
@@ -139,8 +152,10 @@ class Finetune(AdamW):
         for field in dataclasses.fields(self):
             if field.type is float and not math.isfinite(value := getattr(self, field.name)):
                 raise FwError(f"{field.name} is {value}; expected a number")
-        super().__post_init__()
-        for name, known in (("task", TASKS), ("scheme", SCHEMES), ("remat", _REMAT)):
+        AdamW.__post_init__(self)
+        TableOptions.__post_init__(self)
+        choices = {"task": TASKS, "scheme": SCHEMES, "remat": _REMAT, "split": SPLITS}
+        for name, known in choices.items():
             if (value := getattr(self, name)) not in known:
                 raise FwError(f"{name} {value!r} is unknown; choose one of {', '.join(known)}")
         if not self.data:

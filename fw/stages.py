@@ -178,9 +178,12 @@ def _rows_by_domain(opened: Opened, split: str, moved: str = "") -> dict[str, An
             f"{moved or recipe.data}: has no {processor.item}s for {split}; it has "
             f"{', '.join(records)}"
         )
-    groups: dict[str, list] = {}
-    for item in records[split]:
-        groups.setdefault(getattr(item, "domain", ""), []).append(item)
+    groups: dict[str, Any] = {}
+    if isinstance(records[split], list):
+        for item in records[split]:
+            groups.setdefault(getattr(item, "domain", ""), []).append(item)
+    else:
+        groups[""] = records[split]
     return {
         domain: processor.rows(recipe, group, opened.task.labels, learn=False)[0]
         for domain, group in sorted(groups.items())
@@ -251,9 +254,10 @@ def export_run(folder: str | Path, *, name: str = "f32", output: str | Path | No
     """
     opened = open_run(folder)
     variables, _ = variant(opened, name)
+    model, variables = opened.processor.exported(opened.loaded.model, variables)
     return export.save(
         Path(output) if output else opened.folder / run.ARTIFACT,
-        model=opened.model,
+        model=model,
         variables=variables,
         task=opened.task.name,
         labels=opened.task.labels,

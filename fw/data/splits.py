@@ -129,8 +129,8 @@ def load_splits(path: str | Path, task: str, **options: Any) -> dict[str, list]:
     """Read a data set: a folder with files for train, dev and test, or one file.
 
     The word of the split stands in a file's name, or in the name of a folder above it. A folder
-    without a dev file gives no "dev": see `hold_out`. One file, and the folder of `read_vader`,
-    are split by `split_by_hash`.
+    without a dev file gives no "dev": see `hold_out`. One file, also alone in a folder, and the
+    folder of `read_vader`, are split by `split_by_hash`.
 
     Args:
         path: the folder or file.
@@ -176,6 +176,9 @@ def load_files(
         FwError: no training file, two files for one split, or what `read` refuses.
     """
     if path.is_dir():
+        every = [file for file in path.rglob("*") if file.suffix.lower() in suffixes]
+        if len(every) == 1 and not _split_of(every[0].relative_to(path).parts):
+            return split_records(read(every[0]))
         files = _find_files(path, suffixes, what)
         return {split: read(file) for split, file in files.items()}
     return split_records(read(path))
@@ -188,15 +191,7 @@ def _find_files(folder: Path, suffixes: Collection[str], what: str) -> dict[str,
         names = file.relative_to(folder).parts
         if file.suffix.lower() not in suffixes or not file.is_file():
             continue
-        split = next(
-            (
-                split
-                for name in reversed(names)
-                for split in SPLITS
-                if _IN_NAME[split].search(name.lower())
-            ),
-            None,
-        )
+        split = _split_of(names)
         if split is None:
             continue
         if split in found:
@@ -212,6 +207,19 @@ def _find_files(folder: Path, suffixes: Collection[str], what: str) -> dict[str,
             "a single file can be given by its own path"
         )
     return {split: found[split] for split in SPLITS if split in found}
+
+
+def _split_of(names: Sequence[str]) -> str | None:
+    """The split that a file's name says, or else that of a folder above it."""
+    return next(
+        (
+            split
+            for name in reversed(names)
+            for split in SPLITS
+            if _IN_NAME[split].search(name.lower())
+        ),
+        None,
+    )
 
 
 def _alone(records: Sequence[Record]) -> Document | None:

@@ -5,7 +5,7 @@ before each sublayer (but not before the first) makes of that one the answer. `f
 says what a batch is.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import jax
@@ -36,7 +36,7 @@ class FTTransformerConfig:
       layer_norm_eps: of the norms.
     """
 
-    numbers: int
+    numbers: int = field(metadata={"signed": True})  # there may be none
     categories: tuple[int, ...]
     num_labels: int
     task: str
@@ -92,7 +92,7 @@ class Tokens(nnx.Module):
         if "categories" in batch:
             tokens.append(self.categories(batch["categories"]))
         x = jnp.concatenate(tokens, 1) + self.bias[...]
-        first = jnp.broadcast_to(self.first[...], (len(x), *self.first.shape))
+        first = jnp.broadcast_to(self.first[...], (x.shape[0], *self.first.shape))
         return constrain(jnp.concatenate([first, x], 1), "batch", None, "embed")
 
 

@@ -3,7 +3,7 @@
 Numbers go in as they are or as `Waves`, categories as vectors; then layers of relu and dropout.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import jax
@@ -36,7 +36,7 @@ class MLPConfig:
       frequency: deviation of the frequencies before training, in waves a unit.
     """
 
-    numbers: int
+    numbers: int = field(metadata={"signed": True})  # there may be none
     categories: tuple[int, ...]
     num_labels: int
     task: str
@@ -44,7 +44,7 @@ class MLPConfig:
     num_hidden_layers: int = 2
     dropout: float = 0.1
     category_size: int = 8
-    number_size: int = 0
+    number_size: int = field(default=0, metadata={"signed": True})
     waves: int = 16
     frequency: float = 0.1
 
@@ -102,7 +102,7 @@ class MLP(nnx.Module):
             x = x + self.numbers(numbers, ROWS) + self.missing(batch["missing"], ROWS)
         if "categories" in batch:
             vectors = self.vectors(batch["categories"])
-            x = x + self.categories(vectors.reshape(len(vectors), -1), ROWS)
+            x = x + self.categories(vectors.reshape(vectors.shape[0], -1), ROWS)
         x, name = constrain(x, "batch", "mlp"), "mlp"
         for i, layer in enumerate([None, *self.layers]):
             if layer is not None:

@@ -5,12 +5,14 @@
 | `processor` | what every kind has |
 | `text` | texts; `answers`, `ask` and `words` are what is said of them |
 | `table` | rows of tables |
+| `events` | users and items |
 | `outputs` | what all kinds have in common |
 """
 
 from fw.data import columns
 from fw.data.formats import FORMATS
 from fw.errors import FwError
+from fw.processors.events import Ranking, Retrieval
 from fw.processors.processor import Change, Processor
 from fw.processors.table import Table
 from fw.processors.text import Text
@@ -18,6 +20,8 @@ from fw.processors.text import Text
 PROCESSORS: dict[str, type[Processor]] = {
     **dict.fromkeys(FORMATS, Text),
     **dict.fromkeys(columns.TASKS, Table),
+    "ranking": Ranking,
+    "retrieval": Retrieval,
 }
 """By the task's name."""
 

@@ -20,7 +20,7 @@ from fw.data.rows import AnyRows
 
 if TYPE_CHECKING:
     from fw.export.load import Artifact
-    from fw.model import Model
+    from fw.model import Model, Variables
     from fw.recipe import Finetune
 
 Change = Callable[[dict[str, np.ndarray], np.ndarray], dict[str, np.ndarray]]
@@ -100,6 +100,10 @@ class Processor(Protocol):
     def fits(self, config: Any, task: str) -> None:
         """Refuses a model that it does not go with."""
         ...
+
+    def exported(self, model: Model, variables: Variables) -> tuple[Model, Variables]:
+        """What goes into the artifact: as a rule, the model as `adapt` has it."""
+        return self.adapt(model), variables
 
     def specs(self, task: str) -> dict[str, jax.ShapeDtypeStruct]:
         """What the exported function takes; sizes may be symbolic."""

@@ -93,7 +93,7 @@ class Table(Processor):
             raise FwError(f"model {recipe.model!r} reads no tables; choose {' or '.join(kinds)}")
         return read_fields(
             kinds[recipe.model], recipe.config, numbers=len(self.columns.numbers),
-            cardinalities=self.columns.cardinalities, num_labels=len(labels), task=task,
+            categories=self.columns.cardinalities, num_labels=len(labels), task=task,
         )  # fmt: skip
 
     def adapt(self, model: Model) -> Model:
@@ -128,10 +128,10 @@ class Table(Processor):
         """Refuses a model of other columns."""
         own = self.columns
         want = (len(own.numbers), own.cardinalities)
-        if task != own.task or (config.numbers, tuple(config.cardinalities)) != want:
+        if task != own.task or (config.numbers, config.categories) != want:
             raise FwError(
                 f"columns: {want[0]} of numbers and categories of {want[1]} values for {own.task}; "
-                f"the model has {config.numbers} and {tuple(config.cardinalities)} for {task}"
+                f"the model has {config.numbers} and {config.categories} for {task}"
             )
 
     def specs(self, task: str) -> dict[str, jax.ShapeDtypeStruct]:
