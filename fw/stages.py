@@ -213,7 +213,10 @@ def compress_run(
     opened = open_run(folder, mesh)
     rows_by_domain = _rows_by_domain(opened, split, data)
     params = opened.loaded.variables["params"]
-    small, leaves = compress.quantize(params)
+    try:
+        small, leaves = compress.quantize(params)
+    except ValueError as error:  # none of its parameters is a kernel
+        raise FwError(f"{opened.folder / MODEL}: nothing to make int8 of: {error}") from error
     target, part = opened.folder / INT8, opened.folder / f"{INT8}.part"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()

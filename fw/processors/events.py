@@ -225,11 +225,11 @@ class Retrieval(_OfEvents):
         def scores(
             variables: Variables, batch: Any, *, key: Any = None, train: bool = False
         ) -> tuple[jax.Array, Variables]:
-            found, _ = model.apply(variables, batch)
-            return found["user"] @ variables["state"]["catalogue"].T, variables
+            own = {kind: variables[kind] for kind in ("params", "state")}
+            found, _ = model.apply(own, batch)
+            return found["user"] @ variables["catalogue"].T, variables
 
-        state = {**variables["state"], "catalogue": items}
-        return replace(model, apply=scores), {**variables, "state": state}
+        return replace(model, apply=scores), {**variables, "catalogue": items}
 
     def inputs(self, items: Sequence[Any]) -> dict[str, np.ndarray]:
         """The users' columns."""
