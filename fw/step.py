@@ -4,6 +4,7 @@ The step knows the model's record, a task's loss and an optax transformation. It
 function on every mesh; where things lie is said by the shardings of its arguments.
 """
 
+import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,6 +18,9 @@ from fw.errors import FwError
 from fw.model import Batch, Model, Variables
 from fw.optimizer import state_shardings
 from sharding import Rules, constrain, scope, shardings
+from sharding.layout import is_names
+
+log = logging.getLogger(__name__)
 
 Loss = Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
 
@@ -101,7 +105,9 @@ def make_step(
       tx: the optimiser.
       mesh, rules: where activations go.
       precision: of the dots; see `fw.precision`.
-      accumulate: microbatches a step; their gradients are summed before the one update.
+      accumulate: microbatches a step; their gradients are summed before the one update. A model
+        with state, such as a batch norm's averages, is computed in one piece all the same: each
+        row's output depends on all rows. `remat` in its config saves memory instead.
       seed: of dropout; its key is a function of (seed, step, microbatch).
 
     Returns:
@@ -109,6 +115,10 @@ def make_step(
       scalars but `tokens`: `loss`, `grad_norm` (before clipping), `tokens` (i32, those not
       padding; 0 where the batch has no `segment_ids`).
     """
+
+    if accumulate > 1 and jax.tree.leaves(model.axes.get("state"), is_leaf=is_names):
+        log.warning("the batch is not cut into %s: the model's state is of all of it", accumulate)
+        accumulate = 1
 
     def total(params, state, batch, key):
         apply = precision_.apply(model.apply, precision)

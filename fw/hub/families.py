@@ -19,7 +19,16 @@ from fw.hub.files import AnyTensor, Tensors
 from fw.hub.header import shown_name
 from fw.labels import PROBLEMS
 from fw.model import Model
-from fw.models import bert, distilbert, llama, modernbert, resnet, roberta, vit
+from fw.models import (
+    bert,
+    distilbert,
+    efficientnet,
+    llama,
+    modernbert,
+    resnet,
+    roberta,
+    vit,
+)
 from fw.models.names import Name
 from sharding import paths
 
@@ -276,6 +285,14 @@ FAMILIES: Mapping[str, Family] = types.MappingProxyType(
             prefix="resnet.",
             head=("classifier.",),
             writes=resnet.write_config,
+        ),
+        "efficientnet_lite": Family(
+            efficientnet.EfficientNetConfig,
+            efficientnet.efficientnet,
+            efficientnet.torch_names,
+            architectures={"image_classification": "EfficientNet"},
+            prefix="",
+            head=("_fc.",),
         ),
     }
 )
