@@ -37,7 +37,8 @@ def load(
     """Brings a pretrained model onto a mesh; its family is found from its `config.json`.
 
     Args:
-      source: a model folder, a GGUF or `.pth` file, a name of `fw fetch --list`, or `hf:owner/name@revision`.
+      source: a model folder, a GGUF or `.pth` file, a name of `fw fetch --list`, or
+        `hf:owner/name@revision`.
       mesh: a mesh, or its axes as in "data=2,fsdp=2,tensor=2".
       rules: rules, or the name of a preset.
       task, labels, key, dtype: as in `fw.hub.load`.
