@@ -1,6 +1,6 @@
 """Vision models: transformers' numbers both ways, batch norm as torch has it and on every mesh."""
 
-import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.special
+import sklearn.metrics
 
-from fw import hub
+from fw import hub, metrics
 from fw.errors import FwError
 from fw.models.resnet import ResNetConfig, resnet
-from fw.models.vision import batch_norm
-from fw.models.vit import Dinov2Config, ViTConfig, vit
+from fw.models.vision import BatchNorm, batch_norm
 from fw.step import initial_state, make_step
+from fw.tasks import make_task
+from fw.tasks.image_classification import image_classification
 from fw.tasks.task import cross_entropy
-from sharding import create, gather, make_mesh, put, rules, scope, shardings
+from sharding import gather, make_mesh, put, rules, scope, shardings
 from tests.test_hub import assert_same_tensors
 
 ROOT = Path(__file__).parents[1]
@@ -89,40 +92,94 @@ def test_batch_norm_far_from_zero_and_its_derivative():
 
 
 SMALL = ResNetConfig(8, (8, 16), (1, 1), num_labels=4, layer_type="basic", stem="small")
+STEPS = 20
 
 
-def trained(model, spec, batches, accumulate=1, preset="fsdp_tensor"):
+@functools.cache
+def trained(spec, accumulate=1):
     """The variables after some steps, and their losses."""
-    mesh, layout, tx = make_mesh(spec), rules(preset), optax.sgd(0.05, momentum=0.9)
-    key = jax.random.key(0)
+    model, random, key = resnet(SMALL), np.random.default_rng(0), jax.random.key(0)
+    mesh, layout, tx = make_mesh(spec), rules(), optax.sgd(0.05, momentum=0.9)
     places = shardings(model.axes, jax.eval_shape(model.init, key), mesh, layout)
-    # Made on one device: what is compared are the steps.
+    # Drawn on one device: what is compared are the steps.
     state = initial_state(jax.device_put(model.init(key), places), tx, mesh)
     step = make_step(model, cross_entropy, tx, mesh=mesh, rules=layout, accumulate=accumulate)
-    losses = []
-    for batch in batches:
-        state, figures = step(state, put(batch, mesh, layout))
+    losses, classes = [], random.normal(1, 2, (4, 8, 8, 3)).astype(np.float32)
+    for _ in range(STEPS):
+        labels = random.integers(0, 4, 16).astype(np.int32)
+        pixels = classes[labels] + random.normal(size=(16, 8, 8, 3)).astype(np.float32)
+        state, figures = step(state, put({"pixel_values": pixels, "labels": labels}, mesh, layout))
         losses.append(float(figures["loss"]))
     return gather(state.variables), losses
 
 
+@pytest.mark.usefixtures("quickly_compiled")
 @pytest.mark.parametrize(
-    ("spec", "accumulate"), [("data=8", 1), (EIGHT, 1), (EIGHT, 2), ("data=2,fsdp=4", 4)]
+    ("spec", "accumulate"),
+    [
+        (EIGHT, 2),
+        pytest.param("data=8", 1, marks=pytest.mark.slow),
+        pytest.param("data=2,fsdp=4", 4, marks=pytest.mark.slow),
+        pytest.param("data=4,tensor=2", 1, marks=pytest.mark.slow),
+    ],
 )
 def test_batch_norm_sees_the_global_batch(spec, accumulate):
-    model = resnet(SMALL)
-    random = np.random.default_rng(0)
-    batches = [
-        {
-            "pixel_values": random.normal(1, 2, (16, 8, 8, 3)).astype(np.float32),
-            "labels": random.integers(0, 4, 16).astype(np.int32),
-        }
-        for _ in range(20)
+    (one, losses), (eight, others) = trained(ONE), trained(spec, accumulate)
+    assert losses[-1] < 0.7 * losses[0]  # something was learnt
+    np.testing.assert_allclose(others, losses, atol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), one, eight)
+    assert int(eight["state"]["stem"]["norm"]["count"]) == STEPS
+
+
+def test_running_averages_are_those_of_torch():
+    """mean ← 0.9 mean + 0.1 batch's, and the variance by n - 1."""
+    x = 2 + 3 * normal(5, 6, 4, 4, 3)
+    module = BatchNorm(3)
+    module(x, True)
+    rows = x.reshape(-1, 3).astype(np.float64)
+    np.testing.assert_allclose(module.mean[...], 0.1 * rows.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(module.var[...], 0.9 + 0.1 * rows.var(0, ddof=1), rtol=1e-5)
+    with pytest.raises(FwError, match="one number a channel"):
+        module(x[:1, :1, :1], True)
+
+
+# --- the task -------------------------------------------------------------------------------------
+
+
+def test_top_five_and_the_report_are_those_of_scikit_learn():
+    names = tuple("abcdefgh")
+    task, random = make_task("image_classification", names), np.random.default_rng(3)
+    logits = random.integers(-3, 4, (60, 8)).astype(np.float32)  # many are equal
+    labels = random.integers(0, 8, 60).astype(np.int32)
+    given = np.where(np.arange(60) % 7 == 0, -1, labels).astype(np.int32)
+    parts = [
+        jax.jit(task.count)(logits[rows], {"labels": given[rows]})
+        for rows in (slice(0, 25), slice(25, 60))
     ]
-    one, losses = trained(model, ONE, batches)
-    eight, others = trained(model, spec, batches, accumulate)
-    np.testing.assert_allclose(others, losses, rtol=1e-6, atol=1e-6)
-    worst = jax.tree.map(lambda a, b: np.abs(a - b).max(), one, eight)
-    print(spec, accumulate, max(map(float, jax.tree.leaves(worst))))
-    assert max(map(float, jax.tree.leaves(worst))) < 1e-6 
-    assert int(eight["state"]["stem"]["norm"]["count"]) == 20
+    figures = task.summarise(metrics.merge(*parts)).figures
+    own = given >= 0
+    expected = sklearn.metrics.top_k_accuracy_score(labels[own], logits[own], k=5, labels=range(8))
+    np.testing.assert_allclose(figures["top_5_accuracy"], expected, rtol=1e-7)
+    predicted = logits[own].argmax(1)
+    report = sklearn.metrics.classification_report(
+        labels[own], predicted, target_names=names, output_dict=True, zero_division=0
+    )
+    assert figures["accuracy"] == report["accuracy"]
+    np.testing.assert_allclose(figures["macro_f1"], report["macro avg"]["f1-score"])
+    few = make_task("image_classification", ("no", "yes"))
+    assert "top_5" not in few.count(jnp.asarray(logits[:, :2]), {"labels": jnp.asarray(given % 2)})
+
+
+def test_mixed_and_smoothed_loss():
+    logits, random = normal(1, 6, 4), np.random.default_rng(1)
+    labels, others = (random.integers(0, 4, 6).astype(np.int32) for _ in range(2))
+    labels[2] = -1
+    share = random.uniform(size=6).astype(np.float32)
+    log_p = np.log(scipy.special.softmax(logits.astype(np.float64), axis=1))
+    goal = 0.9 * (share[:, None] * np.eye(4)[labels] + (1 - share[:, None]) * np.eye(4)[others])
+    expected = -np.sum((goal + 0.1 / 4) * log_p, axis=1)[labels >= 0].sum()
+    batch = {"labels": labels, "other_labels": others, "share": share}
+    task = image_classification(tuple("abcd"), smoothing=0.1)
+    total, weight = jax.jit(task.loss)(logits, batch)
+    np.testing.assert_allclose(total, expected, rtol=1e-5)
+    assert weight == 5

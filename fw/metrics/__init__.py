@@ -2,7 +2,8 @@
 
 | step | where | functions |
 | --- | --- | --- |
-| count | inside jit, on sharded arrays | `confusion`, `label_counts`, `entity_counts`, `mean` |
+| count | inside jit, on sharded arrays | `confusion`, `within_top`, `label_counts`, |
+| | | `entity_counts`, `mean` |
 | add | on the host, in 64 bits | `merge` |
 | summarise | on the host | `classification_report`, `multi_label_report`, `entity_report`, |
 | | | `regression_report`, `mean_value` |
@@ -11,7 +12,7 @@
 
 from fw.labels import IGNORE
 from fw.metrics.accumulate import Mean, Sample, mean, mean_value, merge
-from fw.metrics.classification import classification_report, confusion
+from fw.metrics.classification import classification_report, confusion, within_top
 from fw.metrics.entities import (
     Mode,
     Scheme,
@@ -49,4 +50,5 @@ __all__ = [
     "squad_scores",
     "to_dict",
     "to_text",
+    "within_top",
 ]

@@ -169,7 +169,7 @@ def batch_norm(x, scale, bias, epsilon):
 
 def _batch_norm_fwd(x, scale, bias, epsilon):
     rows = tuple(range(x.ndim - 1))
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = x.astype(np.promote_types(x.dtype, np.float32))
     # Around the mean: E[x²] - E[x]² has no digit left where the mean is a thousand deviations
     # away, and takes a CPU as many passes over x.
     mean = jnp.mean(wide, rows)
