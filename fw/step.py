@@ -5,6 +5,7 @@ function on every mesh; where things lie is said by the shardings of its argumen
 tables it sees the rows that a batch has and no others: see `fw.models.table`.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -18,6 +19,9 @@ from fw.errors import FwError
 from fw.model import ROWS, Batch, Model, Variables
 from fw.table_optimizer import Optimizer, WithTables, at, join, nest, optimizer_shardings, split
 from sharding import Rules, constrain, scope, shardings, tables
+from sharding.layout import is_names
+
+log = logging.getLogger(__name__)
 
 Loss = Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
 
@@ -100,7 +104,9 @@ def make_step(
       tx: the optimiser; for a model with tables, of `fw.table_optimizer.with_tables`.
       mesh, rules: where activations go.
       precision: of the dots; see `fw.precision`.
-      accumulate: microbatches a step; their gradients are summed before the one update.
+      accumulate: microbatches a step; their gradients are summed before the one update. A model
+        with state, such as a batch norm's averages, is computed in one piece all the same: each
+        row's output depends on all rows. `remat` in its config saves memory instead.
       seed: of dropout; its key is a function of (seed, step, microbatch).
 
     Returns:
@@ -117,6 +123,10 @@ def make_step(
             f"the model has the tables {sorted(model.tables)}, but the optimiser is for "
             f"{sorted(own)}; make it with fw.table_optimizer.with_tables"
         )
+
+    if accumulate > 1 and jax.tree.leaves(model.axes.get("state"), is_leaf=is_names):
+        log.warning("the batch is not cut into %s: the model's state is of all of it", accumulate)
+        accumulate = 1
 
     def total(learnt, fixed, state, batch, key):
         apply = precision_.apply(model.apply, precision)

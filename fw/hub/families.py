@@ -23,6 +23,7 @@ from fw.models import (
     bert,
     distilbert,
     dlrm,
+    efficientnet,
     ft_transformer,
     llama,
     mlp,
@@ -299,6 +300,14 @@ FAMILIES: Mapping[str, Family] = types.MappingProxyType(
         ),
         "dlrm": own_family(dlrm.DLRMConfig, dlrm.dlrm, ["ranking"]),
         "two_tower": own_family(two_tower.TwoTowerConfig, two_tower.two_tower, ["retrieval"]),
+        "efficientnet_lite": Family(
+            efficientnet.EfficientNetConfig,
+            efficientnet.efficientnet,
+            efficientnet.torch_names,
+            architectures={"image_classification": "EfficientNet"},
+            prefix="",
+            head=("_fc.",),
+        ),
     }
 )
 """The families that fw knows, by `model_type`."""

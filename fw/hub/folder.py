@@ -34,10 +34,10 @@ from fw.hub.files import (
     copy_tokenizer,
     largest,
     new_folder,
-    open_model,
 )
 from fw.hub.header import shown_name
 from fw.hub.reader import reader
+from fw.hub.source import open_model
 from fw.model import Model, Variables
 from fw.models.names import Name
 from fw.models.stack_layout import scans
@@ -101,7 +101,7 @@ def load(
 
     Args:
       folder: holds `config.json` and `model.safetensors`, or an index and several such files; or
-        a GGUF file, or its path.
+        a GGUF file, or its path; or a state dict of EfficientNet-Lite, `.pth`, or its path.
       mesh, rules: where the parameters go.
       key: for parameters that the folder lacks; each gets what `model.init(key)` gives it. None
         requires a complete folder.

@@ -2,8 +2,8 @@
 
 | step | where | functions |
 | --- | --- | --- |
-| count | inside jit, on sharded arrays | `confusion`, `label_counts`, `entity_counts`, `mean`, |
-| | | `rank_means` |
+| count | inside jit, on sharded arrays | `confusion`, `within_top`, `label_counts`, |
+| | | `entity_counts`, `rank_means`, `mean` |
 | add | on the host, in 64 bits | `merge` |
 | summarise | on the host | `classification_report`, `multi_label_report`, `entity_report`, |
 | | | `regression_report`, `binary_report`, `segmentation_report`, `rand_error`, `mean_value` |
@@ -22,7 +22,7 @@ from fw.metrics.binary import (
     roc_auc,
     roc_curve,
 )
-from fw.metrics.classification import classification_report, confusion
+from fw.metrics.classification import classification_report, confusion, within_top
 from fw.metrics.entities import (
     Mode,
     Scheme,
@@ -74,4 +74,5 @@ __all__ = [
     "squad_scores",
     "to_dict",
     "to_text",
+    "within_top",
 ]

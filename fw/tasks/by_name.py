@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from fw.errors import FwError
+from fw.tasks.image_classification import image_classification
 from fw.tasks.language_modelling import causal_lm, masked_lm
 from fw.tasks.multi_label_classification import multi_label_classification
 from fw.tasks.question_answering import question_answering
@@ -29,6 +30,7 @@ _EVERY = (
     segmentation,
     ranking,
     retrieval,
+    image_classification,
 )
 _TASKS = {task.__name__: task for task in _EVERY}
 
