@@ -38,6 +38,7 @@ from sharding import (
     scope,
     shardings,
     tables,
+    top_k,
 )
 from sharding.layout import fit
 
@@ -154,6 +155,47 @@ def test_how_a_table_is_cut():
         jax.eval_shape(gradient, jnp.ones((8, 2)))
     with pytest.raises(ShardingError, match=r"expected a table \[count, size\] and ids int32"):
         tables.fetch(jnp.ones((8, 2)), jnp.zeros(4))
+
+
+@pytest.mark.parametrize("mesh", ["", "data=8", "data=2,fsdp=4", "data=4,tensor=2"])
+def test_the_best_of_a_catalogue_are_those_of_a_stable_sort(mesh):
+    """Of 10^5 items and no products that round, so that very many are equal."""
+    rng, k, rows, count = np.random.default_rng(5), 20, 100_352, 100_000
+    items = rng.integers(-2, 3, (rows, 8)).astype(np.float32)
+    queries = rng.integers(-2, 3, (16, 8)).astype(np.float32)
+    scores = queries @ items[:count].T
+    seen = np.argsort(-scores, axis=1, kind="stable")[:, :30:3].astype(np.int32)  # of the best
+    seen[:, 5:] = np.where(rng.random((16, 5)) < 0.5, -1, seen[:, 5:])
+    seen[0] = -1
+    for row, ids in enumerate(seen):
+        scores[row, ids[ids >= 0]] = -np.inf
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    call = jax.jit(partial(top_k, k=k, count=count))
+    given: Any = queries, items
+    if mesh:
+        where = make_mesh(mesh)
+        placed = jax.device_put(items, fit(tables.BY_ROWS, items.shape, where, RULES))
+        given = put(queries, where, RULES), placed
+    with scope(where, RULES) if mesh else contextlib.nullcontext():
+        exclude = put(seen, where, RULES) if mesh else seen
+        lowered = call.lower(*given, exclude=exclude)
+        compiled = lowered.compile()
+        found, ids = compiled(*given, exclude=exclude)
+    np.testing.assert_array_equal(ids, best)
+    np.testing.assert_array_equal(found, np.take_along_axis(scores, best, 1))
+    assert compiled.memory_analysis().temp_size_in_bytes < scores.nbytes / 4
+
+
+def test_a_catalogue_that_ends():
+    """Fewer items are left than are asked for; others, whose rows are padding, do not come up."""
+    call = partial(top_k, jnp.ones((8, 1)), jnp.arange(16.0)[:, None], 3, count=3)
+    exclude = jnp.array([[0, 2]] * 8, jnp.int32)
+    with scope(make_mesh("data=8"), RULES):
+        scores, ids = jax.jit(call)(exclude=exclude)
+    np.testing.assert_array_equal(ids, [[1, -1, -1]] * 8)
+    np.testing.assert_array_equal(scores, [[1, -np.inf, -np.inf]] * 8)
+    with pytest.raises(ShardingError, match="k=4 of 3 items in 16 rows"):
+        top_k(jnp.ones((8, 1)), jnp.ones((16, 1)), 4, count=3)
 
 
 # --- the step -------------------------------------------------------------------------------------
