@@ -18,6 +18,7 @@ class Rows:
         arrays: [R, ...] each; anything with `shape`, `dtype` and an index of integers will do, so
             that images can be decoded as they are asked for.
         empty: what fills an array of an empty row, which no metric counts.
+        catalogue: what every row is to be ranked among; None for most tasks.
 
     >>> Rows({"labels": np.array([1, 0], np.int32)}, {"labels": -1}).rows
     2
@@ -25,6 +26,7 @@ class Rows:
 
     arrays: Mapping[str, np.ndarray]
     empty: Mapping[str, float]
+    catalogue: "Rows | None" = None
 
     @property
     def rows(self) -> int:

@@ -7,12 +7,15 @@ from fw.tasks.multi_label_classification import (
     sigmoid_cross_entropy,
 )
 from fw.tasks.question_answering import question_answering, span_loss
+from fw.tasks.ranking import ranking
 from fw.tasks.regression import regression, squared_error
+from fw.tasks.retrieval import retrieval, sampled_softmax
 from fw.tasks.sequence_classification import sequence_classification
-from fw.tasks.task import Summary, Task, cross_entropy
+from fw.tasks.task import CATALOGUE, Summary, Task, cross_entropy
 from fw.tasks.token_classification import token_classification
 
 __all__ = [
+    "CATALOGUE",
     "Summary",
     "Task",
     "causal_lm",
@@ -21,7 +24,10 @@ __all__ = [
     "masked_lm",
     "multi_label_classification",
     "question_answering",
+    "ranking",
     "regression",
+    "retrieval",
+    "sampled_softmax",
     "sequence_classification",
     "sigmoid_cross_entropy",
     "span_loss",

@@ -6,7 +6,9 @@ from fw.errors import FwError
 from fw.tasks.language_modelling import causal_lm, masked_lm
 from fw.tasks.multi_label_classification import multi_label_classification
 from fw.tasks.question_answering import question_answering
+from fw.tasks.ranking import ranking
 from fw.tasks.regression import regression
+from fw.tasks.retrieval import retrieval
 from fw.tasks.sequence_classification import sequence_classification
 from fw.tasks.task import Task
 from fw.tasks.token_classification import token_classification
@@ -19,6 +21,8 @@ _EVERY = (
     question_answering,
     masked_lm,
     causal_lm,
+    ranking,
+    retrieval,
 )
 _TASKS = {task.__name__: task for task in _EVERY}
 
