@@ -81,23 +81,19 @@ class Tower(nnx.Module):
 
     def __init__(self, config: TwoTowerConfig, count: int, names: tuple[str, ...], rngs: nnx.Rngs):
         self.config, self.names = config, names
-        self.mlp = None
-        if config.hidden:
-            size_in = count * config.size + len(names)
-            self.mlp = MLP(size_in, (*config.hidden, config.size), last_relu=False, rngs=rngs)
-        elif names:
-            self.mlp = MLP(len(names), (config.size,), last_relu=False, rngs=rngs)
+        size_in = len(names) + (count * config.size if config.hidden else 0)
+        sizes = (*config.hidden, config.size)
+        self.mlp = MLP(size_in, sizes, last_relu=False, rngs=rngs) if size_in else None
 
     def __call__(self, vectors: list[jax.Array], batch: Batch, key: jax.Array | None) -> jax.Array:
         config, given = self.config, numbers(batch, self.names)
         x = dropout(jnp.stack(vectors, axis=1), config.dropout, key)
-        if config.hidden:
-            assert self.mlp is not None
-            flat = x.reshape(x.shape[0], -1)
-            y = self.mlp(jnp.concatenate([flat, *given], axis=1))
-        else:
+        if self.mlp is None:
             y = jnp.sum(x, axis=1)
-            y = y + self.mlp(*given) if self.mlp is not None else y
+        elif config.hidden:
+            y = self.mlp(jnp.concatenate([x.reshape(x.shape[0], -1), *given], axis=1))
+        else:
+            y = jnp.sum(x, axis=1) + self.mlp(*given)
         if config.normalize:
             length = jnp.sqrt(jnp.sum(jnp.square(y), -1, keepdims=True))
             y = y / jnp.maximum(length, np.asarray(1e-12, y.dtype))
