@@ -50,6 +50,15 @@ def split_by_hash(text: str) -> str:
     return {0: "test", 1: "dev"}.get(tenth, "train")
 
 
+def split_named(name: str) -> str | None:
+    """The split whose word stands in the name of a file or folder; None for none.
+
+    >>> split_named("dev-2.csv"), split_named("latest")
+    ('dev', None)
+    """
+    return next((split for split in SPLITS if _IN_NAME[split].search(name.lower())), None)
+
+
 def split_records(records: Sequence[Record]) -> dict[str, list]:
     """Give every record to the split of its text, and of one document alone its parts.
 
@@ -167,15 +176,7 @@ def _find_files(folder: Path, task: str) -> dict[str, Path]:
         names = file.relative_to(folder).parts
         if file.suffix.lower() not in FORMATS[task].readers or not file.is_file():
             continue
-        split = next(
-            (
-                split
-                for name in reversed(names)
-                for split in SPLITS
-                if _IN_NAME[split].search(name.lower())
-            ),
-            None,
-        )
+        split = next(filter(None, map(split_named, reversed(names))), None)
         if split is None:
             continue
         if split in found:

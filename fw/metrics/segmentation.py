@@ -98,7 +98,7 @@ def regions(classes: np.ndarray) -> np.ndarray:
 
     found, count = np.zeros(classes.shape, np.int64), 0
     for one in np.unique(classes[classes > 0]):
-        numbered, more = ndimage.label(classes == one)
+        numbered, more = ndimage.label(classes == one)  # pyright: ignore[reportGeneralTypeIssues]
         found += np.where(numbered, numbered + count, 0)
         count += more
     return found
@@ -137,9 +137,7 @@ def rand_error(labels: np.ndarray, predicted: np.ndarray) -> float | None:
     found = regions(np.where(counted, predicted, 0))[true > 0]
     true = true[true > 0]
     both = np.unique(np.stack([true, found])[:, found > 0], axis=1, return_counts=True)[1]
-    joined, own, other = (
-        _pairs(n) for n in (both, np.bincount(true), np.bincount(found)[1:])
-    )
+    joined, own, other = (_pairs(n) for n in (both, np.bincount(true), np.bincount(found)[1:]))
     return 1 - 2 * joined / (own + other) if own else None
 
 

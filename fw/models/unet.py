@@ -6,7 +6,6 @@ size of the image, and normalised by the batch (the paper has neither). Nothing 
 image: where the mesh cuts height, devices exchange the rows at the edges of their parts.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -56,7 +55,9 @@ class UNetConfig:
         for name, known in {"norm": NORMS, "task": ("segmentation",)}.items():
             if getattr(self, name) not in known:
                 given = getattr(self, name)
-                raise FwError(f"{name} {given!r} is not supported; choose one of {', '.join(known)}")
+                raise FwError(
+                    f"{name} {given!r} is not supported; choose one of {', '.join(known)}"
+                )
         if not 0 <= self.dropout < 1:
             raise FwError(f"dropout {self.dropout}: expected at least 0 and less than 1")
 
@@ -147,7 +148,7 @@ class UNet(nnx.Module):
                 f"pixel_values: images of {x.shape[1]} x {x.shape[2]}; a U-Net of depth "
                 f"{config.depth} halves them as often: expected multiples of {config.multiple}"
             )
-        keys: Sequence[Any] = (None, None) if key is None else jax.random.split(key)
+        keys = (None, None) if key is None else jax.random.split(key)
         x, kept = on_image(x, None), []
         for level, down in enumerate(self.downs):
             if level:

@@ -70,9 +70,7 @@ def segmentation(labels: tuple[str, ...], *, dice: float = 0.0) -> Task:
     return Task("segmentation", labels, loss, count, summarise, METRIC, judge)
 
 
-def pixel_loss(
-    logits: jax.Array, batch: Batch, dice: float = 0.0
-) -> tuple[jax.Array, jax.Array]:
+def pixel_loss(logits: jax.Array, batch: Batch, dice: float = 0.0) -> tuple[jax.Array, jax.Array]:
     """Cross-entropy of the pixels that count, and `dice` times `soft_dice`; and their number.
 
     >>> logits = jnp.zeros((1, 1, 2, 2))
