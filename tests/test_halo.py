@@ -182,8 +182,7 @@ def test_nothing_travels_but_halos_and_kernels():
         ((2, 18, 8, 4), {"window": (3, 3), "padding": [(1, 1), (1, 1)]},
          "axis 'height' has size 18, which sequence=4 does not divide"),
         ((2, 12, 8, 4), {"window": (2, 2), "strides": (2, 2)},
-         "height 12 is cut into 4 parts of 3, no multiple of the stride 2; choose a height that is "
-         "a multiple of 8"),
+         "height 12 is cut into 4 parts of 3, no multiple of the stride 2; choose .* of 8"),
         ((2, 16, 8, 4), {"window": (3, 3)},
          "height 16 becomes 14, .* with window 3 and stride 1 the padding 0 \\+ 0 must be 2 to 2"),
     ],

@@ -1,5 +1,7 @@
 """U-Net against itself written again with one function a line, on one device and on meshes."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +19,7 @@ NAMES = {"pixel_values": ("batch", "height", "width", None), "labels": ("batch",
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 
-def draw(seed, *shape, labels=3, dtype=np.float32):
+def draw(seed, *shape, labels=3, dtype: Any = np.float32):
     """A batch; some pixels are not counted."""
     rng = np.random.default_rng(seed)
     return {
@@ -57,7 +59,7 @@ def again(params, x, depth):
         return x
 
     def rise(x, p):
-        # The gradient of a convolution with stride 2: zeros between pixels, the kernel turned round.
+        # The gradient of a convolution with stride 2: zeros between pixels, a kernel turned round.
         y = lax.conv_general_dilated(
             x, p["kernel"][::-1, ::-1], (1, 1), [(1, 1), (1, 1)], lhs_dilation=(2, 2),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
@@ -155,8 +157,8 @@ def test_a_large_image_over_eight_devices(size):
     report = inspect(compiled)
     assert set(report.by_kind()) == {"collective-permute", "all-reduce"}
     assert set(report.by_axes()) == {"sequence"}
-    # A row to either side at the entrance of each 3x3 convolution, there and back; the image gets no
-    # gradient. A level has half the columns of the one above.
+    # A row to either side at the entrance of each 3x3 convolution, there and back; the image gets
+    # no gradient. A level has half the columns of the one above.
     entrances = [(level, conv.shape[2]) for level, conv in kernels(variables["params"])]
     rows = sum(size // 2**level * channels * 4 for level, channels in entrances)
     assert report.by_kind()["collective-permute"] == 2 * (2 * rows - size * 4)
@@ -172,7 +174,7 @@ def kernels(params):
 def test_images_that_do_not_halve_are_refused():
     model = unet(UNetConfig(2, width=2, depth=3))
     variables = jax.eval_shape(model.init, jax.random.key(0))
-    with pytest.raises(FwError, match="images of 8 x 12; .* depth 3 .* multiples of 8"):
+    with pytest.raises(FwError, match=r"images of 8 x 12; .* depth 3 .* multiples of 8"):
         jax.eval_shape(model.apply, variables, {"pixel_values": jnp.zeros((1, 8, 12, 1))})
     with scope(make_mesh("sequence=8"), RULES), pytest.raises(ShardingError, match="height"):
         jax.eval_shape(model.apply, variables, {"pixel_values": jnp.zeros((1, 16, 16, 1))})

@@ -50,6 +50,15 @@ def split_by_hash(text: str) -> str:
     return {0: "test", 1: "dev"}.get(tenth, "train")
 
 
+def split_named(name: str) -> str | None:
+    """The split whose word stands in the name of a file or folder; None for none.
+
+    >>> split_named("dev-2.csv"), split_named("latest")
+    ('dev', None)
+    """
+    return next((split for split in SPLITS if _IN_NAME[split].search(name.lower())), None)
+
+
 def split_records(records: Sequence[Record]) -> dict[str, list]:
     """Give every record to the split of its text, and of one document alone its parts.
 
@@ -211,15 +220,7 @@ def _find_files(folder: Path, suffixes: Collection[str], what: str) -> dict[str,
 
 def _split_of(names: Sequence[str]) -> str | None:
     """The split that a file's name says, or else that of a folder above it."""
-    return next(
-        (
-            split
-            for name in reversed(names)
-            for split in SPLITS
-            if _IN_NAME[split].search(name.lower())
-        ),
-        None,
-    )
+    return next(filter(None, map(split_named, reversed(names))), None)
 
 
 def _alone(records: Sequence[Record]) -> Document | None:

@@ -98,7 +98,7 @@ def regions(classes: np.ndarray) -> np.ndarray:
 
     found, count = np.zeros(classes.shape, np.int64), 0
     for one in np.unique(classes[classes > 0]):
-        numbered, more = ndimage.label(classes == one)
+        numbered, more = ndimage.label(classes == one)  # pyright: ignore[reportGeneralTypeIssues]
         found += np.where(numbered, numbered + count, 0)
         count += more
     return found

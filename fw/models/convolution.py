@@ -74,12 +74,13 @@ def _conv(x, kernel, strides, padding):
     )
 
 
-def _channels(axes, groups):
+def _channels(axes, groups) -> tuple[str | None, str | None] | None:
     """The names of channels in and out: those of groups are cut alike, between groups or not."""
-    if axes is None or groups == 1:
+    here = current()
+    if here is None or axes is None or groups == 1:
         return axes
-    ways = math.prod(current()[0].shape[a] for a in cutting(axes[1])) if axes[1] else 1
-    return (axes[1],) * 2 if groups % ways == 0 else (None, None)
+    ways = math.prod(here[0].shape[a] for a in cutting(axes[1])) if axes[1] else 1
+    return (axes[1], axes[1]) if groups % ways == 0 else (None, None)
 
 
 def max_pool(

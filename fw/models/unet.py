@@ -6,7 +6,6 @@ size of the image, and normalised by the batch (the paper has neither). Nothing 
 image: where the mesh cuts height, devices exchange the rows at the edges of their parts.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -149,7 +148,7 @@ class UNet(nnx.Module):
                 f"pixel_values: images of {x.shape[1]} x {x.shape[2]}; a U-Net of depth "
                 f"{config.depth} halves them as often: expected multiples of {config.multiple}"
             )
-        keys: Sequence[Any] = (None, None) if key is None else jax.random.split(key)
+        keys = (None, None) if key is None else jax.random.split(key)
         x, kept = on_image(x, None), []
         for level, down in enumerate(self.downs):
             if level:

@@ -25,8 +25,8 @@ from sharding.rules import Names, mesh_axes
 
 IMAGES: Names = ("batch", "height", "width")
 
-Pair = tuple[int, int]
-"""Of the height and of the width."""
+Pair = Sequence[int]
+"""Two: of the height and of the width, or before and after."""
 
 
 def windowed(
@@ -113,11 +113,10 @@ def windowed(
                 x = _surrounded(x, 1 + side, over[side], before, after, fill)
         parts = []
         for kernel, lies in zip(kernels, stored, strict=True):
-            kernel = vary(kernel, lies, axes)
+            part = vary(kernel, lies, axes)
             for place, entry in enumerate(lies):
-                gone = tuple(a for a in mesh_axes(entry) if a not in kept)
-                kernel = whole(kernel, gone, place)
-            parts.append(kernel)
+                part = whole(part, tuple(a for a in mesh_axes(entry) if a not in kept), place)
+            parts.append(part)
         y = fn(x, *parts, padding=tuple(left))
         return lax.psum(y, inside) if inside else y
 
