@@ -19,6 +19,7 @@ from jax import export
 from fw.data import interactions, recommend, requests
 from fw.data import vocabulary as vocabularies
 from fw.data.batches import eval_batches
+from fw.data.files import OnBadRow
 from fw.data.interactions import Interactions
 from fw.data.recommend import SEEN
 from fw.data.rows import Rows
@@ -196,7 +197,13 @@ class Retrieval(_OfEvents):
         return data.take(interactions.is_positive(data.events, threshold))
 
     def rows(
-        self, recipe: Finetune, records: Any, labels: tuple[str, ...], *, learn: bool
+        self,
+        recipe: Finetune,
+        records: Any,
+        labels: tuple[str, ...],
+        *,
+        learn: bool,
+        on_bad_row: OnBadRow = None,
     ) -> tuple[Rows, int]:
         """Users and what they took; to judge by, with the catalogue."""
         if learn:
@@ -268,7 +275,13 @@ class Ranking(_OfEvents):
     default: ClassVar[str] = "dlrm"
 
     def rows(
-        self, recipe: Finetune, records: Any, labels: tuple[str, ...], *, learn: bool
+        self,
+        recipe: Finetune,
+        records: Any,
+        labels: tuple[str, ...],
+        *,
+        learn: bool,
+        on_bad_row: OnBadRow = None,
     ) -> tuple[Rows, int]:
         """Events, and whether they were positive."""
         threshold = recipe.threshold or None
