@@ -6,6 +6,7 @@ it, and `read_recipe` gets it back from there.
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,8 +39,17 @@ TASKS = {
 }
 """What `--task` says, and the task that model, data and artifact know."""
 
-NEW = ("mlp", "ft_transformer", "dlrm", "two_tower", "resnet", "vit", "unet")
-"""Models that `--model` names and that begin with random parameters."""
+_TABLES = ("tabular", "estimate")
+NEW: Mapping[str, tuple[str, ...]] = {
+    "mlp": _TABLES,
+    "ft_transformer": _TABLES,
+    "two_tower": ("retrieve",),
+    "dlrm": ("rank",),
+    "resnet": ("image",),
+    "vit": ("image",),
+    "unet": ("segment",),
+}
+"""Models that `--model` names and that begin with random parameters, and their tasks."""
 
 LEARNING_RATE = 1e-3
 """Of a new model, where nothing is said."""
@@ -215,6 +225,8 @@ class Finetune(AdamW, TableOptions):
         """What the task or the model decides, so that a run's config tells it."""
         if not self.model:
             object.__setattr__(self, "model", processor_of(self.long_task).default)
+        if self.task not in (tasks := NEW.get(self.model, (self.task,))):
+            raise FwError(f"model {self.model!r} is for {', '.join(tasks)}, not {self.task}")
         if not self.learning_rate:
             rate = LEARNING_RATE if self.model in NEW else AdamW.learning_rate
             object.__setattr__(self, "learning_rate", rate)

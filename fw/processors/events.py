@@ -214,7 +214,6 @@ class Retrieval(_OfEvents):
         """Two towers."""
         from fw.models.two_tower import TwoTowerConfig
 
-        _check_name(recipe, self.default)
         return read_fields(TwoTowerConfig, recipe.config, **self.fields())
 
     def fields(self) -> dict[str, Any]:
@@ -292,7 +291,6 @@ class Ranking(_OfEvents):
         """A DLRM."""
         from fw.models.dlrm import DLRMConfig
 
-        _check_name(recipe, self.default)
         return read_fields(DLRMConfig, recipe.config, **self.fields())
 
     def fields(self) -> dict[str, Any]:
@@ -331,11 +329,6 @@ class Ranking(_OfEvents):
     def say(self, answer: Mapping[str, Any]) -> str:
         """The probability, user and item."""
         return f"{answer['probability']:.3f}  {answer['user']} {answer['item']}"
-
-
-def _check_name(recipe: Finetune, expected: str) -> None:
-    if recipe.model != expected:
-        raise FwError(f"model {recipe.model!r} does not {recipe.task}; choose {expected}")
 
 
 def _object(line: str, where: str) -> Any:

@@ -41,6 +41,20 @@ GOLDEN_ROWS = 2
 SMALL = 64
 """Images of at most this side get a ResNet without the reductions at its beginning."""
 
+RESNET: Mapping[str, Any] = {
+    "embedding_size": 64, "hidden_sizes": (64, 128, 256, 512), "depths": (2, 2, 2, 2),
+    "layer_type": "basic", "stem": "imagenet",
+}  # fmt: skip
+SMALL_RESNET: Mapping[str, Any] = {
+    "embedding_size": 32, "hidden_sizes": (32, 64, 128), "depths": (2, 2, 2),
+    "layer_type": "basic", "stem": "small",
+}  # fmt: skip
+VIT: Mapping[str, Any] = {
+    "hidden_size": 192, "num_hidden_layers": 6, "num_attention_heads": 3, "intermediate_size": 768,
+}  # fmt: skip
+PATCHES = (16, 14, 8, 7, 4, 2, 1)
+"""Sides of a new ViT's patches, the first that divides the image's."""
+
 MARGIN, BICUBIC = 32, 3
 """How EfficientNet-Lite's package resizes: to so many pixels more than it keeps, bicubic."""
 
@@ -171,27 +185,14 @@ class Images(OfImages):
 
         height, width, channels = self.preprocessor.shape
         given = {"num_channels": channels, "num_labels": len(labels), "task": task}
-        if recipe.model == "resnet":
-            small = max(height, width) <= SMALL
-            standard = {
-                "embedding_size": 32 if small else 64,
-                "hidden_sizes": (32, 64, 128) if small else (64, 128, 256, 512),
-                "depths": (2, 2, 2) if small else (2, 2, 2, 2),
-                "layer_type": "basic",
-                "stem": "small" if small else "imagenet",
-            }
-            return read_fields(ResNetConfig, recipe.config, defaults=standard, **given)
         if recipe.model == "vit":
-            patch = next(p for p in (16, 14, 8, 7, 4, 2, 1) if height % p == 0 and width % p == 0)
-            standard = {
-                "patch_size": patch, "hidden_size": 192, "num_hidden_layers": 6,
-                "num_attention_heads": 3, "intermediate_size": 768,
-            }  # fmt: skip
-            size = (height, width)
+            patch = next(p for p in PATCHES if height % p == 0 and width % p == 0)
+            given["image_size"] = (height, width)
             return read_fields(
-                ViTConfig, recipe.config, defaults=standard, image_size=size, **given
+                ViTConfig, recipe.config, defaults={**VIT, "patch_size": patch}, **given
             )
-        raise FwError(f"model {recipe.model!r} sees no images; choose resnet or vit")
+        standard = RESNET if max(height, width) > SMALL else SMALL_RESNET
+        return read_fields(ResNetConfig, recipe.config, defaults=standard, **given)
 
     def summary(self, recipe: Finetune, rows: Any) -> str:
         """The size of an image."""

@@ -105,8 +105,6 @@ class Segments(OfImages):
         """A U-Net."""
         from fw.models.unet import UNetConfig
 
-        if recipe.model != self.default:
-            raise FwError(f"model {recipe.model!r} segments nothing; choose {self.default}")
         return read_fields(
             UNetConfig, recipe.config, defaults={"width": 16},
             num_channels=self.preprocessor.channels, num_labels=len(labels), task=task,

@@ -96,8 +96,6 @@ class Table(Processor):
         from fw.models.mlp import MLPConfig
 
         kinds = {"mlp": MLPConfig, "ft_transformer": FTTransformerConfig}
-        if recipe.model not in kinds:
-            raise FwError(f"model {recipe.model!r} reads no tables; choose {' or '.join(kinds)}")
         return read_fields(
             kinds[recipe.model], recipe.config, numbers=len(self.columns.numbers),
             categories=self.columns.cardinalities, num_labels=len(labels), task=task,
