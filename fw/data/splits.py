@@ -50,6 +50,22 @@ def split_by_hash(text: str) -> str:
     return {0: "test", 1: "dev"}.get(tenth, "train")
 
 
+def split_of(names: Sequence[str]) -> str | None:
+    """The split that stands in a file's name, or else in those of the folders above it.
+
+    Args:
+        names: the parts of its path, its own name last.
+
+    >>> split_of(("Training", "dogs.csv")), split_of(("latest.csv",))
+    ('train', None)
+    """
+    for name in reversed(names):
+        for split in SPLITS:
+            if _IN_NAME[split].search(name.lower()):
+                return split
+    return None
+
+
 def split_records(records: Sequence[Record]) -> dict[str, list]:
     """Give every record to the split of its text, and of one document alone its parts.
 
@@ -167,15 +183,7 @@ def _find_files(folder: Path, task: str) -> dict[str, Path]:
         names = file.relative_to(folder).parts
         if file.suffix.lower() not in FORMATS[task].readers or not file.is_file():
             continue
-        split = next(
-            (
-                split
-                for name in reversed(names)
-                for split in SPLITS
-                if _IN_NAME[split].search(name.lower())
-            ),
-            None,
-        )
+        split = split_of(names)
         if split is None:
             continue
         if split in found:
