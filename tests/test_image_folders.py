@@ -61,7 +61,7 @@ def test_a_folder_for_each_split_and_class(tmp_path):
         "test": [("cat", 4)],
     }
     write(tmp_path / "bird" / "1.png")
-    with pytest.raises(FwError, match=r"expected folders of classes, or of splits .* bird/1\.png"):
+    with pytest.raises(FwError, match=r"expected folders of classes, or of splits .*bird/1\.png"):
         load_pictures(tmp_path)
 
 
@@ -131,6 +131,7 @@ def test_a_table_leads_nowhere_else(tmp_path):
     assert [Path(str(p.image)).name for p in pictures] == ["good.png", "inside.png"]
     assert len(bad) == len(OUTSIDE)
     assert {m.split(" ")[0] for m in bad} == {f"{path}:{i + 1}:" for i in range(len(OUTSIDE))}
+    path.write_text(json.dumps({"image": OUTSIDE[0], "label": 1}))
     with pytest.raises(FwError, match=r"train\.jsonl:1: .*'\.\./secret\.png' lies outside"):
         read_listed(path)
     # A table in a folder of its own may name files of the whole data set, and no others.
