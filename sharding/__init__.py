@@ -6,6 +6,7 @@ from sharding.layout import paths, shardings, specs
 from sharding.mesh import AXES, format_mesh, make_mesh
 from sharding.names import names, unboxed
 from sharding.parallel.experts import experts
+from sharding.parallel.halo import windowed
 from sharding.parallel.linear import linear, lookup
 from sharding.parallel.pipeline import bubble, pipeline
 from sharding.parallel.ring import ring_attention
@@ -63,6 +64,7 @@ __all__ = [
     "unboxed",
     "usage",
     "visualize",
+    "windowed",
     "word_losses",
     "z_loss",
 ]
