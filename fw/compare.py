@@ -5,7 +5,7 @@ Interleaved, so that a machine that slows down for a while slows all of them.
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,27 +21,20 @@ def compare(
 
     Args:
       artifacts: folders by name.
-      batch, length: of the rows timed: full, one text each. Where an artifact takes shorter rows
-        only, all get those.
+      batch: rows timed at a time.
+      length: of rows of text: full, one text each. Where an artifact takes shorter rows only, all
+        get those.
       repeats: timed calls of each.
 
     Returns:
       One row each: name, bytes (all weights), encoder_bytes (the layers' kernels), latency_ms,
-      and the batch and length that were timed.
+      the batch that was timed and, of texts, their length.
 
     Raises:
       FwError: as `fw.export.load` does.
     """
     loaded = {name: export.load(folder) for name, folder in artifacts.items()}
-    length = min(length, *(artifact.length for artifact in loaded.values()))
-    ids = min(artifact.tokenizer.fast.get_vocab_size() for artifact in loaded.values())
-    rows = {
-        "input_ids": np.random.default_rng(0).integers(0, ids, (batch, length), np.int32),
-        "segment_ids": np.ones((batch, length), np.int32),
-        "position_ids": np.tile(np.arange(length, dtype=np.int32), (batch, 1)),
-        "first": np.zeros((batch, 1), np.int32),
-        "token_type_ids": np.zeros((batch, length), np.int32),
-    }
+    rows = _rows([*loaded.values()], batch, length)
     seconds: dict[str, list[float]] = {name: [] for name in loaded}
     for repeat in range(repeats + 2):  # the first two warm up
         for name, artifact in loaded.items():
@@ -56,10 +49,27 @@ def compare(
             **sizes(artifact.weights),
             "latency_ms": 1e3 * statistics.median(seconds[name]),
             "batch": batch,
-            "length": length,
+            **({"length": rows["input_ids"].shape[1]} if "input_ids" in rows else {}),
         }
         for name, artifact in loaded.items()
     ]
+
+
+def _rows(artifacts: Sequence[export.Artifact], batch: int, length: int) -> dict[str, np.ndarray]:
+    """Full rows of text that all of the artifacts take, or golden rows over and over."""
+    processors = [a.processor for a in artifacts if isinstance(a.processor, export.Text)]
+    if not processors:
+        golden = artifacts[0].processor.golden(artifacts[0].task, None)
+        return {name: np.resize(x, (batch, *x.shape[1:])) for name, x in golden.items()}
+    length = min(length, *(p.length for p in processors))
+    ids = min(p.tokenizer.fast.get_vocab_size() for p in processors)
+    return {
+        "input_ids": np.random.default_rng(0).integers(0, ids, (batch, length), np.int32),
+        "segment_ids": np.ones((batch, length), np.int32),
+        "position_ids": np.tile(np.arange(length, dtype=np.int32), (batch, 1)),
+        "first": np.zeros((batch, 1), np.int32),
+        "token_type_ids": np.zeros((batch, length), np.int32),
+    }
 
 
 def sizes(arrays: Mapping[str, Any]) -> dict[str, int]:

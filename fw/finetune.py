@@ -17,20 +17,23 @@ from typing import Any
 import jax
 import numpy as np
 from filelock import FileLock, Timeout
+from jax.sharding import Mesh
 
 from fw import assets, data, hub, precision, report, run
 from fw.checkpoint import Checkpoints
-from fw.data import Packed
+from fw.data.rows import AnyRows
 from fw.errors import FwError
 from fw.evaluate import Forward, evaluate, make_counter
 from fw.json_files import is_writer
 from fw.model import Model
 from fw.optimizer import learning_rate, optimizer
-from fw.recipe import TASKS, Finetune, locate
+from fw.processors import Change, Processor, Text, processor_of
+from fw.recipe import NEW, Finetune, locate
 from fw.step import initial_state, make_step
+from fw.table_optimizer import row_optimizer, with_tables
 from fw.tasks import Summary, make_task
 from fw.train import Progress, train
-from sharding import make_mesh, put
+from sharding import Rules, make_mesh, put
 from sharding import rules as make_rules
 
 MODEL = "model"
@@ -45,20 +48,22 @@ class Data:
     """A data set ready for a model.
 
     Attributes:
+      processor: made of its records.
       records: by split.
-      rows: the same, packed.
+      rows: the same as arrays.
       labels: the classes by id.
       skipped: the messages of the rows that could not be read.
       cut: tokens that were too many for their text's row.
       change: what is done to the rows of a training step; None for most tasks.
     """
 
+    processor: Processor
     records: Mapping[str, Sequence]
-    rows: Mapping[str, Packed]
+    rows: Mapping[str, AnyRows]
     labels: tuple[str, ...]
     skipped: tuple[str, ...]
     cut: int
-    change: data.Masking | None = None
+    change: Change | None = None
 
 
 def finetune(recipe: Finetune, *, resume: bool = False) -> Path:
@@ -80,14 +85,12 @@ def finetune(recipe: Finetune, *, resume: bool = False) -> Path:
     factors = {"accumulate": recipe.accumulate, "microbatches": computed["microbatches"]}
     name = " / ".join(["batch", *(factor for factor, size in factors.items() if size > 1)])
     put({name: np.zeros(recipe.batch // math.prod(factors.values()), np.int8)}, mesh, rules)
-    source, dataset = assets.fetch(recipe.model), locate(recipe.data)
-    prepared = prepare(recipe, dataset, source)
-    task = make_task(TASKS[recipe.task], prepared.labels)
-    loaded = hub.load(
-        source, task=task.name, labels=task.labels, mesh=mesh, rules=rules,
-        key=jax.random.key(recipe.seed), **computed,
-    )  # fmt: skip
-    _check_fit(recipe, prepared, loaded.model.config)
+    source = None if recipe.model in NEW else assets.fetch(recipe.model)
+    prepared = prepare(recipe, locate(recipe.data), source)
+    processor = prepared.processor
+    task = make_task(recipe.long_task, prepared.labels)
+    loaded = bring(recipe, prepared, source, mesh, rules, **computed)
+    model = processor.adapt(loaded.model)
     batches = data.Batches(
         prepared.rows["train"].arrays, recipe.batch, recipe.seed, prepared.change
     )
@@ -107,13 +110,13 @@ def finetune(recipe: Finetune, *, resume: bool = False) -> Path:
         progress = Progress(steps)
         _announce(progress, prepared, loaded, batches.steps_per_epoch, recipe)
 
-        tx = optimizer(recipe, steps)
+        tx = with_tables(optimizer(recipe, steps), model, row_optimizer(recipe, recipe, steps))
         step = make_step(
-            loaded.model, task.loss, tx, mesh=mesh, rules=rules, precision=recipe.precision,
+            model, task.loss, tx, mesh=mesh, rules=rules, precision=recipe.precision,
             accumulate=recipe.accumulate, seed=recipe.seed,
         )  # fmt: skip
         state = initial_state(loaded.variables, tx, mesh)
-        counter = make_counter(forward(loaded.model, recipe.precision), task)
+        counter = make_counter(forward(model, recipe.precision), task)
 
         def score(variables: Any) -> Summary:
             rows = prepared.rows["dev"]
@@ -142,7 +145,10 @@ def finetune(recipe: Finetune, *, resume: bool = False) -> Path:
             kept_steps = checkpoints.steps()
         if is_writer():
             shutil.rmtree(folder / MODEL, ignore_errors=True)  # of an earlier end of this run
-        hub.save(folder / MODEL, replace(loaded, variables=kept.variables), tokenizer_from=source)
+        hub.save(
+            folder / MODEL, replace(loaded, variables=kept.variables), tokenizer_from=source,
+            more=None if isinstance(processor, Text) else processor.save,
+        )  # fmt: skip
         news = {
             "task": recipe.task,
             "splits": {"dev": dict(score(kept.variables).figures)},
@@ -174,108 +180,58 @@ def forward(model: Model, policy: str) -> Forward:
     return lambda variables, batch: apply(variables, batch)[0]
 
 
-def prepare(recipe: Finetune, dataset: Path, source: Path) -> Data:
-    """Reads, encodes and packs a data set for a model.
+def prepare(recipe: Finetune, dataset: Path, source: Path | None) -> Data:
+    """Reads a data set and makes rows of it.
 
     Args:
       recipe: how.
       dataset: a file or folder.
-      source: the model folder, for its tokenizer.
+      source: the folder of a pretrained model; None for a new one.
 
     Raises:
-      FwError: a bad row, or no text to train on or to choose the best parameters by.
+      FwError: a bad row, or nothing to train on or to choose the best parameters by.
     """
-    records, skipped = read(recipe, dataset)
+    kind = processor_of(recipe.long_task)
+    records, skipped = kind.read(recipe, dataset)
     for split in ("train", "dev"):
         if split not in records:
             raise FwError(
-                f"{dataset}: no text for {split}; without files of their own, dev and test get a "
-                "tenth of the texts each, by hash: give more texts, or a folder with a file for "
-                f"{split}"
+                f"{dataset}: no {kind.item} for {split}; without files of their own, dev and test "
+                f"get a tenth of the {kind.item}s each, by hash: give more {kind.item}s, or a "
+                f"folder with a file for {split}"
             )
-    labels = data.label_names(records["train"])
-    tokenizer = data.load_tokenizer(source)
-    packed = {
-        split: pack(recipe, tokenizer, items, labels, learn=split == "train")
+    processor = kind.fit(recipe, records, source)
+    labels = processor.labels(records["train"])
+    made = {
+        split: processor.rows(recipe, items, labels, learn=split == "train")
         for split, items in records.items()
     }
-    rows = {split: rows for split, (rows, _) in packed.items()}
-    cut = sum(cut for _, cut in packed.values())
-    change = data.FORMATS[TASKS[recipe.task]].change
-    return Data(records, rows, labels, skipped, cut, change and change(tokenizer, recipe.seed))
+    rows = {split: rows for split, (rows, _) in made.items()}
+    cut = sum(cut for _, cut in made.values())
+    change = processor.change(recipe, rows["train"])
+    return Data(processor, records, rows, labels, skipped, cut, change)
 
 
-def read(recipe: Finetune, dataset: Path) -> tuple[dict[str, list], tuple[str, ...]]:
-    """The records of a data set by split, none empty, and the messages of rows left out.
-
-    Args:
-      recipe: its task, columns, scheme, separator and skip_bad_rows.
-      dataset: a file or folder; where it has no dev split, a part of train becomes that.
+def bring(
+    recipe: Finetune, prepared: Data, source: Path | None, mesh: Mesh, rules: Rules, **computed: Any
+) -> hub.Loaded:
+    """The model that a recipe begins with: a pretrained one with a head for the data, or a new one.
 
     Raises:
-      FwError: nothing there, or a bad row.
+      FwError: a folder that is broken, or a model that the data does not fit.
+      sharding.ShardingError: a mesh that it does not fit.
     """
-    skipped: list[str] = []
-    records = data.load_splits(
-        dataset, TASKS[recipe.task], scheme=recipe.scheme, columns=recipe.names,
-        separator=recipe.separator, on_bad_row=skipped.append if recipe.skip_bad_rows else None,
-    )  # fmt: skip
-    if "dev" not in records:
-        records["train"], records["dev"] = data.hold_out(records["train"])
-    return {split: items for split, items in records.items() if items}, tuple(skipped)
-
-
-def pack(
-    recipe: Finetune,
-    tokenizer: data.Tokenizer,
-    records: Sequence,
-    labels: tuple[str, ...],
-    *,
-    learn: bool = False,
-) -> tuple[Packed, int]:
-    """The rows of some records, and how many tokens were cut off.
-
-    Args:
-      recipe: its task, length, texts and packed.
-      tokenizer: the model's.
-      records: of the task.
-      labels: the classes by id.
-      learn: rows to learn from, which are changed anew in every batch where the task wants it; off:
-        to judge by, which are changed once and for all, whatever the run's seed.
-    """
-    encode = data.FORMATS[TASKS[recipe.task]].encode
-    pieces = encode(tokenizer, records, labels, max_length=recipe.length)
-    rows = data.pack(pieces, recipe.length, max_texts=recipe.texts or None, packed=recipe.packed)
-    change = None if learn else data.FORMATS[TASKS[recipe.task]].change
-    if change is not None and rows.rows:
-        arrays = change(tokenizer, 0)(rows.arrays, np.arange(rows.rows))
-        rows = replace(rows, arrays=arrays)
-    return rows, pieces.cut
-
-
-def _check_fit(recipe: Finetune, prepared: Data, config: Any) -> None:
-    """Refuses ids and positions that the model has no row for; a lookup would take another's."""
-    every = prepared.rows.values()
-    positions = getattr(config, "positions", recipe.length)
-    if recipe.length > positions:
-        raise FwError(
-            f"length is {recipe.length}, but {recipe.model} has {positions} positions; "
-            f"choose {positions} or less"
+    processor, labels = prepared.processor, prepared.labels
+    key, where = jax.random.key(recipe.seed), {"mesh": mesh, "rules": rules}
+    if source is None:
+        config = processor.config(recipe, recipe.long_task, labels)
+        loaded = hub.new(config, labels, key=key, **where)
+    else:
+        loaded = hub.load(
+            source, task=recipe.long_task, labels=labels, key=key, **where, **computed
         )
-    types = [int(rows.arrays.get("token_type_ids", np.zeros(1)).max()) for rows in every]
-    if max(types) >= getattr(config, "type_vocab_size", max(types) + 1):
-        raise FwError(
-            f"{recipe.model}: its tokenizer tells {max(types) + 1} types of texts apart, but the "
-            f"model knows {config.type_vocab_size}; is it another model's tokenizer?"
-        )
-    largest = max(int(rows.arrays["input_ids"].max()) for rows in every)
-    if prepared.change is not None:
-        largest = max(largest, prepared.change.words - 1)
-    if largest >= getattr(config, "vocab_size", largest + 1):
-        raise FwError(
-            f"{recipe.model}: its tokenizer gives the id {largest}, but the model's vocabulary "
-            f"ends at {config.vocab_size - 1}; is it another model's tokenizer?"
-        )
+    processor.check(recipe, prepared.rows, loaded.model.config)
+    return loaded
 
 
 @contextmanager
@@ -296,14 +252,17 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _announce(progress: Progress, prepared: Data, loaded: Any, epoch: int, recipe: Finetune):
-    rows = prepared.rows["train"]
+    processor = prepared.processor
     counts = ", ".join(f"{len(r)} {s}" for s, r in prepared.records.items())
     progress.say(
-        f"{recipe.model}: {counts} records, {len(prepared.labels)} labels; {rows.rows} rows of "
-        f"{recipe.length} tokens, {rows.efficiency:.1%} real; {epoch} steps an epoch of "
-        f"{len(prepared.records['train']) / max(epoch, 1):.0f} texts each"
+        f"{recipe.model}: {counts} records, {len(prepared.labels)} labels; "
+        f"{processor.summary(recipe, prepared.rows['train'])}; {epoch} steps an epoch of "
+        f"{len(prepared.records['train']) / max(epoch, 1):.0f} {processor.item}s each"
     )
-    for path in loaded.fresh:
+    if loaded.folder is None:
+        count = sum(x.size for x in jax.tree.leaves(loaded.variables["params"]))
+        progress.say(f"a new {recipe.model} of {count:,} parameters")
+    for path in loaded.fresh if loaded.folder is not None else ():
         progress.say(f"new, not in the checkpoint: {path}")
     for message in prepared.skipped[:3]:
         progress.say(f"skipped: {message}")

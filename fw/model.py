@@ -5,7 +5,7 @@ enters through `from_nnx`; a linen or equinox module or a bare function by filli
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -27,6 +27,9 @@ class Model:
       axes: a tree like `variables`; for each leaf, a tuple with the logical name of each axis.
       cache: `cache(batch, slots, dtype) -> tree` for a model that generates: what it has read,
         which is nothing yet; goes into a batch and comes out of `apply`. None for others.
+      tables: by the path of a parameter [count, size], as "items/table": `ids(batch)`, int32
+        [B, ...], the rows of it that the model needs. A step of training brings them in the batch
+        and changes only them; see `fw.models.table`.
     """
 
     config: Any
@@ -34,6 +37,11 @@ class Model:
     apply: Callable[..., tuple[Any, Variables]]
     axes: Variables
     cache: Callable[..., Any] | None = None
+    tables: Mapping[str, Callable[[Batch], jax.Array]] = field(default_factory=dict)
+
+
+ROWS = "rows_of_tables"
+"""The entry of a batch of training that holds the rows of tables: [B, ..., size] by path."""
 
 
 def from_nnx(config: Any, build: Callable[[nnx.Rngs], nnx.Module], forward: Callable) -> Model:
@@ -41,7 +49,8 @@ def from_nnx(config: Any, build: Callable[[nnx.Rngs], nnx.Module], forward: Call
 
     Args:
       config: kept in the record.
-      build: makes the module; every `nnx.Variable` in it is given `axes=` names.
+      build: makes the module; every `nnx.Variable` in it is given `axes=` names. A parameter that
+        is given `ids=`, too, becomes one of `Model.tables`; its metadata is told its `path`.
       forward: `forward(module, batch, key, train) -> outputs`.
 
     Returns:
@@ -55,7 +64,9 @@ def from_nnx(config: Any, build: Callable[[nnx.Rngs], nnx.Module], forward: Call
     >>> model.axes["params"], model.apply(variables, {"x": 2.0})[0]
     ({'gain': ('embed',)}, Array([2., 2., 2.], dtype=float32))
     """
-    graph, *abstract = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))), nnx.Param, ...)
+    module = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
+    tables = _tables_of(module)
+    graph, *abstract = nnx.split(module, nnx.Param, ...)
     axes = [jax.tree.map(_axes_of, state, is_leaf=_is_variable) for state in abstract]
 
     def init(key: jax.Array) -> Variables:
@@ -71,7 +82,17 @@ def from_nnx(config: Any, build: Callable[[nnx.Rngs], nnx.Module], forward: Call
         state = nnx.state(module, nnx.Not(nnx.Param))
         return outputs, {**variables, "state": _str_keys(nnx.to_pure_dict(state))}
 
-    return Model(config, init, apply, _pack(axes))
+    return Model(config, init, apply, _pack(axes), tables=tables)
+
+
+def _tables_of(module: nnx.Module) -> dict[str, Callable[[Batch], jax.Array]]:
+    tables = {}
+    for path, variable in nnx.to_flat_state(nnx.state(module, nnx.Param)):
+        if "ids" in variable.get_metadata():
+            name = "/".join(map(str, path))
+            tables[name] = variable.get_metadata()["ids"]
+            variable.set_metadata(path=name)
+    return tables
 
 
 def _is_variable(leaf: Any) -> bool:

@@ -5,7 +5,9 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Collection
-from typing import Any, cast
+from typing import Any, cast, get_args, get_origin
+
+from fw.errors import FwError
 
 
 def add_options(
@@ -66,6 +68,49 @@ def read_options[T](arguments: argparse.Namespace, record: type[T], **defaults: 
     names = {field.name for field in dataclasses.fields(record)}  # type: ignore[arg-type]
     given = {k: v for k, v in vars(arguments).items() if k in names}
     return record(**{**defaults, **given})
+
+
+def read_fields[T](record: type[T], text: str, **given: Any) -> T:
+    """The record of some fields and of others that a text spells, as in "depth=4,sizes=32/64".
+
+    Args:
+      record: a dataclass whose other fields are str, int, float, bool or tuples of one of them.
+      text: name=value, parted by commas; the values of a tuple by slashes.
+      given: fields that the text may not change.
+
+    Raises:
+      FwError: a field that is not there or is given, or a value of another type.
+
+    >>> @dataclasses.dataclass(frozen=True)
+    ... class Net:
+    ...     inputs: int
+    ...     sizes: tuple[int, ...] = (8,)
+    ...     rate: float = 0.1
+    >>> read_fields(Net, "sizes=32/64,rate=0", inputs=3)
+    Net(inputs=3, sizes=(32, 64), rate=0.0)
+    """
+    own = {f.name: f.type for f in dataclasses.fields(record) if f.name not in given}  # type: ignore[arg-type]
+    found: dict[str, Any] = {}
+    for part in filter(None, map(str.strip, text.split(","))):
+        name, _, value = map(str.strip, part.partition("="))
+        if name not in own:
+            raise FwError(f"config: there is no field {name!r}; expected {', '.join(own)}")
+        try:
+            found[name] = _read_value(own[name], value)
+        except (ValueError, TypeError) as error:
+            raise FwError(f"config: {part!r}: expected a value for {own[name]}") from error
+    return record(**given, **found)
+
+
+def _read_value(kind: Any, text: str) -> Any:
+    if get_origin(kind) is tuple:
+        return tuple(_read_value(get_args(kind)[0], part) for part in text.split("/") if part)
+    for choice in get_args(kind) or (kind,):
+        if choice is bool and text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        if choice in (str, int, float):
+            return choice(text)
+    raise TypeError(kind)
 
 
 def descriptions(record: type) -> dict[str, str]:

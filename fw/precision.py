@@ -327,21 +327,26 @@ def _contract_leading(a, b, precision=None):
     return _accumulate(_row_major(jnp.swapaxes(a, -1, -2)), b, ((n + 1,), (n,)), batch, precision)
 
 
+def _rounded(x, dtype):
+    """Pinned: a transpose or gather that made x may be folded into the dot, and that then fails."""
+    return _row_major(x.astype(dtype))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _matmul(x, w, dtype):
     """x [M, K] · w [K, N] → float32 [M, N] from operands rounded to `dtype`."""
-    return _accumulate(x.astype(dtype), w.astype(dtype), ((1,), (0,)))
+    return _accumulate(_rounded(x, dtype), w.astype(dtype), ((1,), (0,)))
 
 
 def _matmul_fwd(x, w, dtype):
     like = (jnp.zeros((), x.dtype), jnp.zeros((), w.dtype))
-    x, w = x.astype(dtype), w.astype(dtype)
+    x, w = _rounded(x, dtype), w.astype(dtype)
     return _accumulate(x, w, ((1,), (0,))), (x, w, like)
 
 
 def _matmul_bwd(dtype, saved, g):
     x, w, like = saved
-    g = g.astype(dtype)
+    g = _rounded(g, dtype)
     dx = _accumulate(g, w, ((1,), (1,)))
     return dx.astype(like[0].dtype), _contract_leading(x, g).astype(like[1].dtype)
 

@@ -18,6 +18,9 @@ from sharding import rules as make_rules
 
 save = hub.save
 
+FILES = (".gguf", ".pth")
+"""Endings of files that are a model by themselves."""
+
 
 def load(
     source: str | Path,
@@ -34,7 +37,8 @@ def load(
     """Brings a pretrained model onto a mesh; its family is found from its `config.json`.
 
     Args:
-      source: a model folder, a GGUF file, a name of `fw fetch --list`, or `hf:owner/name@revision`.
+      source: a model folder, a GGUF or `.pth` file, a name of `fw fetch --list`, or
+        `hf:owner/name@revision`.
       mesh: a mesh, or its axes as in "data=2,fsdp=2,tensor=2".
       rules: rules, or the name of a preset.
       task, labels, key, dtype: as in `fw.hub.load`.
@@ -53,7 +57,8 @@ def load(
     mesh = make_mesh(mesh) if isinstance(mesh, str) else mesh
     rules = make_rules(rules) if isinstance(rules, str) else rules
     path = Path(source)
-    folder = path if path.suffix == ".gguf" and path.is_file() else assets.fetch(str(source))
+    own = path.suffix in FILES and path.is_file()
+    folder = path if own else assets.fetch(str(source))
     loaded = hub.load(
         folder, mesh=mesh, rules=rules, task=task, labels=labels, key=key, dtype=dtype, **computed
     )

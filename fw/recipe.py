@@ -17,6 +17,8 @@ from fw.data.targets import SEPARATOR
 from fw.errors import FwError
 from fw.models.stack_layout import default_microbatches
 from fw.optimizer import AdamW
+from fw.processors import processor_of
+from fw.table_optimizer import TableOptions
 from sharding.parallel.pipeline import REMAT
 
 TASKS = {
@@ -27,27 +29,44 @@ TASKS = {
     "qa": "question_answering",
     "mlm": "masked_lm",
     "lm": "causal_lm",
+    "tabular": "tabular_classification",
+    "estimate": "tabular_regression",
+    "rank": "ranking",
+    "retrieve": "retrieval",
 }
 """What `--task` says, and the task that model, data and artifact know."""
 
+NEW = ("mlp", "ft_transformer", "dlrm", "two_tower")
+"""Models that `--model` names and that begin with random parameters."""
+
+LEARNING_RATE = 1e-3
+"""Of a new model, where nothing is said."""
+
+SPLITS = ("auto", "last", "hash")
+
 _POSITIVE = ("batch", "length", "accumulate", "log_every", "keep_last", "keep_best")
-_NOT_NEGATIVE = ("epochs", "steps", "texts", "evaluate_every", "microbatches")
+_NOT_NEGATIVE = ("epochs", "steps", "texts", "evaluate_every", "microbatches", "history")
 _REMAT = {name or "none": name for name in REMAT}
 
 
 @dataclasses.dataclass(frozen=True)
-class Finetune(AdamW):
+class Finetune(AdamW, TableOptions):
     """The recipe of a fine-tuning run; every field is an option of `fw finetune`.
 
     Attributes:
       task: "ner" (a tag for each word), "classify" (a class for each text), "multilabel" (any
         number of labels for each text), "regress" (numbers for each text), "qa" (the passage of a
-        text that answers a question), "mlm" (words that are hidden) or "lm" (the next word of
-        documents, and of answers in conversations).
-      model: a name of `fw fetch --list`, or a Hugging Face model folder.
+        text that answers a question), "mlm" (words that are hidden), "lm" (the next word of
+        documents, and of answers in conversations), "tabular" (a class for each row of a table) or
+        "estimate" (a number for each row), "retrieve" (the items that a user takes) or "rank"
+        (whether a user takes an item).
+      model: a name of `fw fetch --list`, or a Hugging Face model folder; or a new model, "mlp" or
+        "ft_transformer" for tables. Nothing: all-MiniLM-L6-v2 for texts, ft_transformer for tables.
+      config: fields of a new model's config, as in depth=4,sizes=32/64.
       data: a file, or a folder with train, dev and test files (CoNLL, CSV, TSV, JSON lines), or a
         name of `fw fetch --list`.
       run: the run's folder, made by it.
+      learning_rate: at its peak, after the warm-up; 0 for 5e-5, or for a new model 1e-3.
       epochs: passes over the training data.
       steps: optimiser steps; 0 for as many as the epochs take.
       batch: rows a step; a packed row holds several texts.
@@ -69,6 +88,15 @@ class Finetune(AdamW):
       keep_best: how many of the best checkpoints stay.
       columns: names of input and target column, as in text,label; for tables and JSON lines.
         "regress" takes one target or more.
+      target: for "tabular" and "estimate", the column to predict; "target" if nothing is said.
+      drop: columns of a table to leave out, parted by commas.
+      numeric: columns of numbers, whatever they look like.
+      categorical: columns of categories, whatever they look like.
+      classes: of a table's target in the order of their ids, of two the positive one last.
+      threshold: the least rating that counts as liked, for "rank" and "retrieve"; 0 for none.
+      history: how many of a user's last items are known of them.
+      split: of events: last (each user's last for the test, the one before for dev), hash (of
+        pairs), or auto: last where there are timestamps.
       scheme: of the tags in the files: auto, bio or iob1.
       separator: between the labels in a table's cell, for "multilabel".
       skip_bad_rows: count rows that cannot be read instead of stopping at the first.
@@ -80,9 +108,11 @@ class Finetune(AdamW):
     """
 
     task: str = "ner"
-    model: str = "all-MiniLM-L6-v2"
+    model: str = ""
+    config: str = ""
     data: str = ""
     run: str = "runs/latest"
+    learning_rate: float = 0.0
     epochs: float = 3.0
     steps: int = 0
     batch: int = 8
@@ -101,6 +131,14 @@ class Finetune(AdamW):
     keep_last: int = 1
     keep_best: int = 1
     columns: str = ""
+    target: str = ""
+    drop: str = ""
+    numeric: str = ""
+    categorical: str = ""
+    classes: str = ""
+    threshold: float = 0.0
+    history: int = 50
+    split: str = "auto"
     scheme: str = "auto"
     separator: str = SEPARATOR
     skip_bad_rows: bool = False
@@ -114,13 +152,16 @@ class Finetune(AdamW):
         for field in dataclasses.fields(self):
             if field.type is float and not math.isfinite(value := getattr(self, field.name)):
                 raise FwError(f"{field.name} is {value}; expected a number")
-        super().__post_init__()
-        for name, known in (("task", TASKS), ("scheme", SCHEMES), ("remat", _REMAT)):
+        AdamW.__post_init__(self)
+        TableOptions.__post_init__(self)
+        choices = {"task": TASKS, "scheme": SCHEMES, "remat": _REMAT, "split": SPLITS}
+        for name, known in choices.items():
             if (value := getattr(self, name)) not in known:
                 raise FwError(f"{name} {value!r} is unknown; choose one of {', '.join(known)}")
         if not self.data:
             raise FwError("data is missing; give --data a file or a folder")
         precision.policy(self.precision)
+        self._settle()
         for least, names in ((1, _POSITIVE), (0, _NOT_NEGATIVE)):
             for name in names:
                 if getattr(self, name) < least:
@@ -152,9 +193,22 @@ class Finetune(AdamW):
         return {"microbatches": parts, "remat": _REMAT[self.remat]}
 
     @property
+    def long_task(self) -> str:
+        """The task as model, data and artifact know it."""
+        return TASKS[self.task]
+
+    @property
     def names(self) -> tuple[str, ...] | None:
         """The columns' names; None if they are left to the reader."""
         return tuple(self.columns.split(",")) if self.columns else None
+
+    def _settle(self) -> None:
+        """What the task or the model decides, so that a run's config tells it."""
+        if not self.model:
+            object.__setattr__(self, "model", processor_of(self.long_task).default)
+        if not self.learning_rate:
+            rate = LEARNING_RATE if self.model in NEW else AdamW.learning_rate
+            object.__setattr__(self, "learning_rate", rate)
 
     def _check_columns(self) -> None:
         if not self.separator:

@@ -15,16 +15,18 @@ import jax
 from jax.sharding import Mesh
 
 import compress
-from fw import data, export, hub, run
+from fw import export, hub, run
 from fw.compare import compare, sizes
+from fw.data.rows import AnyRows
 from fw.errors import FwError
 from fw.evaluate import Forward, count, make_counter
-from fw.finetune import MODEL, forward, pack, read, record
+from fw.finetune import MODEL, forward, record
 from fw.hub.files import WEIGHTS
 from fw.metrics import merge
 from fw.model import Model
 from fw.models.stack_layout import default_microbatches, relayout
-from fw.recipe import TASKS, Finetune, locate, read_recipe
+from fw.processors import Processor, processor_of
+from fw.recipe import Finetune, locate, read_recipe
 from fw.tasks import Summary, Task, make_task
 from fw.tensors import read_tensors, write_tensors
 from sharding import Rules, gather, make_mesh
@@ -46,6 +48,7 @@ class Opened:
       folder: the run.
       recipe: what it was made by.
       loaded: its best model, on the mesh.
+      processor: of that model.
       task: over the model's labels.
       mesh, rules: where the model and batches go.
     """
@@ -53,9 +56,15 @@ class Opened:
     folder: Path
     recipe: Finetune
     loaded: hub.Loaded
+    processor: Processor
     task: Task
     mesh: Mesh
     rules: Rules
+
+    @property
+    def model(self) -> Model:
+        """The model as rows want it."""
+        return self.processor.adapt(self.loaded.model)
 
 
 def open_run(folder: str | Path, mesh: str = "data=1") -> Opened:
@@ -75,8 +84,9 @@ def open_run(folder: str | Path, mesh: str = "data=1") -> Opened:
     where, rules = make_mesh(mesh), make_rules(recipe.rules)
     parts = default_microbatches(where)
     loaded = hub.load(folder / MODEL, mesh=where, rules=rules, microbatches=parts)
-    task = make_task(TASKS[recipe.task], loaded.labels)
-    return Opened(folder, recipe, loaded, task, where, rules)
+    task = make_task(recipe.long_task, loaded.labels)
+    processor = processor_of(task.name).load(folder / MODEL, dataclasses.asdict(recipe))
+    return Opened(folder, recipe, loaded, processor, task, where, rules)
 
 
 def variant(opened: Opened, name: str) -> tuple[Any, Forward]:
@@ -85,7 +95,7 @@ def variant(opened: Opened, name: str) -> tuple[Any, Forward]:
     Raises:
       FwError: another name, int8 before `compress_run`, or a damaged file of it.
     """
-    model, variables = opened.loaded.model, opened.loaded.variables
+    model, variables = opened.model, opened.loaded.variables
     if name not in VARIANTS:
         raise FwError(f"variant {name!r} is unknown; choose one of {', '.join(VARIANTS)}")
     if name != INT8:
@@ -134,7 +144,7 @@ def evaluate_run(
 
 
 def _evaluate(
-    opened: Opened, split: str, name: str, rows_by_domain: Mapping[str, data.Packed]
+    opened: Opened, split: str, name: str, rows_by_domain: Mapping[str, AnyRows]
 ) -> Summary:
     task = opened.task
     variables, fn = variant(opened, name)
@@ -156,23 +166,26 @@ def _evaluate(
     return summary
 
 
-def _rows_by_domain(opened: Opened, split: str, moved: str = "") -> dict[str, data.Packed]:
-    recipe = opened.recipe
+def _rows_by_domain(opened: Opened, split: str, moved: str = "") -> dict[str, AnyRows]:
+    recipe, processor = opened.recipe, opened.processor
     try:
-        records, _ = read(recipe, locate(moved or recipe.data))
+        records, _ = processor.read(recipe, locate(moved or recipe.data))
     except FwError as error:
         hint = "" if moved else f"; if the data of {opened.folder} has moved, give --data"
         raise FwError(f"{error}{hint}") from error
     if split not in records:
         raise FwError(
-            f"{moved or recipe.data}: has no texts for {split}; it has {', '.join(records)}"
+            f"{moved or recipe.data}: has no {processor.item}s for {split}; it has "
+            f"{', '.join(records)}"
         )
-    tokenizer = data.load_tokenizer(opened.folder / MODEL)
-    groups: dict[str, list] = {}
-    for item in records[split]:
-        groups.setdefault(getattr(item, "domain", ""), []).append(item)
+    groups: dict[str, Any] = {}
+    if isinstance(records[split], list):
+        for item in records[split]:
+            groups.setdefault(getattr(item, "domain", ""), []).append(item)
+    else:
+        groups[""] = records[split]
     return {
-        domain: pack(recipe, tokenizer, group, opened.task.labels)[0]
+        domain: processor.rows(recipe, group, opened.task.labels, learn=False)[0]
         for domain, group in sorted(groups.items())
     }
 
@@ -200,7 +213,10 @@ def compress_run(
     opened = open_run(folder, mesh)
     rows_by_domain = _rows_by_domain(opened, split, data)
     params = opened.loaded.variables["params"]
-    small, leaves = compress.quantize(params)
+    try:
+        small, leaves = compress.quantize(params)
+    except ValueError as error:  # none of its parameters is a kernel
+        raise FwError(f"{opened.folder / MODEL}: nothing to make int8 of: {error}") from error
     target, part = opened.folder / INT8, opened.folder / f"{INT8}.part"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
@@ -241,14 +257,14 @@ def export_run(folder: str | Path, *, name: str = "f32", output: str | Path | No
     """
     opened = open_run(folder)
     variables, _ = variant(opened, name)
+    model, variables = opened.processor.exported(opened.loaded.model, variables)
     return export.save(
         Path(output) if output else opened.folder / run.ARTIFACT,
-        model=opened.loaded.model,
+        model=model,
         variables=variables,
         task=opened.task.name,
         labels=opened.task.labels,
-        tokenizer=opened.folder / MODEL,
-        length=opened.recipe.length,
+        processor=opened.processor,
         precision="f32" if name == INT8 else name,
         report=_read_report(opened.folder / INT8 / REPORT) if name == INT8 else (),
         provenance={**run.config(opened.folder), "run": opened.folder.name},

@@ -1,10 +1,12 @@
 """One training step: a pure function of state and batch, compiled once, its state donated.
 
 The step knows the model's record, a task's loss and an optax transformation. It is the same
-function on every mesh; where things lie is said by the shardings of its arguments.
+function on every mesh; where things lie is said by the shardings of its arguments. Of a model's
+tables it sees the rows that a batch has and no others: see `fw.models.table`.
 """
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -14,9 +16,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fw import precision as precision_
 from fw.errors import FwError
-from fw.model import Batch, Model, Variables
-from fw.optimizer import state_shardings
-from sharding import Rules, constrain, scope, shardings
+from fw.model import ROWS, Batch, Model, Variables
+from fw.table_optimizer import Optimizer, WithTables, at, join, nest, optimizer_shardings, split
+from sharding import Rules, constrain, scope, shardings, tables
+from sharding.layout import is_names
+
+log = logging.getLogger(__name__)
 
 Loss = Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
 
@@ -35,17 +40,15 @@ class TrainState(NamedTuple):
     optimizer: Any
 
 
-def initial_state(variables: Variables, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def initial_state(variables: Variables, tx: Optimizer, mesh: Mesh) -> TrainState:
     """The state before the first step; moments are born where their parameters lie."""
     params = variables["params"]
-    lie = state_shardings(tx, params, jax.tree.map(lambda x: x.sharding, params), mesh)
+    lie = optimizer_shardings(tx, params, jax.tree.map(lambda x: x.sharding, params), mesh)
     zero = jax.device_put(jnp.zeros((), jnp.int32), NamedSharding(mesh, PartitionSpec()))
     return TrainState(zero, variables, jax.jit(tx.init, out_shardings=lie)(params))
 
 
-def abstract_state(
-    model: Model, tx: optax.GradientTransformation, mesh: Mesh, rules: Rules
-) -> TrainState:
+def abstract_state(model: Model, tx: Optimizer, mesh: Mesh, rules: Rules) -> TrainState:
     """The shapes, dtypes and shardings of the state: what a step can be compiled for.
 
     Args:
@@ -73,7 +76,7 @@ def abstract_state(
     lie = TrainState(
         step=NamedSharding(mesh, PartitionSpec()),
         variables=variables,
-        optimizer=state_shardings(tx, params, variables["params"], mesh),
+        optimizer=optimizer_shardings(tx, params, variables["params"], mesh),
     )
     whole = TrainState(jax.ShapeDtypeStruct((), jnp.int32), shapes, jax.eval_shape(tx.init, params))
     return jax.tree.map(
@@ -84,7 +87,7 @@ def abstract_state(
 def make_step(
     model: Model,
     loss: Loss,
-    tx: optax.GradientTransformation,
+    tx: Optimizer,
     *,
     mesh: Mesh,
     rules: Rules,
@@ -98,52 +101,72 @@ def make_step(
       model: the record.
       loss: `loss(outputs, batch) -> (sum, weight)`; the step minimises sum / weight over the
         whole batch, whatever the number of microbatches or devices.
-      tx: the optimiser.
+      tx: the optimiser; for a model with tables, of `fw.table_optimizer.with_tables`.
       mesh, rules: where activations go.
       precision: of the dots; see `fw.precision`.
-      accumulate: microbatches a step; their gradients are summed before the one update.
+      accumulate: microbatches a step; their gradients are summed before the one update. A model
+        with state, such as a batch norm's averages, is computed in one piece all the same: each
+        row's output depends on all rows. `remat` in its config saves memory instead.
       seed: of dropout; its key is a function of (seed, step, microbatch).
 
     Returns:
       The jitted step. Its state is donated: the argument is gone afterwards. Metrics, all f32
-      scalars but `tokens`: `loss`, `grad_norm` (before clipping), `tokens` (i32, those not
-      padding; 0 where the batch has no `segment_ids`).
-    """
+      scalars but `tokens`: `loss`, `grad_norm` (before clipping; with tables, also of the rows as
+      they were fetched), `tokens` (i32, those not padding; 0 where the batch has no `segment_ids`).
 
-    def total(params, state, batch, key):
+    Raises:
+      FwError: a model with tables, and an optimiser that would change all of their rows.
+    """
+    own = tx.tables if isinstance(tx, WithTables) else ()
+    if {*own} != {*model.tables}:
+        raise FwError(
+            f"the model has the tables {sorted(model.tables)}, but the optimiser is for "
+            f"{sorted(own)}; make it with fw.table_optimizer.with_tables"
+        )
+
+    if accumulate > 1 and jax.tree.leaves(model.axes.get("state"), is_leaf=is_names):
+        log.warning("the batch is not cut into %s: the model's state is of all of it", accumulate)
+        accumulate = 1
+
+    def total(learnt, fixed, state, batch, key):
         apply = precision_.apply(model.apply, precision)
-        variables = {"params": params, "state": state}
-        outputs, variables = apply(variables, batch, key=key, train=True)
+        params, rows = learnt
+        variables = {"params": join(params, fixed), "state": state}
+        given = {**batch, ROWS: rows} if rows else batch
+        outputs, variables = apply(variables, given, key=key, train=True)
         value, weight = loss(outputs, batch)
         return value, (weight, variables["state"])
 
-    def mean(params, state, batch, key):
-        value, (weight, state) = total(params, state, batch, key)
+    def mean(learnt, fixed, state, batch, key):
+        value, (weight, state) = total(learnt, fixed, state, batch, key)
         return value / _at_least_one(weight), state
 
-    def gradients(params, state, batch, key):
-        """Of the mean loss: (loss, state, gradients)."""
+    def gradients(learnt, fixed, state, batch, key):
+        """Of the mean loss by parameters and rows, not by tables: (loss, state, gradients)."""
         if accumulate == 1:  # divided before the backward pass: after it, all gradients are
             (value, state), grads = jax.value_and_grad(mean, has_aux=True)(
-                params, state, batch, key
+                learnt, fixed, state, batch, key
             )
             return value, state, grads
 
+        params, rows = learnt
+
         def micro(carry, xs):
             value, weight, state, grads = carry
-            part, index = xs
-            part = {k: constrain(x, "batch", *[None] * (x.ndim - 1)) for k, x in part.items()}
-            (v, (w, state)), g = jax.value_and_grad(total, has_aux=True)(
-                params, state, part, jax.random.fold_in(key, index)
+            part, own, index = xs
+            part, own = jax.tree.map(_rows_first, (part, own))
+            (v, (w, state)), (g, of_rows) = jax.value_and_grad(total, has_aux=True)(
+                (params, own), fixed, state, part, jax.random.fold_in(key, index)
             )
-            return (value + v, weight + w, state, jax.tree.map(jnp.add, grads, g)), None
+            return (value + v, weight + w, state, jax.tree.map(jnp.add, grads, g)), of_rows
 
-        zero = jnp.zeros((), jax.tree.leaves(params)[0].dtype)
+        zero = jnp.zeros((), jax.tree.leaves(learnt)[0].dtype)
         start = (zero, zero, state, jax.tree.map(jnp.zeros_like, params))
-        parts = jax.tree.map(lambda x: _microbatches(x, accumulate), dict(batch))
-        (value, weight, state, grads), _ = jax.lax.scan(
-            micro, start, (parts, jnp.arange(accumulate))
+        parts = jax.tree.map(lambda x: _microbatches(x, accumulate), (dict(batch), rows))
+        (value, weight, state, grads), of_rows = jax.lax.scan(
+            micro, start, (*parts, jnp.arange(accumulate))
         )
+        grads = grads, jax.tree.map(_together, of_rows)
         weight = _at_least_one(weight)
         return value / weight, state, jax.tree.map(lambda g: g / weight, grads)
 
@@ -154,17 +177,21 @@ def make_step(
 
     def _step(state: TrainState, batch: Batch):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        params = state.variables["params"]
-        value, extra, grads = gradients(params, state.variables["state"], batch, key)
+        params, fixed = split(state.variables["params"], own)
+        ids = {path: model.tables[path](batch) for path in own}
+        rows = {
+            path: tables.fetch(at(fixed, path), ids[path], names=at(model.axes["params"], path))
+            for path in own
+        }
+        value, extra, grads = gradients((params, rows), fixed, state.variables["state"], batch, key)
         metrics = {
             "loss": value,
             "grad_norm": optax.tree.norm(grads),
             "tokens": jnp.sum(batch.get("segment_ids", jnp.zeros((), jnp.int32)) > 0),
         }
         with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an i32 power
-            updates, moments = tx.update(grads, state.optimizer, params)
-        variables = {"params": optax.apply_updates(params, updates), "state": extra}
-        return TrainState(state.step + 1, variables, moments), metrics
+            params, moments = _updated(model, tx, state, ids, grads)
+        return TrainState(state.step + 1, {"params": params, "state": extra}, moments), metrics
 
     # The state stays where it lies: left alone, the compiler may lay the new one out otherwise.
     lie = jax.tree.map(lambda x: x.sharding, abstract_state(model, tx, mesh, rules))
@@ -172,9 +199,41 @@ def make_step(
     return jax.jit(step, donate_argnums=0, out_shardings=(lie, everywhere))
 
 
+def _updated(
+    model: Model, tx: Optimizer, state: TrainState, ids: Mapping[str, jax.Array], grads: Any
+) -> tuple[Any, Any]:
+    """The parameters and the optimiser's state after gradients (of parameters, of rows by path)."""
+    params, moments = state.variables["params"], state.optimizer
+    if not isinstance(tx, WithTables):
+        updates, moments = tx.update(grads[0], moments, params)
+        return optax.apply_updates(params, updates), moments
+    dense, fixed = split(params, tx.tables)
+    updates, kept = tx.dense.update(grads[0], moments["dense"], dense)
+
+    def rule(rows: jax.Array, known: Any, grads: jax.Array, /) -> tuple[jax.Array, Any]:
+        return tx.rows.update(rows, known, grads, state.step)
+
+    new = {}
+    for path in tx.tables:
+        table, known = at(fixed, path), at(moments["tables"], path)
+        names = at(model.axes["params"], path)
+        new[path] = tables.update(table, known, ids[path], grads[1][path], rule, names=names)
+    params = join(optax.apply_updates(dense, updates), nest({p: t for p, (t, _) in new.items()}))
+    return params, {"dense": kept, "tables": nest({p: known for p, (_, known) in new.items()})}
+
+
 def _at_least_one(weight: jax.Array) -> jax.Array:
     """A batch without a label has loss 0, not NaN."""
     return jnp.maximum(weight, jnp.ones((), weight.dtype))
+
+
+def _rows_first(x: jax.Array) -> jax.Array:
+    return constrain(x, "batch", *[None] * (x.ndim - 1))
+
+
+def _together(x: jax.Array) -> jax.Array:
+    """[count, B / count, ...] → [B, ...], the inverse of `_microbatches`."""
+    return _rows_first(jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]))
 
 
 def _microbatches(x: jax.Array, count: int) -> jax.Array:

@@ -42,21 +42,21 @@ class Progress:
     began: float = field(default_factory=time.perf_counter)
     _compiled: bool = False
 
-    def show(self, step: int, loss: float, tokens_per_second: float) -> None:
+    def show(self, step: int, loss: float, rate: float, unit: str = "tokens") -> None:
         """Says how far the run is and when it will be done.
 
         Args:
           step: steps taken.
           loss: of the last ones.
-          tokens_per_second: of texts, padding not counted.
+          rate: of tokens, padding not counted, or of examples, a second.
+          unit: which.
         """
         now = time.perf_counter()
         left = (now - self.began) / max(step - self.first, 1) * (self.total - step)
         if not self._compiled:  # the first steps compile: those after them tell the rate
             self.began, self.first, self._compiled = now, step, True
         line = (
-            f"step {step}/{self.total}  loss {loss:.4f}  "
-            f"{tokens_per_second:,.0f} tokens/s  ETA {duration(left)}"
+            f"step {step}/{self.total}  loss {loss:.4f}  {rate:,.0f} {unit}/s  ETA {duration(left)}"
         )
         self._write(f"\r\x1b[2K{line}" if self.stream.isatty() else f"{line}\n")
 
@@ -138,14 +138,15 @@ def train(
             beat(now)  # if the other processes wait below, the one they wait for is above
             state, measured = step(state, batch)
             pending.append(measured)
+            rows = len(jax.tree.leaves(batch)[0])
             due = now % evaluate_every == 0 or now == steps
             if now % log_every and not due:
                 continue
             beat()
             host = jax.device_get(pending)  # waits for the devices
-            record = _interval(host, now, time.perf_counter() - mark)
+            record, unit = _interval(host, now, time.perf_counter() - mark, rows)
             run.log(folder, {**record, "learning_rate": float(learning_rate(index))})
-            progress.show(now, record["loss"], record["tokens_per_second"])
+            progress.show(now, record["loss"], record[f"{unit}_per_second"], unit)
             for at, measured in enumerate(host, now - len(host) + 1):
                 _check_finite(folder, at, measured, ("loss", "grad_norm"), checkpoints)
             if due:
@@ -167,18 +168,22 @@ def _on_devices(batches, first: int, stop: int, mesh: Mesh, rules: Rules) -> Ite
     return prefetch(lambda i: feed(batches, i, mesh, rules), first, stop=stop)
 
 
-def _interval(host: Sequence[Mapping[str, Any]], now: int, seconds: float) -> dict[str, Any]:
-    """Averages over the steps since the last line."""
+def _interval(
+    host: Sequence[Mapping[str, Any]], now: int, seconds: float, rows: int
+) -> tuple[dict[str, Any], str]:
+    """Averages over the steps since the last line, and whether it counts tokens or examples."""
     tokens = sum(int(m["tokens"]) for m in host)
-    return {
+    unit, count = ("tokens", tokens) if tokens else ("examples", rows * len(host))
+    record = {
         "kind": "train",
         "step": now,
         "loss": sum(float(m["loss"]) for m in host) / len(host),
         "grad_norm": float(host[-1]["grad_norm"]),
-        "tokens": tokens,
-        "tokens_per_second": tokens / seconds,
+        unit: count,
+        f"{unit}_per_second": count / seconds,
         "seconds": seconds,
     }
+    return record, unit
 
 
 def _check_finite(

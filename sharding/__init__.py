@@ -5,12 +5,14 @@ from sharding.errors import ShardingError
 from sharding.layout import paths, shardings, specs
 from sharding.mesh import AXES, format_mesh, make_mesh
 from sharding.names import names, unboxed
+from sharding.parallel import tables
 from sharding.parallel.experts import experts
 from sharding.parallel.halo import windowed
 from sharding.parallel.linear import linear, lookup
 from sharding.parallel.pipeline import bubble, pipeline
 from sharding.parallel.ring import ring_attention
 from sharding.parallel.routing import balance_loss, route, usage, z_loss
+from sharding.parallel.topk import top_k
 from sharding.parallel.words import word_losses
 from sharding.place import build, create, fill, gather, put
 from sharding.processes.cluster import Cluster, beat, start
@@ -61,6 +63,8 @@ __all__ = [
     "shardings",
     "specs",
     "start",
+    "tables",
+    "top_k",
     "unboxed",
     "usage",
     "visualize",

@@ -27,7 +27,10 @@ ACTIVATIONS = (BATCH, "length", "height", "width")
 """The names of the vocabulary that only batches and activations have, no parameter."""
 
 _PARAMETERS = ("vocab", "positions", "types", "embed", "heads", "mlp", "pooled", "labels")
-_WHOLE: dict[str, Target] = dict.fromkeys((*ACTIVATIONS, *_PARAMETERS, "experts", "layers"))
+_TABLES = ("rows", "columns")  # of embedding tables: see parallel/tables.py
+_WHOLE: dict[str, Target] = dict.fromkeys(
+    (*ACTIVATIONS, *_PARAMETERS, *_TABLES, "experts", "layers")
+)
 # Axes that cut nothing unless the mesh has them: no preset need leave them out.
 _WIDE = _WHOLE | {
     "length": "sequence",
@@ -35,7 +38,8 @@ _WIDE = _WHOLE | {
     "experts": "expert",
     "layers": "pipe",
 }
-_FSDP = _WIDE | {BATCH: ("data", "fsdp", "expert"), "embed": "fsdp"}
+_ROWS = ("data", "fsdp", "expert")
+_FSDP = _WIDE | {BATCH: _ROWS, "embed": "fsdp"} | dict.fromkeys(_TABLES, _ROWS)
 
 PRESETS: Mapping[str, Mapping[str, Target]] = MappingProxyType(
     {
@@ -46,7 +50,8 @@ PRESETS: Mapping[str, Mapping[str, Target]] = MappingProxyType(
     }
 )
 """Complete tables by name: `data` replicates every parameter on purpose but experts and stages,
-`fsdp` cuts them along `embed`, `fsdp_tensor` cuts `heads` and `mlp` over `tensor` as well."""
+`fsdp` cuts them along `embed`, and embedding tables over all that cuts the batch, `fsdp_tensor`
+cuts `heads` and `mlp` over `tensor` as well."""
 
 DEFAULT = "fsdp_tensor"
 

@@ -11,9 +11,9 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from fw import data, hub, run
 from fw.cli import main
-from fw.export.predict import read_items
 from fw.models.modernbert import ModernBertConfig, modernbert
 from fw.models.roberta import RobertaConfig, roberta
+from fw.processors.answers import read_items
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")

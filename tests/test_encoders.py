@@ -35,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 def make(family, task, **options):
     """A model in which every parameter is random, so that each one matters."""
-    labels = LABELS if task in heads.LABELLED else ()
+    labels = LABELS if task in heads.OF_TEXTS else ()
     config = CONFIGS[family](
         *SHAPE,
         **{"num_labels": len(labels), "task": task, "max_position_embeddings": 40, "scan": False}
@@ -77,7 +77,7 @@ def test_another_head_is_made_anew_and_the_encoder_kept(family, tmp_path):
     hub.save(tmp_path / "m", made)
     where = {"mesh": make_mesh("data=1"), "rules": rules()}
     for task in heads.TASKS:
-        labels = LABELS if task in heads.LABELLED else None
+        labels = LABELS if task in heads.OF_TEXTS else None
         found = hub.load(tmp_path / "m", **where, task=task, labels=labels, key=jax.random.key(0))
         assert found.model.config.task == task
         kept = set(found.fresh).isdisjoint

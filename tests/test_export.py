@@ -29,7 +29,7 @@ from fw import export, precision
 from fw.data import load_tokenizer
 from fw.errors import FwError
 from fw.export import command, function, manifest
-from fw.export.predict import CHUNK
+from fw.export.load import CHUNK
 from fw.model import Model
 from fw.models.bert import BertConfig, bert
 
@@ -44,6 +44,7 @@ LABELS = {
 }
 WORDS = "ada love ##lace wrote to char ##les in london par ##is her note ##s . , ' é 北 京 @ # u s"
 FORMS = ("f32", "bf16", "int8")
+FILES = manifest.file_names(TASKS[0])
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +69,7 @@ def arguments(task, form, tokenizer):
         "variables": variables,
         "task": task,
         "labels": LABELS[task],
-        "tokenizer": tokenizer,
-        "length": LENGTH,
+        "processor": export.Text(tokenizer, LENGTH),
         "precision": "bf16" if form == "bf16" else "f32",
         "report": report,
     }
@@ -156,7 +156,7 @@ def test_equal_arguments_give_equal_bytes(saved, tokenizer, tmp_path):
     again = export.save(
         tmp_path / "artifact", **arguments("sequence_classification", "int8", tokenizer)
     )
-    for name in (manifest.NAME, *manifest.FILES):
+    for name in (manifest.NAME, *manifest.file_names(it.task)):
         assert (again / name).read_bytes() == (it.folder / name).read_bytes(), name
 
 
@@ -199,10 +199,10 @@ def test_an_artifact_has_all_that_it_takes_to_export_it_again(saved, tmp_path, f
         tmp_path / "again",
         model=bert(BertConfig(**described["config"])),
         variables=export.load_variables(it.folder),
-        tokenizer=it.folder / manifest.TOKENIZER,
-        **{name: getattr(it, name) for name in ("task", "labels", "length", "precision")},
+        processor=export.Text.of(it.folder / "tokenizer.json", LENGTH),
+        **{name: getattr(it, name) for name in ("task", "labels", "precision")},
     )
-    for name in (manifest.WEIGHTS, manifest.STABLEHLO, manifest.TOKENIZER):
+    for name in (manifest.WEIGHTS, manifest.STABLEHLO, "tokenizer.json"):
         assert (again / name).read_bytes() == (it.folder / name).read_bytes(), name
     batch = random_batch(it.task, 2, 9, np.random.default_rng(5))
     np.testing.assert_allclose(
@@ -287,7 +287,7 @@ def test_the_manifest_says_how_to_run_it_without_fw(saved, form, tmp_path):
 
 
 @pytest.mark.parametrize("where", [0, 0.5, -1])
-@pytest.mark.parametrize("name", (manifest.NAME, *manifest.FILES))
+@pytest.mark.parametrize("name", (manifest.NAME, *FILES))
 def test_one_changed_byte_in_any_file_is_found(copy, name, where):
     data = bytearray((copy / name).read_bytes())
     data[int(where * len(data)) if where > 0 else where] ^= 1
@@ -296,7 +296,7 @@ def test_one_changed_byte_in_any_file_is_found(copy, name, where):
         export.load(copy)
 
 
-@pytest.mark.parametrize("name", (manifest.NAME, *manifest.FILES))
+@pytest.mark.parametrize("name", (manifest.NAME, *FILES))
 def test_a_missing_short_or_linked_file_is_named(copy, tmp_path, name):
     path, aside = copy / name, tmp_path / "aside"
     path.rename(aside)
@@ -322,7 +322,7 @@ def test_an_edited_manifest_is_found_even_where_its_json_stays_the_same(copy):
     for text in (
         json.dumps(whole | {"labels": whole["labels"][::-1]}, indent=1) + "\n",
         json.dumps(whole),
-        '{"format": 1, ' + path.read_text()[1:],
+        '{"format": 2, ' + path.read_text()[1:],
         "[1]",
         '{"a": ' * 100_000,
     ):
@@ -341,7 +341,7 @@ def forge(folder, edit):
 
 
 FORGERIES = {
-    "another format": (lambda m: m.update(format=2), r"manifest\.json: format 2; this fw reads 1"),
+    "another format": (lambda m: m.update(format=1), r"manifest\.json: format 1; this fw reads 2"),
     "no format": (lambda m: m.pop("format"), r"manifest\.json: format None"),
     "a path upwards": (
         lambda m: m["files"].update({"../secret": {"bytes": 1, "sha256": ""}}),
@@ -375,7 +375,10 @@ FORGERIES = {
         lambda m: m["signature"]["weights"].popitem(),
         r"model\.stablehlo: takes and gives something else",
     ),
-    "a text for a number": (lambda m: m.update(length="48"), "'length': expected a JSON int"),
+    "a text for a number": (
+        lambda m: m["processor"].update(length="48"),
+        "'length': expected a number above 0",
+    ),
 }
 
 
@@ -423,7 +426,7 @@ def test_a_function_that_calls_into_jaxlib_is_refused(copy, saved, monkeypatch):
 
     weights = {n: np.asarray(x) for n, x in it.artifact.weights.items()}
     monkeypatch.setattr(function, "PLATFORMS", ("cpu",))
-    traced = function.trace(jax.jit(outside), weights, it.task, LENGTH)
+    traced = function.trace(jax.jit(outside), weights, it.processor.specs(it.task))
     (copy / manifest.STABLEHLO).write_bytes(traced.serialize())
     resign(copy)
     with pytest.raises(FwError, match=r"model\.stablehlo: calls lapack\S*, .* outside StableHLO"):
@@ -431,6 +434,10 @@ def test_a_function_that_calls_into_jaxlib_is_refused(copy, saved, monkeypatch):
 
 
 # --- what is not saved -------------------------------------------------------------------------
+
+
+def lengthen(arguments, length):
+    arguments.update(processor=dataclasses.replace(arguments["processor"], length=length))
 
 
 def nan(variables):
@@ -442,10 +449,10 @@ REFUSED = {
     "twice a label": (lambda a: a.update(labels=("a", "b", "b")), "names, each once"),
     "task": (lambda a: a.update(task="ner"), "task: expected one of token_classification"),
     "tags": (lambda a: a.update(task="token_classification"), "'negative' is no tag"),
-    "length": (lambda a: a.update(length=65), "at most the model's 64 positions; got 65"),
-    "no length": (lambda a: a.update(length=2), "more than the 2 special tokens"),
+    "length": (lambda a: lengthen(a, 65), "at most the model's 64 positions; got 65"),
+    "no length": (lambda a: lengthen(a, 2), "more than the 2 special tokens"),
     "precision": (lambda a: a.update(precision="fp4"), "precision 'fp4' is unknown"),
-    "tokenizer": (lambda a: a.update(tokenizer="a/vocab.txt"), "or a tokenizer.json"),
+    "processor": (lambda a: a.update(processor="a"), "processor: expected Text for"),
     "NaN": (lambda a: a.update(variables=nan(a["variables"])), "gives NaN or infinity"),
     "no examples": (lambda a: a.update(examples=[" "]), "examples: expected a text with a word"),
     "another vocabulary": (
@@ -594,7 +601,7 @@ def test_entities_are_those_of_each_text_alone(saved, tokenizer, batch_size):
 def test_a_text_longer_than_a_row_goes_on_in_the_next(saved):
     it, rng = saved("token_classification"), np.random.default_rng(2)
     words = rng.choice(["ada", "wrote", "to", "london", "note"], 3 * LENGTH).tolist()
-    ids = {w: it.tokenizer.fast.token_to_id(w) for w in words}
+    ids = {w: it.processor.tokenizer.fast.token_to_id(w) for w in words}
     room = LENGTH - 2
     rows = [words[i : i + room] for i in range(0, len(words), room)]
     scores = [softmax(one_by_one(it, [2, *map(ids.get, row), 3])[1:-1]) for row in rows]
@@ -719,7 +726,7 @@ def test_a_bad_row_is_named_and_nothing_is_written(saved, tmp_path, name, data, 
 def test_the_command_wants_texts_from_one_place(saved, tmp_path):
     folder = saved("token_classification").folder
     for args in ([], ["ada", "-f", "-"]):
-        with pytest.raises(FwError, match="give either texts or --file"):
+        with pytest.raises(FwError, match="give either things to answer or --file"):
             run_command(folder, *args)
     with pytest.raises(FwError, match=r"nowhere/out: cannot be written: No such file"):
         run_command(folder, "ada", "-o", tmp_path / "nowhere" / "out")

@@ -459,7 +459,7 @@ def test_next_words_are_learnt_and_judged_as_plain_numpy_does(
     capsys.readouterr()
     asked = [*(text for text, _ in texts), "the lovely ada went to"]
     three = 3 * 32 * len(tiny.WORDS)  # texts' logits at once
-    monkeypatch.setattr("fw.export.words.LOGITS", three)
+    monkeypatch.setattr("fw.processors.words.LOGITS", three)
     assert main(["predict", str(artifact), *asked, "--jsonl"]) == 0
     *found, last = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     assert last["next"][0]["token"] == "london" and last["tokens"] == 5

@@ -2,9 +2,11 @@
 
 from fw.data.batches import Batches, count_tokens, eval_batches, prefetch
 from fw.data.chat import Chat
+from fw.data.columns import Columns
 from fw.data.encode import Encoded, Windows, encode_tagged
 from fw.data.encode_texts import encode_labelled, encode_multi_labelled, encode_rated
 from fw.data.feed import feed
+from fw.data.fit_columns import fit_columns
 from fw.data.formats import FORMATS, Format
 from fw.data.language import encode_documents, read_documents
 from fw.data.masking import Masking, encode_maskable, masking
@@ -31,6 +33,7 @@ from fw.data.splits import (
     split_by_hash,
     split_records,
 )
+from fw.data.table import Entry, read_entries
 from fw.data.tokenizer import Tokenizer, load_tokenizer
 from fw.data.vader import read_vader, sentiment
 from fw.data.windows import Passage, encode_questions, passages
@@ -44,9 +47,11 @@ __all__ = [
     "Answer",
     "Batches",
     "Chat",
+    "Columns",
     "Conversation",
     "Document",
     "Encoded",
+    "Entry",
     "Format",
     "Labelled",
     "Masking",
@@ -70,6 +75,7 @@ __all__ = [
     "encode_tagged",
     "eval_batches",
     "feed",
+    "fit_columns",
     "hold_out",
     "iob1_to_bio",
     "label_names",
@@ -81,6 +87,7 @@ __all__ = [
     "prefetch",
     "read_conll",
     "read_documents",
+    "read_entries",
     "read_json_lines",
     "read_questions",
     "read_records",

@@ -1,5 +1,7 @@
 """Bytes become text or a clear error; a bad row is raised or reported. Every reader uses both."""
 
+import csv
+import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -65,6 +67,37 @@ def json_lines(path: str | Path, on_bad_row: OnBadRow) -> Iterator[tuple[int, An
             refuse(f"{where}: expected a JSON object; {error}", on_bad_row)
         else:
             yield number, value
+
+
+def separated_rows(path: str | Path, on_bad_row: OnBadRow) -> Iterator[tuple[int, list[str]]]:
+    """The rows of CSV (RFC 4180), or of a `.tsv`, which has no quoting; blank ones are left out.
+
+    Args:
+        path: the file, UTF-8.
+        on_bad_row: gets the message of each row that cannot be parted; None raises instead.
+
+    Yields:
+        each row's cells, with the line it begins on (a quoted cell may span lines).
+
+    Raises:
+        FwError: the file cannot be read, or a row not.
+    """
+    stream = io.StringIO(read_text(path), newline="")
+    if Path(path).suffix.lower() == ".tsv":
+        reader = csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE, strict=True)
+    else:
+        reader = csv.reader(stream, strict=True)
+    while True:
+        line = reader.line_num + 1
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            refuse(f"{path}:{line}: expected a row of separated values; {error}", on_bad_row)
+            continue
+        if row:
+            yield line, row
 
 
 def refuse(message: str, on_bad_row: OnBadRow) -> None:

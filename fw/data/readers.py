@@ -6,16 +6,13 @@ out: `bad = []; read_conll(path, on_bad_row=bad.append)` skips and counts. `spli
 reader.
 """
 
-import csv
-import io
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fw.data.files import OnBadRow, json_lines, read_text, refuse
+from fw.data.files import OnBadRow, json_lines, read_text, refuse, separated_rows
 from fw.data.records import Tagged, iob1_to_bio, opens_with_i
 from fw.data.targets import SEPARATOR, WANTED, WANTED_JSON, make_record, read_cell
 from fw.errors import FwError
@@ -114,12 +111,7 @@ def read_table(
     ...     read_table(path)[0].text
     'Hello, you'
     """
-    stream = io.StringIO(read_text(path), newline="")
-    if Path(path).suffix.lower() == ".tsv":
-        reader = csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE, strict=True)
-    else:
-        reader = csv.reader(stream, strict=True)
-    rows = _rows(path, reader, on_bad_row)
+    rows = separated_rows(path, on_bad_row)
     _, header = next(rows, (1, []))
     text_at, *places = _find_columns(path, header, columns)
 
@@ -235,21 +227,6 @@ def _in_bio(
             continue
         records.append(Tagged(sentence.words, tags, source=f"{path}:{sentence.lines[0]}"))
     return records
-
-
-def _rows(path: str | Path, reader: Any, on_bad_row: OnBadRow) -> Iterator[tuple[int, list[str]]]:
-    """Rows that are not blank, each with the line it begins on (a quoted cell may span lines)."""
-    while True:
-        line = reader.line_num + 1
-        try:
-            row = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            refuse(f"{path}:{line}: expected a row of separated values; {error}", on_bad_row)
-            continue
-        if row:
-            yield line, row
 
 
 def _find_columns(

@@ -8,7 +8,7 @@ no seed, no order and no second file, and a text that occurs twice is never in t
 import dataclasses
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,8 +138,8 @@ def load_splits(path: str | Path, task: str, **options: Any) -> dict[str, list]:
     """Read a data set: a folder with files for train, dev and test, or one file.
 
     The word of the split stands in a file's name, or in the name of a folder above it. A folder
-    without a dev file gives no "dev": see `hold_out`. One file, and the folder of `read_vader`,
-    are split by `split_by_hash`.
+    without a dev file gives no "dev": see `hold_out`. One file, also alone in a folder, and the
+    folder of `read_vader`, are split by `split_by_hash`.
 
     Args:
         path: the folder or file.
@@ -163,20 +163,44 @@ def load_splits(path: str | Path, task: str, **options: Any) -> dict[str, list]:
     path = Path(path)
     if task in ("sequence_classification", "regression") and is_vader(path):
         return split_records(read_vader(path, task, on_bad_row=Options(**options).on_bad_row))
+
+    def read(file: Path) -> list:
+        return read_records(file, task, **options)
+
+    return load_files(path, read, FORMATS[task].readers, task)
+
+
+def load_files(
+    path: Path, read: Callable[[Path], list], suffixes: Collection[str], what: str
+) -> dict[str, list]:
+    """`load_splits` by a reader of one's own.
+
+    Args:
+        path: the folder or file.
+        read: gives the records of a file.
+        suffixes: of the files that it reads.
+        what: the data are for, for messages.
+
+    Raises:
+        FwError: no training file, two files for one split, or what `read` refuses.
+    """
     if path.is_dir():
-        files = _find_files(path, task)
-        return {split: read_records(file, task, **options) for split, file in files.items()}
-    return split_records(read_records(path, task, **options))
+        every = [file for file in path.rglob("*") if file.suffix.lower() in suffixes]
+        if len(every) == 1 and not _split_of(every[0].relative_to(path).parts):
+            return split_records(read(every[0]))
+        files = _find_files(path, suffixes, what)
+        return {split: read(file) for split, file in files.items()}
+    return split_records(read(path))
 
 
-def _find_files(folder: Path, task: str) -> dict[str, Path]:
+def _find_files(folder: Path, suffixes: Collection[str], what: str) -> dict[str, Path]:
     """The one file of each split; the file's own name is asked first, then the folders above."""
     found: dict[str, Path] = {}
     for file in sorted(folder.rglob("*")):
         names = file.relative_to(folder).parts
-        if file.suffix.lower() not in FORMATS[task].readers or not file.is_file():
+        if file.suffix.lower() not in suffixes or not file.is_file():
             continue
-        split = next(filter(None, map(split_named, reversed(names))), None)
+        split = _split_of(names)
         if split is None:
             continue
         if split in found:
@@ -187,11 +211,16 @@ def _find_files(folder: Path, task: str) -> dict[str, Path]:
         found[split] = file
     if "train" not in found:
         raise FwError(
-            f"{folder}: expected a file for {task} with 'train' in its name "
-            f"({' '.join(FORMATS[task].readers)}); found {', '.join(found) or 'none'}; "
+            f"{folder}: expected a file for {what} with 'train' in its name "
+            f"({' '.join(suffixes)}); found {', '.join(found) or 'none'}; "
             "a single file can be given by its own path"
         )
     return {split: found[split] for split in SPLITS if split in found}
+
+
+def _split_of(names: Sequence[str]) -> str | None:
+    """The split that a file's name says, or else that of a folder above it."""
+    return next(filter(None, map(split_named, reversed(names))), None)
 
 
 def _alone(records: Sequence[Record]) -> Document | None:

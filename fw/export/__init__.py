@@ -7,12 +7,11 @@
 | `golden` | a batch, and what the model made of it |
 | `save` | that, weights, tokenizer and golden outputs → folder |
 | `load` | folder → `Artifact`, with no code of the model |
-| `predict` | texts → answers |
-| `ask`, `fill` | the same for questions; for hidden words |
 | `command` | `fw predict` |
 """
 
 from fw.export.load import Artifact, load
 from fw.export.save import load_variables, save
+from fw.processors.text import Text
 
-__all__ = ["Artifact", "load", "load_variables", "save"]
+__all__ = ["Artifact", "Text", "load", "load_variables", "save"]

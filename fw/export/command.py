@@ -8,7 +8,7 @@ import argparse
 import json
 import secrets
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -16,7 +16,7 @@ from typing import Any, TextIO
 from fw.data.files import read_text
 from fw.errors import FwError
 from fw.export.load import load
-from fw.export.predict import Text, problem
+from fw.processors import Processor
 
 JSON_LINES = (".jsonl", ".ndjson")
 
@@ -43,7 +43,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("artifact", type=Path, help="a folder written by `fw export`")
-    parser.add_argument("text", nargs="*", help="texts to answer")
+    parser.add_argument("item", nargs="*", help="texts to answer, or images, rows, ids")
     parser.add_argument(
         "-f",
         "--file",
@@ -69,101 +69,68 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         FwError: as `fw.export.load` does; a bad row, with file and line; no texts.
     """
-    if bool(arguments.text) == bool(arguments.file):
-        raise FwError("predict: give either texts or --file (- for standard input)")
+    if bool(arguments.item) == bool(arguments.file):
+        raise FwError("predict: give either things to answer or --file (- for standard input)")
     artifact = load(arguments.artifact)
     if arguments.file:
-        texts = read_texts(arguments.file, artifact.task, arguments.read)
+        items = read_items(artifact.processor, arguments.file, artifact.task, arguments.read)
     else:
-        texts = list(arguments.text)
+        items = [
+            artifact.processor.parse(word, "command line", artifact.task) for word in arguments.item
+        ]
     people = sys.stdout.isatty() and not (arguments.jsonl or arguments.output)
-    answers = artifact.predict(texts, arguments.batch_size)
+    answers = artifact.predict(items, arguments.batch_size)
     with _open(arguments.output) as out:
-        for answer in _progress(answers, len(texts), quiet=people):
-            print(to_text(answer) if people else json.dumps(answer), file=out)
+        for answer in _progress(answers, len(items), artifact.processor.item, quiet=people):
+            print(artifact.processor.say(answer) if people else json.dumps(answer), file=out)
     return 0
 
 
-def read_texts(file: str, task: str, form: str | None = None) -> list[Text]:
-    """Read the texts of a file and check every row.
+def read_items(processor: Processor, file: str, task: str, form: str | None = None) -> list[Any]:
+    """Read the things of a file and check every row.
 
     Args:
+        processor: of the artifact.
         file: its path, or "-" for standard input.
         task: of the artifact.
-        form: "text", a text a line, or "jsonl"; None for the latter if the ending says so. Blank
+        form: "text", a thing a line, or "jsonl"; None for the latter if the ending says so. Blank
             lines are left out.
 
     Returns:
-        The texts in the order of the file.
+        The things in the order of the file.
 
     Raises:
         FwError: it cannot be read, has a bad row (with its line), or no row.
     """
     name = "standard input" if file == "-" else file
+    if file != "-" and form is None and (own := processor.from_file(Path(file))) is not None:
+        for number, item in enumerate(own, 1):
+            if why := processor.problem(item, task):
+                raise FwError(f"{name}: {processor.item} {number}: {why}")
+        return own
     lines = (_standard_input() if file == "-" else read_text(file)).split("\n")
-    texts: list[Text] = []
+    items: list[Any] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        text: Any = line.rstrip("\r")
+        where = f"{name}:{number}"
         if form == "jsonl" or (form is None and Path(file).suffix in JSON_LINES):
-            text = _from_json(line, f"{name}:{number}", task)
-        if why := problem(text, task):
-            raise FwError(f"{name}:{number}: {why}")
-        texts.append(text)
-    if not texts:
-        raise FwError(f"{name}: expected a text a line; found none")
-    return texts
-
-
-def to_text(answer: Mapping[str, Any]) -> str:
-    """An answer for people.
-
-    >>> print(to_text({"text": "Good.", "label": "good", "score": 0.987, "truncated": False}))
-    good 0.99  Good.
-    """
-    if "question" in answer:
-        found = answer["answer"] or {"text": "–", "score": 0.0}
-        unsure = f"  (no answer {answer['no_answer_score']:.2f})"
-        return f"{found['text']} {found['score']:.2f}{unsure}  {answer['question']}"
-    if "next" in answer:
-        guesses = " ".join(f"{g['token']} {g['score']:.2f}" for g in answer["next"])
-        mean = answer["log_likelihood"] / max(answer["tokens"], 1)
-        return f"{answer['text']}\n  {guesses}  (log likelihood {mean:.3f} a token)"
-    if "masks" in answer:
-        guesses = (" ".join(f"{g['token']} {g['score']:.2f}" for g in m) for m in answer["masks"])
-        return "\n  ".join((answer["text"], *guesses))
-    if "entities" not in answer:
-        cut = "  (cut for length)" if answer["truncated"] else ""
-        if "numbers" in answer:
-            said = ", ".join(f"{name} {value:.4g}" for name, value in answer["numbers"].items())
-        elif "labels" in answer:
-            scores = answer["scores"]
-            said = ", ".join(f"{name} {scores[name]:.2f}" for name in answer["labels"]) or "–"
+            item = processor.from_json(_from_json(line, where), where, task)
         else:
-            said = f"{answer['label']} {answer['score']:.2f}"
-        return f"{said}  {answer['text']}{cut}"
-    found = (
-        f"  {e['type']} {e['score']:.2f}  {e['text']}  [{e['start']}:{e['end']}]"
-        for e in answer["entities"]
-    )
-    return "\n".join((answer["text"], *found))
+            item = processor.parse(line.rstrip("\r"), where, task)
+        if why := processor.problem(item, task):
+            raise FwError(f"{where}: {why}")
+        items.append(item)
+    if not items:
+        raise FwError(f"{name}: expected a {processor.item} a line; found none")
+    return items
 
 
-def _from_json(line: str, where: str, task: str) -> Any:
+def _from_json(line: str, where: str) -> Any:
     try:
-        row = json.loads(line)
+        return json.loads(line)
     except (ValueError, RecursionError) as error:
         raise FwError(f"{where}: expected a JSON object; {error}") from error
-    if task == "question_answering":
-        return row
-    if not isinstance(row, dict) or ("text" in row) == ("tokens" in row):
-        raise FwError(f'{where}: expected {{"text": …}} or {{"tokens": […]}}; got {line[:200]}')
-    if "tokens" in row and not isinstance(row["tokens"], list):
-        raise FwError(f"{where}: 'tokens': expected a list of words")
-    if "text" in row and not isinstance(row["text"], str):
-        raise FwError(f"{where}: 'text': expected a text; got {type(row['text']).__name__}")
-    return row.get("text", row.get("tokens"))
 
 
 def _standard_input() -> str:
@@ -193,8 +160,8 @@ def _open(path: Path | None) -> Iterator[TextIO]:
         part.unlink(missing_ok=True)
 
 
-def _progress(answers: Iterable[Any], total: int, *, quiet: bool) -> Iterable[Any]:
+def _progress(answers: Iterable[Any], total: int, item: str, *, quiet: bool) -> Iterable[Any]:
     from tqdm import tqdm
 
     # tqdm takes disable=None as "unless standard error is a terminal".
-    return tqdm(answers, total=total, unit="text", leave=False, disable=True if quiet else None)
+    return tqdm(answers, total=total, unit=item, leave=False, disable=True if quiet else None)

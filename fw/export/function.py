@@ -2,7 +2,7 @@
 
     logits = call(weights, batch)
 
-One trace with symbolic sizes (b rows of t tokens, s texts in a row), lowered for every platform.
+One trace with the processor's sizes, symbolic where they may differ, lowered for every platform.
 `weights` is a flat dict of named arrays, as in the file, so that calling needs none of the classes
 that the model or its compressed leaves are made of. `save` makes it, `load` checks it.
 """
@@ -18,7 +18,6 @@ import numpy as np
 from jax import export
 
 from fw.errors import FwError
-from fw.labels import PROBLEMS
 
 if TYPE_CHECKING:
     from fw.model import Model
@@ -28,22 +27,6 @@ PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 CUSTOM_CALLS = {"shape_assertion"}
 """The only calls out of StableHLO that are let through: the check of t against its maximum. Others
 would run whatever code jaxlib has under that name."""
-
-
-def batch_specs(task: str, length: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """What a task's function takes: int32 [b, t] and, for whole texts, `first` [b, s].
-
-    >>> batch_specs("sequence_classification", 128)["first"]
-    ShapeDtypeStruct(shape=(b, s), dtype=int32)
-    """
-    scope = export.SymbolicScope([f"t <= {length}"])
-    b, t, s = export.symbolic_shape("b, t, s", scope=scope)
-    shapes: dict[str, Any] = dict.fromkeys(("input_ids", "segment_ids", "position_ids"), (b, t))
-    if task in PROBLEMS:
-        shapes["first"] = (b, s)
-    if task == "question_answering":
-        shapes["token_type_ids"] = (b, t)
-    return {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in shapes.items()}
 
 
 def form(arrays: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -105,13 +88,15 @@ def functional(
 
 
 def trace(
-    function: Callable, weights: Mapping[str, np.ndarray], task: str, length: int
+    function: Callable,
+    weights: Mapping[str, np.ndarray],
+    batch: Mapping[str, jax.ShapeDtypeStruct],
 ) -> export.Exported:
-    """Trace the function once, with symbolic sizes, and lower it for every platform."""
+    """Trace the function once, for a processor's `specs`, and lower it for every platform."""
     specs = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in weights.items()}
     with _no_locations():
         exporter = export.export(jax.jit(function), platforms=PLATFORMS)
-        return exporter(specs, batch_specs(task, length))
+        return exporter(specs, dict(batch))
 
 
 @contextmanager

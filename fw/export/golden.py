@@ -1,20 +1,17 @@
 """The golden batch: what the function answered when it was saved, and must answer wherever it runs.
 
 Hashes say that the files are whole; only running them says that this machine's compiler makes the
-same function of them. `save` makes the batch and records the model's own logits, `load` runs it.
+same function of them. `save` records the model's own logits for the processor's batch, `load` runs
+it.
 """
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 
-from fw.data.tokenizer import Tokenizer
 from fw.errors import FwError
 from fw.export import manifest as files
-from fw.export.predict import inputs, pack_items, read_items, row_length
-from fw.labels import PROBLEMS
 from fw.tensors import read_tensors
 
 if TYPE_CHECKING:
@@ -29,8 +26,6 @@ embeddings of 6 and 12 random layers of 384 moved the worst of 2,304 logits by 3
 0.074 of the largest one. A wrong dot product is off by more than the largest.
 """
 
-GOLDEN_ROWS = 4
-
 
 def tolerance(kind: str, logits: np.ndarray) -> float:
     """The largest error allowed, recorded in the manifest.
@@ -40,49 +35,6 @@ def tolerance(kind: str, logits: np.ndarray) -> float:
     """
     absolute, relative = TOLERANCES[kind]
     return absolute + relative * float(np.abs(logits).max())
-
-
-def golden_batch(
-    tokenizer: Tokenizer, task: str, length: int, examples: Sequence[str] | None
-) -> dict[str, np.ndarray]:
-    """A small batch of the examples, or of random ids if there are none.
-
-    Raises:
-        FwError: none of the examples has a word, or the task takes no texts.
-    """
-    if examples is not None and task in ("question_answering", "masked_lm", "causal_lm"):
-        raise FwError(f"examples: expected None for {task}")
-    if examples is not None:
-        items = read_items(tokenizer, examples)
-        items = [i for i in items if i.spans]
-        if not items:
-            raise FwError("examples: expected a text with a word at least; got none")
-        row = row_length(max(item.pieces for item in items), length)
-        rows = inputs(pack_items(tokenizer, items, task, row))
-        return {name: np.ascontiguousarray(x[:GOLDEN_ROWS]) for name, x in rows.items()}
-    # Two texts a row and padding after them, which is what the function will meet.
-    row = row_length(0, length)
-    half = row // 2
-    positions = np.arange(row, dtype=np.int32)
-    segments = np.where(positions < half, 1, np.where(positions < row - row // 8, 2, 0))
-    ids = np.random.default_rng(0).integers(0, largest_id(tokenizer) + 1, (GOLDEN_ROWS, row))
-    batch = {
-        "input_ids": np.where(segments > 0, ids, tokenizer.pad),
-        "segment_ids": np.tile(segments, (GOLDEN_ROWS, 1)),
-        "position_ids": np.tile(
-            np.where(segments == 2, positions - half, positions), (GOLDEN_ROWS, 1)
-        ),
-    }
-    if task in PROBLEMS:
-        batch["first"] = np.tile([0, half], (GOLDEN_ROWS, 1))
-    if task == "question_answering":
-        batch["token_type_ids"] = np.zeros_like(ids)
-    return {name: x.astype(np.int32) for name, x in batch.items()}
-
-
-def largest_id(tokenizer: Tokenizer) -> int:
-    """The largest id that text can become; the empty piece, a file's last line, never comes up."""
-    return max(i for piece, i in tokenizer.fast.get_vocab().items() if piece)
 
 
 def check_golden(artifact: "Artifact") -> None:

@@ -6,7 +6,8 @@ from the StableHLO itself and must agree with the manifest and the weights.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import batched
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,15 @@ import jax
 import numpy as np
 from jax import export
 
-from fw.data.tokenizer import Tokenizer, load_tokenizer
 from fw.errors import FwError
 from fw.export import manifest as files
-from fw.export.function import batch_specs, check_function, form
+from fw.export.function import check_function, form
 from fw.export.golden import check_golden
-from fw.export.predict import Text, predict
+from fw.processors import Processor, processor_of
 from fw.tensors import read_tensors
+
+CHUNK = 1024
+"""Things that a processor is given together: enough to fill rows, and few to hold."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,20 +33,20 @@ class Artifact:
     Attributes:
         folder: where it came from.
         manifest: what it says of itself.
-        tokenizer: text to ids.
+        processor: things to arrays, and logits to answers.
         weights: name to array, on the default device.
         call: `call(weights, batch) -> logits`, jitted; compiles once for each shape of batch.
     """
 
     folder: Path
     manifest: Mapping[str, Any]
-    tokenizer: Tokenizer
+    processor: Processor
     weights: Mapping[str, jax.Array]
     call: Callable[[Mapping[str, jax.Array], Mapping[str, Any]], jax.Array]
 
     @property
     def task(self) -> str:
-        """One of `fw.data.TASKS`."""
+        """One of `fw.processors.TASKS`."""
         return self.manifest["task"]
 
     @property
@@ -51,20 +54,16 @@ class Artifact:
         """Names of the classes, in the order of the logits."""
         return tuple(self.manifest["labels"])
 
-    @property
-    def length(self) -> int:
-        """The most tokens in a row, special tokens included."""
-        return self.manifest["length"]
-
     def logits(self, batch: Mapping[str, Any]) -> np.ndarray:
         """Run the function on one batch.
 
         Args:
-            batch: int32 `input_ids`, `segment_ids`, `position_ids` [b, t] with t ≤ `length`; for
-                whole texts also `first` [b, s], for questions `token_type_ids`. See `fw.data.pack`.
+            batch: what the manifest's signature says: of texts, int32 `input_ids`, `segment_ids`,
+                `position_ids` [b, t] with t at most the length of a row; for whole texts also
+                `first` [b, s], for questions `token_type_ids`. See `fw.data.pack`.
 
         Returns:
-            float32 [b, t, labels] or [b, s, labels].
+            float32, for texts [b, t, labels] or [b, s, labels].
 
         Raises:
             FwError: an array is missing, unknown, or of another dtype or shape.
@@ -76,24 +75,32 @@ class Artifact:
         sizes: dict[Any, int] = {}
         for name, array in arrays.items():
             dims = want[name]["shape"]
-            if array.dtype != want[name]["dtype"] or array.ndim != len(dims) or not array.size:
+            fixed = [(i, n) for i, n in enumerate(dims) if isinstance(n, int)]
+            if (
+                array.dtype != want[name]["dtype"]
+                or array.ndim != len(dims)
+                or not array.size
+                or any(array.shape[i] != n for i, n in fixed)
+            ):
+                spelled = ", ".join(map(str, dims))
                 raise FwError(
-                    f"batch: {name}: expected {want[name]['dtype']}[{', '.join(dims)}], not empty; "
+                    f"batch: {name}: expected {want[name]['dtype']}[{spelled}], not empty; "
                     f"got {array.dtype}{list(array.shape)}"
                 )
             for dim, size in zip(dims, array.shape, strict=True):
                 if sizes.setdefault(dim, size) != size:
                     raise FwError(f"batch: {name}: {dim} is {size}, but {sizes[dim]} before")
-        if sizes["t"] > self.length:
-            raise FwError(f"batch: rows of {sizes['t']} tokens; expected at most {self.length}")
+        most = self.manifest["processor"].get("length", 0)
+        if sizes.get("t", 0) > most:
+            raise FwError(f"batch: rows of {sizes['t']} tokens; expected at most {most}")
         return np.asarray(self.call(self.weights, arrays))
 
-    def predict(self, texts: Iterable[Text], batch_size: int = 32) -> Iterator[dict[str, Any]]:
-        """Answer texts in their order; see `fw.export.predict.predict`.
+    def predict(self, items: Iterable[Any], batch_size: int = 32) -> Iterator[dict[str, Any]]:
+        """Answer things in their order.
 
         Args:
-            texts: a text each, or for token classification the words of one; for question answering
-                {"question", "context"}.
+            items: texts: a text each, or for token classification the words of one, which make a
+                text with a space between them; for question answering {"question", "context"}.
             batch_size: the most rows computed at once; a row holds several short texts.
 
         Yields:
@@ -101,12 +108,24 @@ class Artifact:
             "score"}, …]}` with offsets in characters; for sequence classification `{"text",
             "label", "score", "scores", "truncated"}`; for several labels `{"text", "labels",
             "scores", "truncated"}`; for regression `{"text", "numbers", "truncated"}`; for question
-            answering what `fw.export.ask.ask` says, for hidden words `fw.export.fill.fill`.
+            answering what `fw.processors.ask.ask` says, for language models
+            `fw.processors.words.say_words`.
 
         Raises:
-            FwError: an item is no text, or `batch_size` is below 1.
+            FwError: an item is no such thing, with its number from 1; `batch_size` is below 1.
         """
-        return predict(self, texts, batch_size)
+        kind = self.processor.item
+        if isinstance(items, str):
+            raise FwError(f"items: expected several {kind}s, got one; write predict([{kind}])")
+        if batch_size < 1:
+            raise FwError(f"batch_size: expected at least one row; got {batch_size}")
+        number = 0
+        for chunk in batched(items, CHUNK):
+            for item in chunk:
+                number += 1
+                if why := self.processor.problem(item, self.task):
+                    raise FwError(f"{kind} {number}: {why}")
+            yield from self.processor.answer(self, chunk, batch_size)
 
 
 def load(folder: str | Path, *, verify: bool = True) -> Artifact:
@@ -133,14 +152,15 @@ def load(folder: str | Path, *, verify: bool = True) -> Artifact:
     manifest = files.read(folder)
     _check_runs_here(folder, manifest)
     files.check_files(folder, manifest, hashes=verify)
-    exported = _function(folder, manifest)
+    processor = processor_of(manifest["task"]).load(folder, manifest["processor"])
+    exported = _function(folder, manifest, processor)
     weights = read_tensors(folder / files.WEIGHTS)
     if form(weights) != manifest["signature"]["weights"]:
         raise FwError(f"{folder / files.WEIGHTS}: its tensors are not those of the signature")
     artifact = Artifact(
         folder,
         manifest,
-        replace(load_tokenizer(folder), **_tokenizer_ids(folder, manifest)),
+        processor,
         jax.device_put(weights),
         jax.jit(exported.call),
     )
@@ -164,7 +184,7 @@ def _check_runs_here(folder: Path, manifest: Mapping[str, Any]) -> None:
         )
 
 
-def _function(folder: Path, manifest: Mapping[str, Any]) -> export.Exported:
+def _function(folder: Path, manifest: Mapping[str, Any], processor: Processor) -> export.Exported:
     path = folder / files.STABLEHLO
     try:
         exported = export.deserialize(bytearray(path.read_bytes()))
@@ -176,17 +196,10 @@ def _function(folder: Path, manifest: Mapping[str, Any]) -> export.Exported:
             f"{path}: jax {jax.__version__} cannot read it, jax {manifest['versions']['jax']} "
             f"wrote it: {error}"
         ) from error
-    want = form(batch_specs(manifest["task"], manifest["length"]))
+    want = form(processor.specs(manifest["task"]))
     if found["batch"] != want or any(manifest["signature"][k] != v for k, v in found.items()):
         raise FwError(f"{path}: takes and gives something else than the manifest says")
     if manifest["labels"] and found["logits"]["shape"][-1] != len(manifest["labels"]):
         raise FwError(f"{path}: gives {found['logits']['shape'][-1]} classes, not one a label")
     check_function(exported, str(path))
     return exported
-
-
-def _tokenizer_ids(folder: Path, manifest: Mapping[str, Any]) -> dict[str, int | None]:
-    ids = {name: manifest["tokenizer"].get(name) for name in ("pad", "unknown")}
-    if type(ids["pad"]) is not int or type(ids["unknown"]) not in (int, type(None)):
-        raise FwError(f"{folder / files.NAME}: 'tokenizer': expected ids of 'pad' and 'unknown'")
-    return ids

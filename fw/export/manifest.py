@@ -3,7 +3,7 @@
     manifest.json          this file's business: what, for whom, from what, and every file's SHA-256
     model.stablehlo        the function, `logits = call(weights, batch)`, of `jax.export`
     model.safetensors      the weights, its first argument
-    tokenizer.json         text to ids
+    …                      the processor's, such as tokenizer.json
     golden.safetensors     a batch, and the logits that it gave
 
 The manifest carries its own digest and has one spelling, so that no byte of the folder can change
@@ -18,19 +18,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fw.data.splits import TASKS
 from fw.errors import FwError
 from fw.json_files import dumps, plain
 from fw.labels import LABELLED
+from fw.processors import TASKS, processor_of
 
-FORMAT = 1
+FORMAT = 2
 """Version of the folder's layout; another one is refused."""
 
 NAME = "manifest.json"
 GOLDEN, STABLEHLO = "golden.safetensors", "model.stablehlo"
-TOKENIZER, WEIGHTS = "tokenizer.json", "model.safetensors"
-FILES = (GOLDEN, STABLEHLO, TOKENIZER, WEIGHTS)
-"""Every file but the manifest. A closed list: a manifest cannot name a path."""
+WEIGHTS = "model.safetensors"
 
 LIMIT = 16 << 20
 """Bytes of a manifest, checked before it is read."""
@@ -38,23 +36,31 @@ LIMIT = 16 << 20
 _FIELDS: Mapping[str, type] = {
     "task": str,
     "labels": list,
-    "length": int,
     "compression": dict,
     "platforms": list,
     "signature": dict,
     "versions": dict,
-    "tokenizer": dict,
+    "processor": dict,
     "golden": dict,
     "files": dict,
 }
 """What `load` relies on; the rest is for people."""
 
 
+def file_names(task: str) -> tuple[str, ...]:
+    """Every file but the manifest. A closed list: a manifest cannot name a path.
+
+    >>> file_names("causal_lm")
+    ('golden.safetensors', 'model.safetensors', 'model.stablehlo', 'tokenizer.json')
+    """
+    return tuple(sorted((GOLDEN, STABLEHLO, WEIGHTS, *processor_of(task).files)))
+
+
 def write(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Write `manifest.json`, with the size and SHA-256 of every other file and its own digest.
 
     Args:
-        folder: holds all of `FILES`.
+        folder: holds all of `file_names`.
         manifest: everything else to record; what `fw.json_files` can write.
 
     Raises:
@@ -62,7 +68,7 @@ def write(folder: Path, manifest: Mapping[str, Any]) -> None:
     """
     files = {
         name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
-        for name in FILES
+        for name in file_names(manifest["task"])
     }
     whole = plain({"format": FORMAT, **manifest, "files": files}, NAME)
     whole["sha256"] = hashlib.sha256(_render(whole)).hexdigest()
@@ -124,10 +130,11 @@ def check_files(folder: Path, manifest: Mapping[str, Any], *, hashes: bool = Tru
     Raises:
         FwError: it names the file.
     """
+    names = file_names(manifest["task"])
     for path in sorted(folder.iterdir()):
-        if path.name not in (*FILES, NAME):
+        if path.name not in (*names, NAME):
             raise FwError(f"{path}: is not part of the artifact; remove it")
-    for name in FILES:
+    for name in names:
         path, want = folder / name, manifest["files"][name]
         if _size(path) != want["bytes"]:
             raise FwError(f"{path}: has {_size(path)} bytes, expected {want['bytes']}; {_AGAIN}")
@@ -163,16 +170,16 @@ def _check_fields(path: Path, manifest: Mapping[str, Any]) -> None:
     for name, kind in _FIELDS.items():
         if type(manifest.get(name)) is not kind:
             raise FwError(f"{path}: {name!r}: expected a JSON {kind.__name__}")
-    if manifest["task"] not in TASKS or manifest["length"] < 1:
-        raise FwError(f"{path}: expected a task of {', '.join(TASKS)} and a length above 0")
+    if manifest["task"] not in TASKS:
+        raise FwError(f"{path}: expected a task of {', '.join(TASKS)}")
     if bool(manifest["labels"]) != (manifest["task"] in LABELLED) or not all(
         isinstance(label, str) for label in manifest["labels"]
     ):
         raise FwError(f"{path}: 'labels': expected a list of names, one at least for classes")
-    files = manifest["files"]
-    if strange := sorted(set(files) ^ set(FILES)):
+    files, names = manifest["files"], file_names(manifest["task"])
+    if strange := sorted(set(files) ^ set(names)):
         raise FwError(
-            f"{path}: 'files': {strange[0]!r} is unexpected or missing; expected {', '.join(FILES)}"
+            f"{path}: 'files': {strange[0]!r} is unexpected or missing; expected {', '.join(names)}"
         )
     for name, entry in files.items():
         if not (

@@ -9,7 +9,6 @@ configuration, and `load_variables` gives the parameters back, so that it can be
 
 import dataclasses
 import importlib.metadata
-import math
 import platform
 import secrets
 import shutil
@@ -21,15 +20,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fw.data.splits import TASKS
-from fw.data.tokenizer import Tokenizer, load_tokenizer
 from fw.errors import FwError
 from fw.export import manifest as files
-from fw.export.function import batch_specs, check_function, form, functional, trace
-from fw.export.golden import golden_batch, largest_id, tolerance
+from fw.export.function import check_function, form, functional, trace
+from fw.export.golden import tolerance
 from fw.export.load import load
 from fw.labels import LABELLED
 from fw.metrics.entities import entity_types
+from fw.processors import Processor, processor_of
 from fw.tensors import read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -44,12 +42,11 @@ def save(
     variables: Mapping[str, Any],
     task: str,
     labels: Sequence[str],
-    tokenizer: Tokenizer | str | Path,
-    length: int,
+    processor: Processor,
     precision: str = "f32",
     report: Sequence["Record"] = (),
     provenance: Mapping[str, Any] | None = None,
-    examples: Sequence[str] | None = None,
+    examples: Sequence[Any] | None = None,
 ) -> Path:
     """Write an artifact.
 
@@ -60,15 +57,14 @@ def save(
         folder: where to; an artifact that is there is replaced, anything else is not.
         model: the record; its config is a dataclass or a mapping, or None.
         variables: {"params", "state"}, whose leaves may be compressed (`compress.quantize`).
-        task: one of `fw.data.TASKS`.
+        task: one of `fw.processors.TASKS`.
         labels: names of the classes or numbers, in the order of the logits; empty where there
             are none.
-        tokenizer: from `fw.data.load_tokenizer`, or a model folder, or a `tokenizer.json`.
-        length: the most tokens in a row, special tokens included.
+        processor: of the task: for texts `Text(tokenizer, length)`, or `Text.of(folder, length)`.
         precision: policy of the products that are not compressed, see `fw.precision`.
         report: what `compress.quantize` said, for the manifest.
         provenance: where the model came from.
-        examples: texts for the golden batch; None for random ids.
+        examples: things for the golden batch; None for random values.
 
     Returns:
         The folder.
@@ -78,38 +74,37 @@ def save(
             function that does not give the model's own outputs once exported.
 
     >>> import tempfile
+    >>> from fw.export import Text
     >>> from fw.models.bert import BertConfig, bert
     >>> model = bert(BertConfig(5, 8, 1, 2, 8, num_labels=2, task="sequence_classification"))
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     _ = Path(folder, "vocab.txt").write_text("[PAD]\\n[UNK]\\n[CLS]\\n[SEP]\\nhello\\n")
-    ...     path = save(Path(folder, "artifact"), model=model, tokenizer=folder,
-    ...                 variables=model.init(jax.random.key(0)), length=16,
+    ...     path = save(Path(folder, "artifact"), model=model, processor=Text.of(folder, 16),
+    ...                 variables=model.init(jax.random.key(0)),
     ...                 task="sequence_classification", labels=("bad", "good"))
     ...     sorted(next(load(path).predict(["hello"]))["scores"])
     ['bad', 'good']
     """
     folder = Path(folder)
-    if not isinstance(tokenizer, Tokenizer):
-        tokenizer = _read_tokenizer(Path(tokenizer))
-    _check_arguments(model, task, labels, tokenizer, length)
+    _check_arguments(model, task, labels, processor)
     _check_target(folder)
 
     variables = jax.device_get(dict(variables))
     weights, function, forward, kind = functional(model, variables, precision)
-    exported = trace(function, weights, task, length)
+    specs = processor.specs(task)
+    exported = trace(function, weights, specs)
     check_function(exported, "the model")
     if labels and exported.out_avals[0].shape[-1] != len(labels):
         raise FwError(
             f"labels: the model has {exported.out_avals[0].shape[-1]} classes; got {len(labels)}"
         )
-    batch = golden_batch(tokenizer, task, length, examples)
+    batch = processor.golden(task, examples)
     logits = np.asarray(jax.jit(forward)(variables, batch))
     if not np.isfinite(logits).all():
         raise FwError("variables: the model gives NaN or infinity; not exported")
     manifest = {
         "task": task,
         "labels": list(labels),
-        "length": length,
         "precision": precision,
         "run": _how_to_run(folder.name),
         "platforms": list(exported.platforms),
@@ -122,12 +117,11 @@ def save(
         "provenance": dict(provenance or {}),
         "model": _describe(model),
         "compression": _compression(weights, report),
-        "tokenizer": {"pad": tokenizer.pad, "unknown": tokenizer.unknown},
+        "processor": processor.notes(),
         "golden": {"tolerance": tolerance(kind, logits)},
         "signature": {
             "function": "logits = call(weights, batch)",
-            "sizes": {"b": "rows", "t": f"tokens in a row, 1 to {length}", "s": "texts in a row"},
-            "batch": form(batch_specs(task, length)),
+            "batch": form(specs),
             "logits": form({"": exported.out_avals[0]})[""],
             "weights": form(weights),
         },
@@ -138,7 +132,7 @@ def save(
     try:
         (part / files.STABLEHLO).write_bytes(exported.serialize())
         write_tensors(part / files.WEIGHTS, weights)
-        (part / files.TOKENIZER).write_text(tokenizer.fast.to_str(), encoding="utf-8")
+        processor.save(part)
         write_tensors(part / files.GOLDEN, batch | {"logits": logits})
         files.write(part, manifest)
         load(part)
@@ -178,29 +172,17 @@ def load_variables(folder: str | Path) -> dict[str, Any]:
 
 
 def _check_arguments(
-    model: "Model", task: str, labels: Sequence[str], tokenizer: Tokenizer, length: int
+    model: "Model", task: str, labels: Sequence[str], processor: Processor
 ) -> None:
-    if task not in TASKS:
-        raise FwError(f"task: expected one of {', '.join(TASKS)}; got {task!r}")
+    if not isinstance(processor, kind := processor_of(task)):
+        raise FwError(f"processor: expected {kind.__name__} for {task}; got {processor!r}")
     named = not isinstance(labels, str) and len(set(labels)) == len(labels)
     if not named or bool(labels) != (task in LABELLED):
         expected = "names, each once" if task in LABELLED else f"none for {task}"
         raise FwError(f"labels: expected {expected}; got {labels!r}")
     if task == "token_classification":
         entity_types(labels)
-    special = len(tokenizer.prefix) + len(tokenizer.suffix)
-    most = getattr(model.config, "positions", math.inf)
-    if not special < length <= most:
-        raise FwError(
-            f"length: expected more than the {special} special tokens and at most the model's "
-            f"{most} positions; got {length}"
-        )
-    rows = getattr(model.config, "vocab_size", math.inf)
-    if largest_id(tokenizer) >= rows:
-        raise FwError(
-            f"tokenizer: has ids up to {largest_id(tokenizer)}, but the model's vocabulary ends "
-            f"at {rows - 1}; is it another model's?"
-        )
+    processor.fits(model.config, task)
 
 
 def _check_target(folder: Path) -> None:
@@ -219,14 +201,6 @@ def _put(part: Path, folder: Path) -> None:
     part.rename(folder)
     if old is not None:
         shutil.rmtree(old)
-
-
-def _read_tokenizer(path: Path) -> Tokenizer:
-    if path.is_dir():
-        return load_tokenizer(path)
-    if path.name != files.TOKENIZER:
-        raise FwError(f"{path}: expected a model folder or a {files.TOKENIZER}")
-    return load_tokenizer(path.parent)
 
 
 def _describe(model: "Model") -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from fw.hub.adapter import Adapter, load_adapter, merge, save_adapter
 from fw.hub.families import FAMILIES, Family, own_family
 from fw.hub.folder import Loaded, load, save
+from fw.hub.new import new
 
 __all__ = [
     "FAMILIES",
@@ -12,6 +13,7 @@ __all__ = [
     "load",
     "load_adapter",
     "merge",
+    "new",
     "own_family",
     "save",
     "save_adapter",

@@ -19,7 +19,21 @@ from fw.hub.files import AnyTensor, Tensors
 from fw.hub.header import shown_name
 from fw.labels import PROBLEMS
 from fw.model import Model
-from fw.models import bert, distilbert, llama, modernbert, resnet, roberta, vit
+from fw.models import (
+    bert,
+    distilbert,
+    dlrm,
+    efficientnet,
+    ft_transformer,
+    llama,
+    mlp,
+    modernbert,
+    resnet,
+    roberta,
+    two_tower,
+    unet,
+    vit,
+)
 from fw.models.names import Name
 from sharding import paths
 
@@ -184,6 +198,8 @@ _ROBERTA = Family(
     fixed=_ENCODER,
 )
 
+_TABULAR = ("tabular_classification", "tabular_regression")
+
 FAMILIES: Mapping[str, Family] = types.MappingProxyType(
     {
         "bert": Family(
@@ -276,6 +292,21 @@ FAMILIES: Mapping[str, Family] = types.MappingProxyType(
             prefix="resnet.",
             head=("classifier.",),
             writes=resnet.write_config,
+        ),
+        "unet": own_family(unet.UNetConfig, unet.unet, ["segmentation"]),
+        "mlp": own_family(mlp.MLPConfig, mlp.mlp, _TABULAR),
+        "ft_transformer": own_family(
+            ft_transformer.FTTransformerConfig, ft_transformer.ft_transformer, _TABULAR
+        ),
+        "dlrm": own_family(dlrm.DLRMConfig, dlrm.dlrm, ["ranking"]),
+        "two_tower": own_family(two_tower.TwoTowerConfig, two_tower.two_tower, ["retrieval"]),
+        "efficientnet_lite": Family(
+            efficientnet.EfficientNetConfig,
+            efficientnet.efficientnet,
+            efficientnet.torch_names,
+            architectures={"image_classification": "EfficientNet"},
+            prefix="",
+            head=("_fc.",),
         ),
     }
 )

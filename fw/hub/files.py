@@ -19,7 +19,7 @@ import numpy as np
 
 from fw.data.files import read_text
 from fw.errors import FwError
-from fw.gguf import GgufTensor, gguf_file, open_gguf, write_tokenizer
+from fw.gguf import GgufTensor, gguf_file, write_tokenizer
 from fw.hub.header import MOST_BYTES, check_file, parse_json, read_header, shown_name
 from fw.tensors import DTYPES
 
@@ -96,7 +96,45 @@ class Tensor:
         return found[:, *rest]
 
 
-AnyTensor = Tensor | GgufTensor
+@dataclass(frozen=True)
+class Turned:
+    """A tensor whose axes lie in another order in the file.
+
+    Attributes:
+      dense: as it lies there.
+      order: for each axis of `dense`, which one of the tensor's it is.
+    """
+
+    dense: Tensor
+    order: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """In the file."""
+        return self.dense.name
+
+    @property
+    def file(self) -> Path:
+        """Which one."""
+        return self.dense.file
+
+    @property
+    def dtype(self) -> str:
+        """As safetensors spells it."""
+        return self.dense.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the tensor."""
+        return tuple(self.dense.shape[self.order.index(i)] for i in range(len(self.order)))
+
+    def read(self, index: tuple[slice, ...]) -> np.ndarray:
+        """As `Tensor.read`."""
+        found = self.dense.read(tuple(index[i] for i in self.order))
+        return found.transpose([self.order.index(i) for i in range(len(self.order))])
+
+
+AnyTensor = Tensor | Turned | GgufTensor
 Tensors = Mapping[str, AnyTensor]
 
 
@@ -133,25 +171,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise FwError(f"{path}: expected a JSON object, got {type(found).__name__}")
     return found
-
-
-@contextmanager
-def open_model(place: Path) -> Iterator[tuple[Path, Mapping[str, Any], Tensors]]:
-    """Opens a model folder, or a GGUF file, or a folder that holds one.
-
-    Yields:
-      What says the config, the config in the form of `config.json`, and every tensor by name.
-
-    Raises:
-      FwError: as `read_json`, `open_tensors` and `fw.gguf.open_gguf` do.
-    """
-    if (file := gguf_file(place)) is not None:
-        opened = open_gguf(file)
-        yield file, opened.config, opened.tensors
-        return
-    source = read_json(place / CONFIG)
-    with open_tensors(place) as tensors:
-        yield place / CONFIG, source, tensors
 
 
 @contextmanager

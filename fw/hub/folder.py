@@ -34,10 +34,10 @@ from fw.hub.files import (
     copy_tokenizer,
     largest,
     new_folder,
-    open_model,
 )
 from fw.hub.header import shown_name
 from fw.hub.reader import reader
+from fw.hub.source import open_model
 from fw.model import Model, Variables
 from fw.models.names import Name
 from fw.models.stack_layout import scans
@@ -101,7 +101,7 @@ def load(
 
     Args:
       folder: holds `config.json` and `model.safetensors`, or an index and several such files; or
-        a GGUF file, or its path.
+        a GGUF file, or its path; or a state dict of EfficientNet-Lite, `.pth`, or its path.
       mesh, rules: where the parameters go.
       key: for parameters that the folder lacks; each gets what `model.init(key)` gives it. None
         requires a complete folder.
@@ -188,7 +188,13 @@ def load(
     )
 
 
-def save(folder: str | Path, loaded: Loaded, *, tokenizer_from: str | Path | None = None) -> None:
+def save(
+    folder: str | Path,
+    loaded: Loaded,
+    *,
+    tokenizer_from: str | Path | None = None,
+    more: Callable[[Path], None] | None = None,
+) -> None:
     """Writes a model folder that transformers, and `load`, can read.
 
     For trained parameters: `save(folder, dataclasses.replace(loaded, variables=trained))`. With
@@ -198,6 +204,7 @@ def save(folder: str | Path, loaded: Loaded, *, tokenizer_from: str | Path | Non
       folder: new, or empty; its parents are made.
       loaded: what to write; of `config`, the keys that fw does not know are kept.
       tokenizer_from: a folder whose tokenizer is copied; None takes `loaded.folder`'s, if any.
+      more: writes further files into the folder before it gets its name.
 
     Raises:
       FwError: the folder exists, or cannot be written; parameters that are not the model's, among
@@ -240,6 +247,8 @@ def save(folder: str | Path, loaded: Loaded, *, tokenizer_from: str | Path | Non
                 write_pooling(part, model.config)
             if tokenizer is not None:
                 copy_tokenizer(tokenizer, part)
+            if more is not None:
+                more(part)
 
     on_first_process(write, folder, host)
 

@@ -56,6 +56,30 @@ def confusion(
     return flat.reshape(num_classes, num_classes)
 
 
+def within_top(logits: jax.Array, labels: jax.Array, count: int) -> jax.Array:
+    """Whether each label is among the `count` classes with the largest logits.
+
+    Equal to scikit-learn's `top_k_accuracy_score`: of equal logits, the class of the larger id
+    comes first. A label whose logit is NaN is never among them.
+
+    Args:
+        logits: [..., C].
+        labels: i32[...]; the answer for `IGNORE` means nothing.
+        count: of classes.
+
+    Returns:
+        bool[...].
+
+    >>> within_top(jnp.array([[0.1, 0.7, 0.2], [0.5, 0.3, 0.2]]), jnp.array([2, 2]), 2)
+    Array([ True, False], dtype=bool)
+    """
+    labels = labels[..., None]
+    own = jnp.take_along_axis(logits, jnp.maximum(labels, jnp.zeros((), labels.dtype)), axis=-1)
+    later = jnp.arange(logits.shape[-1], dtype=labels.dtype) > labels
+    before = ~(logits <= own) | ((logits == own) & later)
+    return jnp.sum(before, axis=-1, dtype=jnp.int32) < count
+
+
 def classification_report(
     counts: np.ndarray | jax.Array, names: Sequence[str], *, absent: bool = False
 ) -> Report:

@@ -16,14 +16,15 @@ def regression_report(labels: np.ndarray, predictions: np.ndarray) -> dict[str, 
         predictions: [n].
 
     Returns:
-        "mse", "mae", "pearson" and "spearman".
+        "mse", "rmse", "mae", "r2" (1 - Σ (x - y)² / Σ (y - ȳ)², 0 where all labels are one
+        number), "pearson" and "spearman".
 
     Raises:
         ValueError: none, or unequal numbers of them.
 
     >>> found = regression_report(np.array([1.0, 2.0, 3.0]), np.array([2.0, 4.0, 8.0]))
     >>> {name: round(value, 3) for name, value in found.items()}
-    {'mse': 10.0, 'mae': 2.667, 'pearson': 0.982, 'spearman': 1.0}
+    {'mse': 10.0, 'rmse': 3.162, 'mae': 2.667, 'r2': -14.0, 'pearson': 0.982, 'spearman': 1.0}
     """
     if labels.shape != predictions.shape or labels.ndim != 1 or not labels.size:
         raise ValueError(
@@ -31,9 +32,12 @@ def regression_report(labels: np.ndarray, predictions: np.ndarray) -> dict[str, 
             "be one vector each, of one length, not empty"
         )
     y, x = labels.astype(np.float64), predictions.astype(np.float64)
+    mse, variance = float(np.mean((x - y) ** 2)), float(np.var(y))
     return {
-        "mse": float(np.mean((x - y) ** 2)),
+        "mse": mse,
+        "rmse": mse**0.5,
         "mae": float(np.mean(np.abs(x - y))),
+        "r2": 1 - mse / variance if variance > 0 else 0.0,
         "pearson": pearson(y, x),
         "spearman": pearson(ranks(y), ranks(x)),
     }

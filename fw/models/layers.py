@@ -19,7 +19,7 @@ from sharding import cutting, linear, lookup
 from sharding.noise import dropout_mask
 from sharding.parallel.ring import ring_attention
 
-Axes = tuple[str, ...]
+Axes = tuple[str | None, ...]
 Rows = tuple[str | None, ...]
 
 

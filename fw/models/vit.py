@@ -285,7 +285,7 @@ class VisionTransformer(nnx.Module):
         x = self.patches(x)
         x = x.reshape(x.shape[0], -1, x.shape[-1])
         tokens = [self.first[...], self.distilled[...]] if config.tokens == 2 else [self.first[...]]
-        tokens = [jnp.broadcast_to(token, (len(x), *token.shape[1:])) for token in tokens]
+        tokens = [jnp.broadcast_to(token, (x.shape[0], *token.shape[1:])) for token in tokens]
         x = jnp.concatenate([*tokens, x], axis=1) + self.position[...]
         x = constrain(dropout(x, config.hidden_dropout_prob, keys[0]), "batch", "length", "embed")
         x = self.norm(self.stack(x, all_visible(x), key=keys[1]))

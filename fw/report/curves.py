@@ -19,6 +19,7 @@ SQUARES = "squares"  # of the loss of numbers, whatever they measure
 FRACTIONS = (
     *("accuracy", "precision", "recall", "f1", "macro_f1", "micro_f1", "weighted_f1"),
     "exact_match",
+    *("auc", "average_precision", "ks", "calibration_error", "calibration_error_by_count"),
 )
 
 
@@ -37,6 +38,7 @@ def curves(records: Records, unit: str = UNITS["loss"]) -> Element | None:
         _loss(train, records, unit),
         _metric(records),
         _one(train, "tokens_per_second", "Throughput", "real tokens/s"),
+        _one(train, "examples_per_second", "Throughput", "examples/s"),
         _one(train, "learning_rate", "Learning rate", "learning rate"),
         _one(train, "grad_norm", "Gradient norm", "gradient norm (L2)"),
     ]

@@ -7,13 +7,18 @@ from fw.tasks.multi_label_classification import (
     sigmoid_cross_entropy,
 )
 from fw.tasks.question_answering import question_answering, span_loss
+from fw.tasks.ranking import ranking
 from fw.tasks.regression import regression, squared_error
+from fw.tasks.retrieval import retrieval, sampled_softmax
 from fw.tasks.segmentation import pixel_loss, segmentation, soft_dice
 from fw.tasks.sequence_classification import sequence_classification
-from fw.tasks.task import Summary, Task, cross_entropy
+from fw.tasks.tabular_classification import tabular_classification
+from fw.tasks.tabular_regression import tabular_regression
+from fw.tasks.task import CATALOGUE, Summary, Task, cross_entropy
 from fw.tasks.token_classification import token_classification
 
 __all__ = [
+    "CATALOGUE",
     "Summary",
     "Task",
     "causal_lm",
@@ -23,13 +28,18 @@ __all__ = [
     "multi_label_classification",
     "pixel_loss",
     "question_answering",
+    "ranking",
     "regression",
+    "retrieval",
+    "sampled_softmax",
     "segmentation",
     "sequence_classification",
     "sigmoid_cross_entropy",
     "soft_dice",
     "span_loss",
     "squared_error",
+    "tabular_classification",
+    "tabular_regression",
     "token_classification",
     "word_loss",
 ]

@@ -3,12 +3,17 @@
 from collections.abc import Sequence
 
 from fw.errors import FwError
+from fw.tasks.image_classification import image_classification
 from fw.tasks.language_modelling import causal_lm, masked_lm
 from fw.tasks.multi_label_classification import multi_label_classification
 from fw.tasks.question_answering import question_answering
+from fw.tasks.ranking import ranking
 from fw.tasks.regression import regression
+from fw.tasks.retrieval import retrieval
 from fw.tasks.segmentation import segmentation
 from fw.tasks.sequence_classification import sequence_classification
+from fw.tasks.tabular_classification import tabular_classification
+from fw.tasks.tabular_regression import tabular_regression
 from fw.tasks.task import Task
 from fw.tasks.token_classification import token_classification
 
@@ -20,7 +25,12 @@ _EVERY = (
     question_answering,
     masked_lm,
     causal_lm,
+    tabular_classification,
+    tabular_regression,
     segmentation,
+    ranking,
+    retrieval,
+    image_classification,
 )
 _TASKS = {task.__name__: task for task in _EVERY}
 

@@ -12,9 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fw.data.pack import Packed
 from fw.labels import IGNORE
 from fw.model import Batch
+
+CATALOGUE = "catalogue"
+"""The entry of a batch of evaluation that holds what `Task.index` made of all items."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,11 @@ class Task:
       summarise: `counts -> Summary`, on the host.
       metric: the figure of the summary that checkpoints are chosen by.
       judge: `(rows, logits of all rows) -> tree` of further counts, for what the device cannot
-        count: ranks, spellings. On the host; None for most tasks.
+        count: ranks, spellings. On the host; None for most tasks. The rows are those of
+        `fw.data.Packed` or `fw.data.rows.Rows`.
+      index: `(outputs of rows of a catalogue, those rows) -> tree` of what every batch is to be
+        ranked among, [rows, ...] each: `count` finds that of all rows as `batch[CATALOGUE]`. Once
+        an evaluation, on the mesh; None for most tasks.
     """
 
     name: str
@@ -58,7 +64,8 @@ class Task:
     count: Callable[[Any, Batch], Any]
     summarise: Callable[[Any], Summary]
     metric: str
-    judge: Callable[[Packed, np.ndarray], Any] | None = None
+    judge: Callable[[Any, np.ndarray], Any] | None = None
+    index: Callable[[Any, Batch], Any] | None = None
 
 
 def cross_entropy(logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:

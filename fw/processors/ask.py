@@ -1,6 +1,6 @@
 """Questions become answers: windows of the text, logits, the passage that fits best.
 
-The neighbour of `predict`, which calls it for artifacts of question answering.
+The neighbour of `answers`, which calls it for question answering.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from fw.data.tokenizer import Tokenizer
 from fw.data.windows import encode_questions, passages
 
 if TYPE_CHECKING:
-    from fw.export.load import Artifact
+    from fw.processors.text import Text
 
 
 def ask(
-    artifact: Artifact,
+    processor: Text,
     asked: Sequence[Mapping[str, Any]],
     row_length: Callable[[int, int], int],
     run: Callable[[Packed], np.ndarray],
@@ -28,7 +28,7 @@ def ask(
     """Answer questions in their order.
 
     Args:
-        artifact: of question answering.
+        processor: has the tokenizer.
         asked: {"question", "context"} each.
         row_length: `(pieces, length) -> tokens of a row`.
         run: packed rows to their logits.
@@ -39,7 +39,7 @@ def ask(
         probabilities among the best passages and no answer.
     """
     records = [Question(one["question"], one["context"]) for one in asked]
-    packed = pack_questions(artifact.tokenizer, records, artifact.length, row_length)
+    packed = pack_questions(processor.tokenizer, records, processor.length, row_length)
     assert packed.windows is not None
     for record, (best, null) in zip(
         records, passages(packed.windows, unpack_words(packed, run(packed))), strict=True

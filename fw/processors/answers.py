@@ -1,15 +1,13 @@
 """Texts become answers: tokens, packed rows, logits, and back to the characters of each text.
 
 The same encoding and packing as in training (`fw.data`), so a text gets the same pieces. Texts are
-taken in chunks and sorted by length into few row lengths: hardly any padding, few shapes to
-compile. `Artifact.predict` is the door; `fw.export.save` makes its golden batch here, too.
+sorted by length into few row lengths: hardly any padding, few shapes to compile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import batched
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,24 +19,19 @@ from fw.data.encode_texts import encode_labelled
 from fw.data.pack import Packed, pack, unpack_texts, unpack_words
 from fw.data.records import Labelled, Tagged
 from fw.data.tokenizer import Tokenizer
-from fw.errors import FwError
-from fw.export.ask import ask
-from fw.export.words import say_words
 from fw.metrics.entities import entity_spans
 from fw.metrics.multi_label import THRESHOLD
+from fw.processors.ask import ask
+from fw.processors.outputs import one_label, softmax
+from fw.processors.words import say_words
 
 if TYPE_CHECKING:
     from fw.export.load import Artifact
-
-CHUNK = 1024
-"""Texts sorted and packed together: enough to fill rows, and few to hold."""
+    from fw.processors.text import Text
 
 SHORTEST_ROW, ROW_FACTOR = 32, 4
 """Row lengths are 32, 128, 512 … tokens: each is one more program to compile, and packing fills
 the longer rows."""
-
-Text = str | Sequence[str] | Mapping[str, Any]
-"""A text, or the words of one, or a question and its text."""
 
 
 @dataclass(frozen=True)
@@ -53,41 +46,6 @@ class Item:
     def words(self) -> tuple[str, ...]:
         """The words themselves."""
         return tuple(self.text[start:end] for start, end in self.spans)
-
-
-def predict(
-    artifact: Artifact, texts: Iterable[Text], batch_size: int = 32
-) -> Iterator[dict[str, Any]]:
-    """Answer texts in their order.
-
-    Token classification: the words of a text are what the tokenizer parts before it makes pieces
-    (for BERT, at white space and punctuation), or the given ones; a word has the label of its first
-    piece, and words make entities as in evaluation. A text longer than a row goes on in the next.
-    Whole texts: what is longer than a row is cut at its end, and "truncated" says so.
-
-    Args:
-        artifact: from `fw.export.load`.
-        texts: a text each, or for token classification the words of one, which make a text with a
-            space between them; for question answering {"question", "context"}.
-        batch_size: the most rows computed at once.
-
-    Yields:
-        what `Artifact.predict` says.
-
-    Raises:
-        FwError: an item is no text, with its number from 1; `batch_size` is below 1.
-    """
-    if isinstance(texts, str):
-        raise FwError("texts: expected several texts, got one; write predict([text])")
-    if batch_size < 1:
-        raise FwError(f"batch_size: expected at least one row; got {batch_size}")
-    number = 0
-    for chunk in batched(texts, CHUNK):
-        for text in chunk:
-            number += 1
-            if why := problem(text, artifact.task):
-                raise FwError(f"text {number}: {why}")
-        yield from _answer(artifact, chunk, batch_size)
 
 
 def problem(text: Any, task: str) -> str:
@@ -178,7 +136,27 @@ def _strip(text: str, start: int, end: int) -> tuple[int, int]:
     return start, start + len(word.strip())
 
 
-def _answer(artifact: Artifact, texts: Sequence[Any], batch_size: int) -> Iterator[dict[str, Any]]:
+def answer(
+    processor: Text, artifact: Artifact, texts: Sequence[Any], batch_size: int
+) -> Iterator[dict[str, Any]]:
+    """Answer texts in their order.
+
+    Token classification: the words of a text are what the tokenizer parts before it makes pieces
+    (for BERT, at white space and punctuation), or the given ones; a word has the label of its first
+    piece, and words make entities as in evaluation. A text longer than a row goes on in the next.
+    Whole texts: what is longer than a row is cut at its end, and "truncated" says so.
+
+    Args:
+        processor: has the tokenizer.
+        artifact: has the function.
+        texts: without a `problem`.
+        batch_size: the most rows computed at once.
+
+    Yields:
+        what `Artifact.predict` says.
+    """
+    tokenizer, length = processor.tokenizer, processor.length
+
     def run(packed: Packed) -> np.ndarray:
         # A power of two: texts that come one by one share a few compiled programs.
         size = min(batch_size, 1 << (packed.rows - 1).bit_length())
@@ -186,21 +164,21 @@ def _answer(artifact: Artifact, texts: Sequence[Any], batch_size: int) -> Iterat
         return np.concatenate([artifact.logits(batch) for batch in batches])
 
     if artifact.task == "question_answering":
-        yield from ask(artifact, texts, row_length, run)
+        yield from ask(processor, texts, row_length, run)
         return
     if artifact.task in ("masked_lm", "causal_lm"):
-        yield from say_words(artifact, texts, row_length, run)
+        yield from say_words(processor, artifact, texts, row_length, run)
         return
-    items = read_items(artifact.tokenizer, texts)
+    items = read_items(tokenizer, texts)
     tagged = artifact.task == "token_classification"
     groups: dict[int, list[int]] = {}
     for i, item in enumerate(items):
         if item.spans or not tagged:
-            groups.setdefault(row_length(item.pieces, artifact.length), []).append(i)
+            groups.setdefault(row_length(item.pieces, length), []).append(i)
 
     logits: dict[int, np.ndarray] = {}
     for row, group in sorted(groups.items()):
-        packed = pack_items(artifact.tokenizer, [items[i] for i in group], artifact.task, row)
+        packed = pack_items(tokenizer, [items[i] for i in group], artifact.task, row)
         outputs = run(packed)
         unpacked = unpack_words(packed, outputs) if tagged else unpack_texts(packed, outputs)
         logits.update(zip(group, unpacked, strict=True))
@@ -208,19 +186,44 @@ def _answer(artifact: Artifact, texts: Sequence[Any], batch_size: int) -> Iterat
     for i, item in enumerate(items):
         own = logits.get(i, np.zeros((0, len(artifact.labels))))
         if tagged:
-            yield {"text": item.text, "entities": _entities(item, _softmax(own), artifact.labels)}
+            yield {"text": item.text, "entities": _entities(item, softmax(own), artifact.labels)}
         else:
             said = _SAY[artifact.task](own, artifact.labels)
-            yield {"text": item.text, **said, "truncated": item.pieces > artifact.length}
+            yield {"text": item.text, **said, "truncated": item.pieces > length}
 
 
-def _one_label(logits: np.ndarray, labels: Sequence[str]) -> dict[str, Any]:
-    scores = _softmax(logits)
-    return {
-        "label": labels[int(scores.argmax())],
-        "score": float(scores.max()),
-        "scores": dict(zip(labels, scores.tolist(), strict=True)),
-    }
+def say(answer: Mapping[str, Any]) -> str:
+    """An answer for people.
+
+    >>> print(say({"text": "Good.", "label": "good", "score": 0.987, "truncated": False}))
+    good 0.99  Good.
+    """
+    if "question" in answer:
+        found = answer["answer"] or {"text": "–", "score": 0.0}
+        unsure = f"  (no answer {answer['no_answer_score']:.2f})"
+        return f"{found['text']} {found['score']:.2f}{unsure}  {answer['question']}"
+    if "next" in answer:
+        guesses = " ".join(f"{g['token']} {g['score']:.2f}" for g in answer["next"])
+        mean = answer["log_likelihood"] / max(answer["tokens"], 1)
+        return f"{answer['text']}\n  {guesses}  (log likelihood {mean:.3f} a token)"
+    if "masks" in answer:
+        guesses = (" ".join(f"{g['token']} {g['score']:.2f}" for g in m) for m in answer["masks"])
+        return "\n  ".join((answer["text"], *guesses))
+    if "entities" not in answer:
+        cut = "  (cut for length)" if answer["truncated"] else ""
+        if "numbers" in answer:
+            said = ", ".join(f"{name} {value:.4g}" for name, value in answer["numbers"].items())
+        elif "labels" in answer:
+            scores = answer["scores"]
+            said = ", ".join(f"{name} {scores[name]:.2f}" for name in answer["labels"]) or "–"
+        else:
+            said = f"{answer['label']} {answer['score']:.2f}"
+        return f"{said}  {answer['text']}{cut}"
+    found = (
+        f"  {e['type']} {e['score']:.2f}  {e['text']}  [{e['start']}:{e['end']}]"
+        for e in answer["entities"]
+    )
+    return "\n".join((answer["text"], *found))
 
 
 def _many_labels(logits: np.ndarray, labels: Sequence[str]) -> dict[str, Any]:
@@ -235,7 +238,7 @@ def _numbers(logits: np.ndarray, labels: Sequence[str]) -> dict[str, Any]:
 
 
 _SAY = {
-    "sequence_classification": _one_label,
+    "sequence_classification": one_label,
     "multi_label_classification": _many_labels,
     "regression": _numbers,
 }
@@ -252,8 +255,3 @@ def _entities(item: Item, scores: np.ndarray, labels: Sequence[str]) -> list[dic
         text = item.text[start:end]
         entities.append({"type": kind, "text": text, "start": start, "end": end, "score": score})
     return entities
-
-
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    powers = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True, initial=-1e30))
-    return powers / powers.sum(axis=-1, keepdims=True)

@@ -1,6 +1,6 @@
 """What a language model says of texts: the likeliest words for those hidden, or how a text goes on.
 
-The neighbour of `predict`, which calls it for artifacts of language models.
+The neighbour of `answers`, which calls it for language models.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from fw.labels import IGNORE
 
 if TYPE_CHECKING:
     from fw.export.load import Artifact
+    from fw.processors.text import Text
 
 GUESSES = 5
 """How many words are named for a place."""
@@ -27,6 +28,7 @@ LOGITS = 2**26
 
 
 def say_words(
+    processor: Text,
     artifact: Artifact,
     texts: Sequence[str],
     row_length: Callable[[int, int], int],
@@ -35,6 +37,7 @@ def say_words(
     """Say of each text, in order, what a language model makes of it.
 
     Args:
+        processor: has the tokenizer.
         artifact: of a masked language model, whose mask the texts spell where a word is hidden, as
             in "Paris is in [MASK]."; or of a causal one.
         texts: each has a piece.
@@ -51,44 +54,44 @@ def say_words(
         FwError: a text is longer than a row, or has no piece.
     """
     masked = artifact.task == "masked_lm"
-    ids = [_pieces(artifact, text) if masked else _beginning(artifact, text) for text in texts]
+    ids = [_pieces(processor, text) if masked else _beginning(processor, text) for text in texts]
     for text, own in zip(texts, ids, strict=True):
-        if not 0 < len(own) <= artifact.length:
+        if not 0 < len(own) <= processor.length:
             raise FwError(
-                f"a text of {len(own)} pieces; expected 1 to {artifact.length}: {text[:60]!r}"
+                f"a text of {len(own)} pieces; expected 1 to {processor.length}: {text[:60]!r}"
             )
-    row = row_length(max(map(len, ids)), artifact.length)
+    row = row_length(max(map(len, ids)), processor.length)
     vocabulary = artifact.manifest["signature"]["logits"]["shape"][-1]
     count = max(1, LOGITS // (row * vocabulary))
     for some in batched(zip(texts, ids, strict=True), count):
-        packed = _pack([own for _, own in some], artifact.tokenizer.pad, row)
+        packed = _pack([own for _, own in some], processor.tokenizer.pad, row)
         for (text, own), logits in zip(some, unpack_words(packed, run(packed)), strict=True):
             if masked:
-                places = [i for i, piece in enumerate(own) if piece == artifact.tokenizer.mask]
-                guesses = [_guesses(artifact, _shares(logits[i])) for i in places]
+                places = [i for i, piece in enumerate(own) if piece == processor.tokenizer.mask]
+                guesses = [_guesses(processor, _shares(logits[i])) for i in places]
                 yield {"text": text, "masks": guesses}
                 continue
             shares = _shares(logits)
             likelihood = shares[np.arange(len(own) - 1), own[1:]].sum()
             yield {
                 "text": text,
-                "next": _guesses(artifact, shares[-1]),
+                "next": _guesses(processor, shares[-1]),
                 "log_likelihood": float(likelihood),
                 "tokens": len(own) - 1,
             }
 
 
-def _beginning(artifact: Artifact, text: str) -> list[int]:
+def _beginning(processor: Text, text: str) -> list[int]:
     """The pieces of a text that is to go on."""
-    tokenizer = artifact.tokenizer
+    tokenizer = processor.tokenizer
     return [*tokenizer.prefix, *tokenizer.fast.encode(text, add_special_tokens=False).ids]
 
 
-def _pieces(artifact: Artifact, text: str) -> list[int]:
+def _pieces(processor: Text, text: str) -> list[int]:
     """The pieces of a text, with the mask where it is spelled."""
-    tokenizer = artifact.tokenizer
+    tokenizer = processor.tokenizer
     if tokenizer.mask is None:
-        raise FwError(f"{artifact.folder}: its tokenizer has no mask token")
+        raise FwError("tokenizer: has no mask token")
     found: list[int] = []
     for number, part in enumerate(text.split(str(tokenizer.fast.id_to_token(tokenizer.mask)))):
         found += [tokenizer.mask] if number else []
@@ -121,7 +124,7 @@ def _shares(logits: np.ndarray) -> np.ndarray:
     return wide - np.log(np.exp(wide).sum(-1, keepdims=True))
 
 
-def _guesses(artifact: Artifact, shares: np.ndarray) -> list[dict[str, Any]]:
+def _guesses(processor: Text, shares: np.ndarray) -> list[dict[str, Any]]:
     best = np.argsort(-shares, kind="stable")[:GUESSES].tolist()
-    fast = artifact.tokenizer.fast
+    fast = processor.tokenizer.fast
     return [{"token": fast.id_to_token(i) or "", "score": float(np.exp(shares[i]))} for i in best]

@@ -1,0 +1,109 @@
+"""The categorical and numeric columns of a batch, for recommenders: embeddings, and numbers.
+
+All columns have their rows in one table, each after the other, so one exchange serves them all
+(see `table`). A column is ids int32 [B], or bags int32 [B, M], -1 for none: its embedding is the
+mean of those there, and 0 if none is. A column that the batch lacks is left out, so that users and
+items can be computed apart.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fw.errors import FwError
+from fw.model import Batch
+from fw.models.layers import Dense
+from fw.models.table import Table
+
+
+class Features(nnx.Module):
+    """Embeddings of columns, by name.
+
+    Attributes:
+      table: all rows.
+    """
+
+    def __init__(
+        self,
+        columns: Sequence[str],
+        rows: Sequence[int],
+        size: int,
+        *,
+        like: tuple[tuple[str, str], ...] = (),
+        init=None,
+        rngs: nnx.Rngs,
+    ):
+        """New embeddings.
+
+        Args:
+          columns: names.
+          rows: how many ids each has.
+          size: of an embedding.
+          like: pairs of a further column and the one whose rows it shares, ("history", "item").
+          init: as in `Table`.
+          rngs: of the table.
+        """
+        starts = dict(zip(columns, accumulate(rows, initial=0), strict=False))
+        starts |= {name: starts[other] for name, other in like}
+        self.starts = tuple(starts.items())
+        self.table = Table(sum(rows), size, self._ids, init=init, rngs=rngs)
+
+    def _ids(self, batch: Batch) -> jax.Array:
+        found = []
+        for name, start in self.starts:
+            if name in batch:
+                ids = batch[name].reshape(batch[name].shape[0], -1)
+                found.append(jnp.where(ids >= 0, ids + start, -1))
+        return jnp.concatenate(found, axis=1)
+
+    def __call__(self, batch: Batch) -> dict[str, jax.Array]:
+        """The embedding of each column of the batch, [B, size]."""
+        rows, done, found = self.table(batch), 0, {}
+        for name, _ in self.starts:
+            if name in batch:
+                ids = batch[name].reshape(batch[name].shape[0], -1)
+                width = ids.shape[1]
+                total = jnp.sum(rows[:, done : done + width], axis=1)
+                number = jnp.sum(ids >= 0, axis=1, keepdims=True, dtype=rows.dtype)
+                found[name] = total / jnp.maximum(number, jnp.ones((), rows.dtype))
+                done += width
+        return found
+
+
+class MLP(nnx.Module):
+    """Dense layers, each but the last followed by a ReLU: [B, in] → [B, sizes[-1]]."""
+
+    def __init__(self, size_in: int, sizes: Sequence[int], *, last_relu: bool, rngs: nnx.Rngs):
+        self.layers = nnx.List()
+        self.last_relu = last_relu
+        # The first axis has a name only if it may be cut: any number of features comes in.
+        inner: str | None = None
+        for i, size in enumerate(sizes):
+            outer = "mlp" if i % 2 == 0 else "embed"
+            std = (2 / (size_in + size)) ** 0.5  # as DLRM has it
+            self.layers.append(Dense(size_in, size, (inner, outer), std=std, rngs=rngs))
+            size_in, inner = size, outer
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for i, layer in enumerate(self.layers):
+            x = layer(x, rows=("batch",))
+            if i + 1 < len(self.layers) or self.last_relu:
+                x = jax.nn.relu(x)
+        return x
+
+
+def numbers(batch: Batch, names: Sequence[str]) -> list[jax.Array]:
+    """The numeric columns float32 [B] as one array [B, N], in a list that is empty without any."""
+    return [jnp.stack([batch[name] for name in names], axis=1)] if names else []
+
+
+def check_columns(where: str, columns: Sequence[str], rows: Sequence[int]) -> None:
+    """Refuses columns that are not as many as their tables, or a table without rows."""
+    if len(columns) != len(rows) or len({*columns}) != len(columns) or min(rows, default=1) < 1:
+        raise FwError(
+            f"{where}: expected different columns, each with its number of rows from 1; got "
+            f"{', '.join(columns) or 'none'} and {', '.join(map(str, rows)) or 'none'}"
+        )

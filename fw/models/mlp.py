@@ -1,0 +1,129 @@
+"""A multilayer perceptron over the columns of a table (Gorishniy et al. 2021, arXiv:2106.11959).
+
+Numbers go in as they are or as `Waves`, categories as vectors; then layers of relu and dropout.
+"""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fw.model import Batch, Model, from_nnx
+from fw.models.layers import Dense, dropout
+from fw.models.tabular import Categories, Waves, check
+from sharding import constrain
+
+ROWS = ("batch",)
+
+
+@dataclass(frozen=True)
+class MLPConfig:
+    """The numbers of the network, and what it is for.
+
+    Attributes:
+      numbers: columns of numbers.
+      categories: rows of each category's table, `Columns.cardinalities`.
+      num_labels: outputs: classes, or one number.
+      task: "tabular_classification" or "tabular_regression".
+      hidden_size: of the layers.
+      num_hidden_layers: how many.
+      dropout: after each.
+      category_size: of a category's vector.
+      number_size: of a number's vector; 0 for the number itself.
+      waves: frequencies of a number's vector.
+      frequency: deviation of the frequencies before training, in waves a unit.
+    """
+
+    numbers: int = field(metadata={"signed": True})  # there may be none
+    categories: tuple[int, ...]
+    num_labels: int
+    task: str
+    hidden_size: int = 256
+    num_hidden_layers: int = 2
+    dropout: float = 0.1
+    category_size: int = 8
+    number_size: int = field(default=0, metadata={"signed": True})
+    waves: int = 16
+    frequency: float = 0.1
+
+    model_type: ClassVar[str] = "mlp"
+
+    def __post_init__(self):
+        """Checks what the arithmetic relies on."""
+        object.__setattr__(self, "categories", tuple(self.categories))
+        check(self, "hidden_size", "num_hidden_layers", "category_size", "waves")
+
+
+class MLP(nnx.Module):
+    """The network."""
+
+    def __init__(self, config: MLPConfig, rngs: nnx.Rngs):
+        size, numbers = config.hidden_size, config.numbers
+        width = numbers * max(config.number_size, 1)
+        width += len(config.categories) * config.category_size
+        std = (2 / width) ** 0.5  # of all that goes in: the inputs are one, their kernels are not
+        if numbers and config.number_size:
+            vector, waves = config.number_size, config.waves
+            self.waves = Waves(numbers, waves, vector, spread=config.frequency, rngs=rngs)
+            self.numbers = Dense(
+                numbers * vector, size, ("embed", "mlp"), std=std, bias=False, rngs=rngs
+            )
+        elif numbers:
+            self.numbers = Dense(numbers, size, (None, "mlp"), std=std, bias=False, rngs=rngs)
+        if numbers:  # from 0: a column that never lacked a number has nothing to say if it does
+            self.missing = Dense(numbers, size, (None, "mlp"), std=0, bias=False, rngs=rngs)
+        if config.categories:
+            vector, many = config.category_size, len(config.categories)
+            self.vectors = Categories(config.categories, vector, std=1, rngs=rngs)
+            self.categories = Dense(
+                many * vector, size, ("embed", "mlp"), std=std, bias=False, rngs=rngs
+            )
+        self.bias = nnx.Param(jnp.zeros(size), axes=("mlp",))
+        # Names alternate, so that what one layer cuts over `tensor` the next one sums up.
+        names = [("mlp", "embed"), ("embed", "mlp")]
+        count = config.num_hidden_layers - 1
+        layers = [
+            Dense(size, size, names[i % 2], std=(2 / size) ** 0.5, rngs=rngs) for i in range(count)
+        ]
+        self.layers = nnx.List(layers)
+        last = (names[count % 2][0], "labels")
+        self.classifier = Dense(size, config.num_labels, last, std=size**-0.5, rngs=rngs)
+        self.rate = config.dropout
+        self.embedded = bool(config.number_size)
+
+    def __call__(self, batch: Batch, key: jax.Array | None) -> jax.Array:
+        x = self.bias[...]
+        if "numbers" in batch:
+            numbers = batch["numbers"]
+            if self.embedded:
+                numbers = self.waves(numbers).reshape(len(numbers), -1)
+            x = x + self.numbers(numbers, ROWS) + self.missing(batch["missing"], ROWS)
+        if "categories" in batch:
+            vectors = self.vectors(batch["categories"])
+            x = x + self.categories(vectors.reshape(vectors.shape[0], -1), ROWS)
+        x, name = constrain(x, "batch", "mlp"), "mlp"
+        for i, layer in enumerate([None, *self.layers]):
+            if layer is not None:
+                name = layer.axes[1]
+                x = constrain(layer(x, ROWS), "batch", name)
+            own = None if key is None else jax.random.fold_in(key, i)
+            x = dropout(jax.nn.relu(x), self.rate, own)
+        return self.classifier(x, ROWS)
+
+
+def mlp(config: MLPConfig) -> Model:
+    """The model; `apply` takes what `fw.data.Columns` makes and gives [B, labels].
+
+    >>> model = mlp(MLPConfig(2, (4, 3), 2, "tabular_classification"))
+    >>> batch = {"numbers": jnp.zeros((5, 2)), "missing": jnp.zeros((5, 2)),
+    ...          "categories": jnp.zeros((5, 2), jnp.int32)}
+    >>> model.apply(model.init(jax.random.key(0)), batch)[0].shape
+    (5, 2)
+    """
+    return from_nnx(
+        config,
+        lambda rngs: MLP(config, rngs),
+        lambda module, batch, key, train: module(batch, key),
+    )

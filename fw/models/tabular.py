@@ -1,0 +1,68 @@
+"""What models of tables share: columns of categories as vectors, columns of numbers as waves.
+
+A batch is what `fw.data.Columns` makes: `numbers` and `missing` f32[B, N], `categories` i32[B, K],
+each where the table has such columns. The output is [B, labels], logits or numbers.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from fw.data.columns import TASKS
+from fw.errors import FwError
+from fw.models.layers import Embedding
+
+
+class Categories(nnx.Module):
+    """A vector for each category of each column, ids [B, K] → [B, K, size].
+
+    The columns' tables lie end to end in one, so there is one look-up.
+    """
+
+    def __init__(self, rows: tuple[int, ...], size: int, *, std: float, rngs: nnx.Rngs):
+        self.table = Embedding(sum(rows), size, ("vocab", "embed"), std=std, rngs=rngs)
+        self.rows = rows
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        first = np.cumsum([0, *self.rows[:-1]])
+        return self.table(ids + jnp.asarray(first, ids.dtype))
+
+
+class Waves(nnx.Module):
+    """A vector for each number: relu(W [sin 2πcx, cos 2πcx] + b), [B, N] → [B, N, size].
+
+    Every column has frequencies c, W and b of its own, all of them learnt. Gorishniy et al. 2022
+    (arXiv:2203.05556), there called PLR.
+    """
+
+    def __init__(self, columns: int, waves: int, size: int, *, spread: float, rngs: nnx.Rngs):
+        normal = jax.random.normal(rngs.params(), (columns, waves)) * spread
+        self.frequency = nnx.Param(normal, axes=(None, None))
+        shape, std = (columns, 2 * waves, size), waves**-0.5
+        normal = jax.random.normal(rngs.params(), shape) * std
+        self.kernel = nnx.Param(normal, axes=(None, None, "embed"))
+        self.bias = nnx.Param(jnp.zeros((columns, size)), axes=(None, "embed"))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        turn = np.asarray(2 * np.pi, x.dtype) * self.frequency[...] * x[..., None]
+        wave = jnp.concatenate([jnp.sin(turn), jnp.cos(turn)], -1)
+        return jax.nn.relu(jnp.einsum("bnw,nwe->bne", wave, self.kernel[...]) + self.bias[...])
+
+
+def check(config: Any, *sizes: str) -> None:
+    """Raises FwError for a config that the arithmetic cannot follow; `sizes` are 1 or more."""
+    if config.task not in TASKS:
+        raise FwError(f"task {config.task!r} is unknown; choose one of {', '.join(TASKS)}")
+    for name in ("num_labels", *sizes):
+        if getattr(config, name) < 1:
+            raise FwError(f"{name} is {getattr(config, name)}; expected 1 or more")
+    if config.numbers < 0 or not (config.numbers or config.categories):
+        raise FwError(f"numbers is {config.numbers}; expected columns, of numbers or categories")
+    if any(rows < 1 for rows in config.categories):
+        raise FwError(f"categories is {config.categories}; expected the rows of each one's table")
+    for name in ("dropout", "attention_dropout"):
+        if not 0 <= (rate := getattr(config, name, 0)) < 1:
+            raise FwError(f"{name} {rate} is no rate; expected 0 or more, and less than 1")

@@ -1,0 +1,332 @@
+"""Users and items: the vocabulary of a recommender, and two ways to ask it.
+
+`Retrieval` finds the best of all items for a user, `Ranking` says how likely a user takes an item.
+What either learns from and is asked is in `fw.data.recommend` and `fw.data.requests`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import jax
+import numpy as np
+from jax import export
+
+from fw.data import interactions, recommend, requests
+from fw.data import vocabulary as vocabularies
+from fw.data.batches import eval_batches
+from fw.data.interactions import Interactions
+from fw.data.recommend import SEEN
+from fw.data.rows import Rows
+from fw.data.vocabulary import NONE, Vocabulary
+from fw.errors import FwError
+from fw.options import read_fields
+from fw.processors.outputs import outputs
+from fw.processors.processor import Change, Processor
+
+if TYPE_CHECKING:
+    from fw.export.load import Artifact
+    from fw.model import Model, Variables
+    from fw.recipe import Finetune
+
+BEST = 10
+"""How many items are named for a user."""
+
+GOLDEN_ROWS = 8
+ITEMS_AT_ONCE = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class Events:
+    """The events of a split, and those known before it.
+
+    Attributes:
+        part: of the split.
+        earlier: of train, and for the test of dev, too.
+    """
+
+    part: Interactions
+    earlier: Interactions
+
+    def __len__(self) -> int:
+        """How many events the split has."""
+        return self.part.events.rows
+
+
+@dataclass(frozen=True, eq=False)
+class _OfEvents(Processor):
+    """What both ways have in common.
+
+    Attributes:
+        vocabulary: of the training events.
+    """
+
+    vocabulary: Vocabulary
+
+    item: ClassVar[str] = "event"
+    files: ClassVar[tuple[str, ...]] = (vocabularies.FILE, vocabularies.TENSORS)
+
+    @classmethod
+    def read(cls, recipe: Finetune, dataset: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
+        """Events by split: each user's last for the test, or pairs by hash."""
+        skipped: list[str] = []
+        bad = skipped.append if recipe.skip_bad_rows else None
+        data = interactions.load_interactions(dataset, on_bad_row=bad)
+        data = cls.kept(recipe, data)
+        last = recipe.split == "last" or (
+            recipe.split == "auto" and "timestamp" in data.events.columns
+        )
+        parts = interactions.leave_last_out(data) if last else interactions.split_pairs(data)
+        parts = {split: part for split, part in parts.items() if part.events.rows}
+        records, known = {}, []
+        for split, part in parts.items():
+            known = [*known, part] if split in ("train", "dev") else known
+            # A row's own time parts it from what comes later.
+            records[split] = Events(part, interactions.concatenate(known))
+        return records, tuple(skipped)
+
+    @classmethod
+    def kept(cls, recipe: Finetune, data: Interactions) -> Interactions:
+        """The events that there is something to learn from."""
+        return data
+
+    @classmethod
+    def fit(cls, recipe: Finetune, records: Mapping[str, Any], source: Path | None) -> Self:
+        """The vocabulary of the training events."""
+        if source is not None:
+            raise FwError(f"model {recipe.model!r} reads no events; choose {cls.default}")
+        return cls(vocabularies.fit_vocabulary(records["train"].part, history=recipe.history))
+
+    def labels(self, records: Sequence) -> tuple[str, ...]:
+        """None."""
+        return ()
+
+    def change(self, recipe: Finetune, rows: Any) -> Change | None:
+        """Nothing."""
+        return None
+
+    def adapt(self, model: Model) -> Model:
+        """The model as it is."""
+        return model
+
+    def check(self, recipe: Finetune, rows: Mapping[str, Any], config: Any) -> None:
+        """Nothing: the model is made for its vocabulary."""
+
+    def summary(self, recipe: Finetune, rows: Any) -> str:
+        """How many users and items."""
+        return f"{len(self.vocabulary.users)} users, {len(self.vocabulary.items)} items"
+
+    @classmethod
+    def load(cls, folder: Path, notes: Mapping[str, Any]) -> Self:
+        """All is in its files."""
+        return cls(vocabularies.load(folder))
+
+    def save(self, folder: Path) -> None:
+        """Writes its files."""
+        self.vocabulary.save(folder)
+
+    def notes(self) -> dict[str, Any]:
+        """The names of the columns."""
+        own = self.vocabulary
+        columns = [column.name for column in own.columns]
+        return {"columns": columns, "users": len(own.users), "items": len(own.items)}
+
+    def fits(self, config: Any, task: str) -> None:
+        """Refuses a model of other columns."""
+        want = self.fields()
+        odd = [name for name, value in want.items() if getattr(config, name, None) != value]
+        if odd:
+            raise FwError(
+                f"vocabulary: {odd[0]} is {want[odd[0]]}; the model has "
+                f"{getattr(config, odd[0], None)}"
+            )
+
+    def specs(self, task: str) -> dict[str, jax.ShapeDtypeStruct]:
+        """The columns that a request becomes: int32 [b] or [b, M], float32 [b]."""
+        (b,) = export.symbolic_shape("b")
+        return {
+            name: jax.ShapeDtypeStruct((b, *x.shape[1:]), x.dtype)
+            for name, x in self.golden(task, None).items()
+        }
+
+    def golden(self, task: str, examples: Sequence[Any] | None) -> dict[str, np.ndarray]:
+        """Examples, or the first users of the vocabulary and one that nobody knows."""
+        return self.inputs(self.examples() if examples is None else examples)
+
+    def problem(self, item: Any, task: str) -> str:
+        """An unknown key, a value of another kind."""
+        try:
+            self.inputs([item])
+        except FwError as error:
+            return str(error).partition(": ")[2]
+        return ""
+
+    def from_json(self, value: Any, where: str, task: str) -> Any:
+        """The object."""
+        return value
+
+    def fields(self) -> dict[str, Any]:
+        """What of a model's config the vocabulary decides."""
+        raise NotImplementedError
+
+    def inputs(self, items: Sequence[Any]) -> dict[str, np.ndarray]:
+        """What the exported function is given for requests."""
+        raise NotImplementedError
+
+    def examples(self) -> list[dict[str, Any]]:
+        """Requests."""
+        users = [*self.vocabulary.users[: GOLDEN_ROWS - 1], "nobody"]
+        return [{"user": user} for user in users]
+
+
+@dataclass(frozen=True, eq=False)
+class Retrieval(_OfEvents):
+    """The best of all items for a user."""
+
+    default: ClassVar[str] = "two_tower"
+
+    @classmethod
+    def kept(cls, recipe: Finetune, data: Interactions) -> Interactions:
+        """What users liked: a rating of the threshold, a label of 1; all, if neither is there."""
+        threshold = recipe.threshold or None
+        return data.take(interactions.is_positive(data.events, threshold))
+
+    def rows(
+        self, recipe: Finetune, records: Any, labels: tuple[str, ...], *, learn: bool
+    ) -> tuple[Rows, int]:
+        """Users and what they took; to judge by, with the catalogue."""
+        if learn:
+            return recommend.pairs(self.vocabulary, records.part), 0
+        return recommend.queries(self.vocabulary, records.part, records.earlier), 0
+
+    def config(self, recipe: Finetune, task: str, labels: tuple[str, ...]) -> Any:
+        """Two towers."""
+        from fw.models.two_tower import TwoTowerConfig
+
+        _check_name(recipe, self.default)
+        return read_fields(TwoTowerConfig, recipe.config, **self.fields())
+
+    def fields(self) -> dict[str, Any]:
+        """Columns, and how many ids each has."""
+        return recommend.two_tower_fields(self.vocabulary)
+
+    def exported(self, model: Model, variables: Variables) -> tuple[Model, Variables]:
+        """Users in, the scores of all items out, whose vectors are computed here once."""
+        rows = recommend.catalogue(self.vocabulary)
+        apply = jax.jit(lambda batch: model.apply(variables, batch)[0]["item"])
+        size = min(rows.rows, ITEMS_AT_ONCE)
+        parts = [apply(b) for b in eval_batches(rows.arrays, size, empty=rows.empty)]
+        items = np.concatenate([np.asarray(part) for part in parts])[: rows.rows]
+
+        def scores(
+            variables: Variables, batch: Any, *, key: Any = None, train: bool = False
+        ) -> tuple[jax.Array, Variables]:
+            own = {kind: variables[kind] for kind in ("params", "state")}
+            found, _ = model.apply(own, batch)
+            return found["user"] @ variables["catalogue"].T, variables
+
+        return replace(model, apply=scores), {**variables, "catalogue": items}
+
+    def inputs(self, items: Sequence[Any]) -> dict[str, np.ndarray]:
+        """The users' columns."""
+        found = requests.user_inputs(self.vocabulary, items)
+        return {name: x for name, x in found.items() if name != SEEN}
+
+    def parse(self, line: str, where: str, task: str) -> Any:
+        """A user's id, or a JSON object with "user" and whatever else is known of them."""
+        return _object(line, where) if line.lstrip().startswith("{") else {"user": line.strip()}
+
+    def answer(
+        self, artifact: Artifact, items: Sequence[Any], batch_size: int
+    ) -> Iterator[dict[str, Any]]:
+        """{"user", "items": [{"item", "score"}, …]}, best first, without what the user took."""
+        seen = requests.user_inputs(self.vocabulary, items)[SEEN]
+        scores = outputs(artifact, self.inputs(items), batch_size).astype(np.float64)
+        rows, columns = np.nonzero(seen != NONE)
+        scores[rows, seen[rows, columns]] = -np.inf
+        places = np.argsort(-scores, axis=1, kind="stable")[:, :BEST]
+        best = np.take_along_axis(scores, places, 1)
+        places = np.where(np.isfinite(best), places, NONE)
+        found = requests.best_items(self.vocabulary, places, best)
+        for item, said in zip(items, found, strict=True):
+            yield {"user": item["user"], "items": said}
+
+    def say(self, answer: Mapping[str, Any]) -> str:
+        """The user, and the items with their scores."""
+        best = "  ".join(f"{one['item']} {one['score']:.2f}" for one in answer["items"])
+        return f"{answer['user']}: {best}"
+
+
+@dataclass(frozen=True, eq=False)
+class Ranking(_OfEvents):
+    """How likely a user takes an item."""
+
+    default: ClassVar[str] = "dlrm"
+
+    def rows(
+        self, recipe: Finetune, records: Any, labels: tuple[str, ...], *, learn: bool
+    ) -> tuple[Rows, int]:
+        """Events, and whether they were positive."""
+        threshold = recipe.threshold or None
+        made = recommend.clicks(self.vocabulary, records.part, records.earlier, threshold)
+        return made, 0
+
+    def config(self, recipe: Finetune, task: str, labels: tuple[str, ...]) -> Any:
+        """A DLRM."""
+        from fw.models.dlrm import DLRMConfig
+
+        _check_name(recipe, self.default)
+        return read_fields(DLRMConfig, recipe.config, **self.fields())
+
+    def fields(self) -> dict[str, Any]:
+        """Columns, and how many ids each has."""
+        return recommend.dlrm_fields(self.vocabulary)
+
+    def inputs(self, items: Sequence[Any]) -> dict[str, np.ndarray]:
+        """All columns."""
+        return requests.pair_inputs(self.vocabulary, items)
+
+    def examples(self) -> list[dict[str, Any]]:
+        """Users with items, and with an event that has nothing in particular."""
+        nothing: dict[str, Any] = {"float": 0.0, "token": "-", "token_seq": ["-"]}
+        event = {column.name: nothing[column.kind] for column in self.vocabulary.of("event")}
+        items = [*self.vocabulary.items[: GOLDEN_ROWS - 1], "nothing"]
+        pairs = zip(super().examples(), items, strict=False)
+        return [{**user, "item": item, **event} for user, item in pairs]
+
+    def parse(self, line: str, where: str, task: str) -> Any:
+        """A user's id and an item's, parted by a comma; or a JSON object."""
+        if line.lstrip().startswith("{"):
+            return _object(line, where)
+        user, comma, item = line.partition(",")
+        if not comma:
+            raise FwError(f"{where}: expected USER,ITEM or a JSON object; got {line[:200]!r}")
+        return {"user": user.strip(), "item": item.strip()}
+
+    def answer(
+        self, artifact: Artifact, items: Sequence[Any], batch_size: int
+    ) -> Iterator[dict[str, Any]]:
+        """{"user", "item", "probability"}."""
+        logits = outputs(artifact, self.inputs(items), batch_size)
+        for item, said in zip(items, requests.probabilities(logits), strict=True):
+            yield {"user": item["user"], "item": item["item"], **said}
+
+    def say(self, answer: Mapping[str, Any]) -> str:
+        """The probability, user and item."""
+        return f"{answer['probability']:.3f}  {answer['user']} {answer['item']}"
+
+
+def _check_name(recipe: Finetune, expected: str) -> None:
+    if recipe.model != expected:
+        raise FwError(f"model {recipe.model!r} does not {recipe.task}; choose {expected}")
+
+
+def _object(line: str, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise FwError(f"{where}: expected a JSON object; {error}") from error

@@ -1,0 +1,327 @@
+"""Recommenders: what is read and learnt, ranks and losses, models on any mesh, answers."""
+
+import json
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import sklearn.metrics
+
+from fw import metrics
+from fw.data import Batches, requests
+from fw.data.interactions import (
+    Table,
+    concatenate,
+    is_positive,
+    leave_last_out,
+    load_interactions,
+    split_pairs,
+)
+from fw.data.recommend import clicks, dlrm_fields, pairs, queries, two_tower_fields
+from fw.data.vocabulary import fit_vocabulary, load
+from fw.errors import FwError
+from fw.evaluate import evaluate, make_counter
+from fw.models.dlrm import DLRMConfig, dlrm
+from fw.models.two_tower import TwoTowerConfig, two_tower
+from fw.optimizer import AdamW, optimizer
+from fw.step import initial_state, make_step
+from fw.table_optimizer import TableOptions, row_optimizer, with_tables
+from fw.tasks import ranking, retrieval, sampled_softmax
+from sharding import create, make_mesh, put, rules, shardings
+
+USERS, ITEMS, KINDS = 40, 24, 4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """RecBole's files of users who each like one of four kinds of items, and nine of ten times."""
+    folder = tmp_path_factory.mktemp("films")
+    rng = np.random.default_rng(0)
+    lines = ["user_id:token\titem_id:token\trating:float\ttimestamp:float\n"]
+    for user in range(USERS):
+        liked = rng.random(ITEMS) < np.where(np.arange(ITEMS) % KINDS == user % KINDS, 0.9, 0.1)
+        for item in rng.permutation(np.flatnonzero(liked)):
+            rating = 5 if item % KINDS == user % KINDS else 2
+            lines.append(f"u{user}\ti{item}\t{rating}\t{len(lines) // 2}\n")
+    rng.shuffle(lines[1:])
+    (folder / "films.inter").write_text("".join(lines))
+    ages = [f"u{u}\t{20 + u}\t{'mf'[u % 2]}\n" for u in range(USERS + 2)]
+    (folder / "films.user").write_text("user_id:token\tage:float\tsex:token\n" + "".join(ages))
+    kinds = [f"i{i}\tkind{i % KINDS} all\n" for i in range(ITEMS + 1)]
+    (folder / "films.item").write_text("item_id:token\tclass:token_seq\n" + "".join(kinds))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def parts(folder):
+    return leave_last_out(load_interactions(folder))
+
+
+@pytest.fixture(scope="module")
+def vocabulary(parts):
+    return fit_vocabulary(parts["train"], history=8, spare=4)
+
+
+def test_the_last_event_of_a_user_is_for_the_test(folder, parts):
+    data = load_interactions(folder)
+    for user in ("u0", "u7"):
+        of_user = data.take(data.events.columns["user"] == user)
+        by_time = of_user.events.columns["item"][np.argsort(of_user.order)].tolist()
+        found = [
+            part.events.columns["item"][part.events.columns["user"] == user].tolist()
+            for part in parts.values()
+        ]
+        assert sorted(found[0]) == sorted(by_time[:-2])
+        assert found[1:] == [by_time[-2:-1], by_time[-1:]]
+    pairs_of = [
+        {*zip(p.events.columns["user"], p.events.columns["item"], strict=True)}
+        for p in split_pairs(concatenate([data, data])).values()
+    ]
+    assert sum(map(len, pairs_of)) == len(set.union(*pairs_of)) == data.events.rows
+
+
+def test_nothing_is_learnt_from_what_is_not_training(parts, vocabulary):
+    train = parts["train"]
+    users, items = train.users.columns, train.items.columns
+    for name in ("dev", "test"):
+        assert not {*parts[name].order} & {*train.order}
+    ages = np.where(np.arange(USERS + 2) < USERS, users["age"], 1000.0)  # two who never come
+    sexes = np.where(np.arange(USERS + 2) < USERS, users["sex"], "unknown")
+    other = Table(train.users.kinds, {**users, "age": ages, "sex": sexes})
+    classes = items["class"].copy()
+    classes[-1] = ("never", "seen", "before")
+    films = Table(train.items.kinds, {**items, "class": classes})
+    again = fit_vocabulary(replace(train, users=other, items=films), history=8, spare=4)
+    assert again.columns == vocabulary.columns
+    [age] = [column for column in again.columns if column.name == "user.age"]
+    assert age.mean == np.mean([20 + u for u in range(USERS)])
+
+
+def test_a_history_ends_before_its_event(parts, vocabulary):
+    train, dev = parts["train"], parts["dev"]
+    rows = pairs(vocabulary, train).arrays
+    names = train.events.columns
+    for i in range(0, train.events.rows, 7):
+        own = (names["user"] == names["user"][i]) & (train.order < train.order[i])
+        before = names["item"][own][np.argsort(-train.order[own])][:8]
+        want = [vocabulary.columns[1].id(name) for name in before]
+        assert rows["history"][i].tolist() == want + [-1] * (8 - len(want))
+        assert vocabulary.items[rows["target"][i]] == names["item"][i]
+    found = queries(vocabulary, dev, train)
+    for i in range(dev.events.rows):
+        own = names["user"] == dev.events.columns["user"][i]
+        seen = {vocabulary.items[at] for at in found.arrays["seen"][i] if at >= 0}
+        assert seen == {*names["item"][own]}
+    np.testing.assert_allclose(
+        np.exp(rows["log_q"]),
+        [np.mean(names["item"] == name) for name in names["item"]],
+        rtol=1e-5,
+    )
+
+
+def test_a_vocabulary_comes_back_and_is_not_believed(vocabulary, tmp_path):
+    vocabulary.save(tmp_path)
+    found = load(tmp_path)
+    assert found.columns == vocabulary.columns and found.items == vocabulary.items
+    for name, array in vocabulary.arrays.items():
+        np.testing.assert_array_equal(found.arrays[name], array)
+    good = json.loads((tmp_path / "vocabulary.json").read_text())
+    for break_it in (
+        lambda v: v["items"].pop(),
+        lambda v: v["columns"][0].update(spare=0),
+        lambda v: v["columns"][1]["tokens"].pop(),
+        lambda v: v["columns"][2].update(kind="date"),
+        lambda v: v.update(history="many"),
+        lambda v: v.pop("users"),
+    ):
+        value = json.loads(json.dumps(good))
+        break_it(value)
+        (tmp_path / "vocabulary.json").write_text(json.dumps(value))
+        with pytest.raises(FwError, match="vocabulary"):
+            load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.csv", "user,item\nada,tea\nada\n", r"a\.csv:3: expected 2 cells"),
+        ("a.csv", "user,item,rating\nada,tea,good\n", r"a\.csv:2: expected a number .*'rating'"),
+        ("a.tsv", "user\titem\tlabel\nada\ttea\t2\n", r"a\.tsv:2: expected 1 or 0"),
+        ("a.inter", "user_id:token\titem_id:token\n\ttea\n", r"a\.inter:2: expected a name"),
+        ("a.csv", "user,film\nada,tea\n", r"a\.csv:1: expected a column 'item'"),
+        ("a.csv", "user,item,x:date\nada,tea,1\n", r"a\.csv:1: column 'x:date'"),
+        ("a.txt", "user,item\n", r"a\.txt: expected \.csv"),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(FwError, match=message):
+        load_interactions(tmp_path / name)
+
+
+def test_requests_are_as_the_data_was_or_refused(parts, vocabulary):
+    found = requests.user_inputs(vocabulary, [{"user": "u3"}, {"user": 99, "history": ["i1", "?"]}])
+    at = np.flatnonzero(parts["dev"].events.columns["user"] == "u3")
+    rows = queries(vocabulary, parts["dev"], parts["train"]).arrays
+    for name in ("user", "user.age", "user.sex", "history"):
+        np.testing.assert_array_equal(found[name][0], rows[name][at[0]])
+    assert {*found["seen"][0].tolist()} - {-1} == {*rows["seen"][at[0]].tolist()} - {-1}
+    assert vocabulary.items[found["seen"][1, 0]] == "i1" and found["seen"][1, 1] == -1
+    known, total = len(vocabulary.columns[0].tokens), vocabulary.columns[0].rows
+    assert known <= found["user"][1] < total and found["user.sex"][1] == -1
+    click = clicks(vocabulary, parts["dev"], parts["train"], 4.0)
+    one = {"user": "u3", "item": parts["dev"].events.columns["item"][at[0]]}
+    for name, values in requests.pair_inputs(vocabulary, [one]).items():
+        np.testing.assert_array_equal(values[0], click.arrays[name][at[0]])
+    np.testing.assert_array_equal(click.arrays["labels"], is_positive(parts["dev"].events, 4.0))
+    for bad, message in (
+        ({}, "expected 'user'"),
+        ({"user": ["u1"]}, "a name as 'user'"),
+        ({"user": "u1", "age": 3}, "unknown 'age'; expected user, user.age, user.sex, history"),
+        ({"user": "u1", "user.age": "old"}, "a number as 'user.age'"),
+        ({"user": "u1", "history": "i1"}, "a list of names as 'history'"),
+    ):
+        with pytest.raises(FwError, match=message):
+            requests.user_inputs(vocabulary, [bad])
+
+
+def test_ranks_are_those_of_sorting_and_of_scikit_learn():
+    rng = np.random.default_rng(0)
+    scores = rng.integers(0, 12, (50, 30)).astype(np.float32)  # many are equal
+    seen = np.stack([rng.permutation(30)[:6] for _ in range(50)]).astype(np.int32)
+    seen[:, 4:] = -1
+    target = rng.integers(0, 32, 50).astype(np.int32)  # 28 … 31 are no items
+    ranked = np.arange(30) < 28
+    seen[seen >= 28] = -1
+    found = metrics.ranks(*map(jnp.asarray, (scores, target, seen, ranked)))
+    for i, (row, at) in enumerate(zip(scores, target, strict=True)):
+        left = [j for j in range(28) if j == at or j not in seen[i]]
+        order = sorted(left, key=lambda j: (-row[j], j))
+        assert found[i] == (order.index(at) if at < 28 else 28)
+    scores = rng.normal(size=(50, 30)).astype(np.float32)
+    target, nobody = np.arange(50, dtype=np.int32) % 30, np.full((50, 1), -1, np.int32)
+    found = metrics.ranks(*map(jnp.asarray, (scores, target, nobody)))
+    parts = [
+        metrics.rank_means(found[s], found[s] >= 0, (5, 10)) for s in (slice(20), slice(20, 50))
+    ]
+    figures = {name: metrics.mean_value(m) for name, m in metrics.merge(*parts).items()}
+    right = np.eye(30)[target]
+    for k in (5, 10):
+        theirs = sklearn.metrics.ndcg_score(right, scores, k=k)
+        assert figures[f"ndcg@{k}"] == pytest.approx(theirs, abs=1e-6)
+        best = np.argsort(-scores)[:, :k]
+        assert figures[f"hr@{k}"] == pytest.approx(np.mean(best == target[:, None]) * k)
+    theirs = sklearn.metrics.label_ranking_average_precision_score(right, scores)
+    assert figures["mrr"] == pytest.approx(theirs, abs=1e-6)
+
+
+def towers(vocabulary, **more):
+    fields = {**two_tower_fields(vocabulary), "size": 16, "temperature": 0.2, **more}
+    return two_tower(TwoTowerConfig(**fields))
+
+
+def clicker(vocabulary, **more):
+    return dlrm(DLRMConfig(**{**dlrm_fields(vocabulary), "size": 16, **more}))
+
+
+def fit(model, task, rows, mesh, layout, *, steps, size=64, rate=0.05):
+    """The losses of some steps, and the parameters after them."""
+    mesh, layout = make_mesh(mesh), rules(layout)
+    config = AdamW(learning_rate=rate, schedule="constant", warmup=0.0)
+    lazy = row_optimizer(TableOptions("lazy_adam", rate), config, steps)
+    tx = with_tables(optimizer(config, steps), model, lazy)
+    key = jax.random.key(0)
+    where = shardings(model.axes, jax.eval_shape(model.init, key), mesh, layout)
+    state = initial_state(create(model.init, key, shardings=where), tx, mesh)
+    step = make_step(model, task.loss, tx, mesh=mesh, rules=layout)
+    batches, losses = Batches(rows.arrays, size, seed=0), []
+    for i in range(steps):
+        state, figures = step(state, put(batches(i), mesh, layout))
+        losses.append(float(figures["loss"]))
+    return losses, state.variables
+
+
+def judge(model, task, variables, rows, mesh="data=1", layout="data"):
+    counter = make_counter(lambda variables, batch: model.apply(variables, batch)[0], task)
+    found = evaluate(counter, variables, rows, size=16, mesh=make_mesh(mesh), rules=rules(layout))
+    return found.figures
+
+
+MESHES = (("data=8", "data"), ("data=2,fsdp=2,tensor=2", "fsdp_tensor"))
+
+
+@pytest.mark.parametrize("kind", ["towers", "clicks"])
+def test_a_mesh_changes_no_number(kind, parts, vocabulary, quickly_compiled):
+    # The users have so many rows that the mesh cuts the table.
+    if kind == "clicks":
+        sizes = {"bottom": (32,), "top": (32, 16), "size": 64}
+        model = clicker(vocabulary, rows=(1100, *dlrm_fields(vocabulary)["rows"][1:]), **sizes)
+        task, rows = ranking(), clicks(vocabulary, parts["train"], parts["train"], 4.0)
+        judged = clicks(vocabulary, parts["dev"], parts["train"], 4.0)
+    else:
+        model = towers(vocabulary, hidden=(32,), user_rows=(1100, 8), size=64)
+        task, rows = retrieval(), pairs(vocabulary, parts["train"])
+        judged = queries(vocabulary, parts["dev"], parts["train"])
+    losses, variables = fit(model, task, rows, "data=1", "data", steps=3)
+    figures = judge(model, task, variables, judged)
+    for mesh, layout in MESHES:
+        again, there = fit(model, task, rows, mesh, layout, steps=3)
+        np.testing.assert_allclose(again, losses, rtol=2e-5)
+    here = judge(model, task, there, judged, mesh, layout)
+    for name, value in figures.items():
+        assert here[name] == pytest.approx(value, rel=1e-3), name
+
+
+def test_negatives_are_the_items_of_others(parts, vocabulary):
+    rng = np.random.default_rng(0)
+    user, item = rng.normal(size=(2, 12, 4)).astype(np.float32)
+    target = rng.integers(0, 6, 12).astype(np.int32)
+    target[3] = -1
+    log_q = rng.normal(size=12).astype(np.float32)
+    losses = []
+    for i in range(12):
+        others = [j for j in range(12) if target[j] not in (target[i], -1)]
+        logits = [user[i] @ item[j] - log_q[j] for j in [i, *others]]
+        losses.append(0 if i == 3 else np.log(np.sum(np.exp(logits))) - logits[0])
+    outputs = {"user": jnp.asarray(user), "item": jnp.asarray(item)}
+    batch = {"target": jnp.asarray(target), "log_q": jnp.asarray(log_q)}
+    total, weight = sampled_softmax(outputs, batch)
+    assert float(total) == pytest.approx(sum(losses), rel=1e-5) and float(weight) == 11
+
+
+def test_towers_find_what_users_like(parts, vocabulary, quickly_compiled):
+    model, task = towers(vocabulary), retrieval()
+    rows = queries(vocabulary, parts["test"], concatenate([parts["train"], parts["dev"]]))
+    _, variables = fit(model, task, pairs(vocabulary, parts["train"]), "data=1", "data", steps=60)
+    figures = judge(model, task, variables, rows)
+    popular = np.broadcast_to(vocabulary.arrays["log_q"], (rows.rows, len(vocabulary.items)))
+    at = metrics.ranks(
+        jnp.asarray(popular), *(jnp.asarray(rows.arrays[n]) for n in ("target", "seen"))
+    )
+    assert figures["mrr"] > 1.3 * float(jnp.mean(1 / (at + 1)))
+    # The same by hand, from the vectors of all users and items.
+    outputs = [
+        model.apply(variables, {k: jnp.asarray(v) for k, v in some.arrays.items()})[0]
+        for some in (rows, rows.catalogue)
+    ]
+    scores = outputs[0]["user"] @ outputs[1]["item"].T
+    hits = 0
+    for row, at, seen in zip(scores, rows.arrays["target"], rows.arrays["seen"], strict=True):
+        left = row.at[np.setdiff1d(seen[seen >= 0], at)].set(-np.inf)
+        hits += bool(at in np.argsort(-left)[:10])
+    assert figures["hr@10"] == pytest.approx(hits / rows.rows)
+
+
+def test_clicks_are_learnt(parts, vocabulary, quickly_compiled):
+    model, task = clicker(vocabulary), ranking()
+    train_rows = clicks(vocabulary, parts["train"], parts["train"], 4.0)
+    _, variables = fit(model, task, train_rows, "data=1", "data", steps=60, rate=0.02)
+    rows = clicks(vocabulary, parts["test"], parts["train"], 4.0)
+    figures = judge(model, task, variables, rows)
+    logits = model.apply(variables, {k: jnp.asarray(v) for k, v in rows.arrays.items()})[0]
+    p, y = 1 / (1 + np.exp(-np.asarray(logits, np.float64))), rows.arrays["labels"]
+    assert figures["auc"] == pytest.approx(sklearn.metrics.roc_auc_score(y, p), abs=1e-6)
+    assert figures["log_loss"] == pytest.approx(sklearn.metrics.log_loss(y, p), abs=1e-5)
+    assert figures["auc"] > 0.9

@@ -1,0 +1,185 @@
+"""Vision models: transformers' numbers both ways, batch norm as torch has it and on every mesh."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import scipy.special
+import sklearn.metrics
+
+from fw import hub, metrics
+from fw.errors import FwError
+from fw.models.resnet import ResNetConfig, resnet
+from fw.models.vision import BatchNorm, batch_norm
+from fw.step import initial_state, make_step
+from fw.tasks import make_task
+from fw.tasks.image_classification import image_classification
+from fw.tasks.task import cross_entropy
+from sharding import gather, make_mesh, put, rules, scope, shardings
+from tests.test_hub import assert_same_tensors
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = ROOT.parent / "shared" / "golden"
+ONE, EIGHT = "data=1", "data=2,fsdp=2,tensor=2"
+
+
+def normal(seed, *shape, dtype: Any = np.float32):
+    return np.random.default_rng(seed).normal(size=shape).astype(dtype)
+
+
+# --- the numbers of transformers ------------------------------------------------------------------
+
+
+@pytest.fixture(params=["vit_image_classification", "resnet_image_classification"])
+def golden(request):
+    folder = GOLDEN / request.param
+    if not folder.is_dir():
+        pytest.skip(f"no reference models in {GOLDEN}")
+    return folder
+
+
+@pytest.mark.usefixtures("quickly_compiled")
+@pytest.mark.parametrize("spec", [ONE, "data=8", "fsdp=8", "data=4,tensor=2", EIGHT])
+def test_golden_both_ways(golden, spec, tmp_path):
+    mesh = make_mesh(spec)
+    loaded = hub.load(golden, mesh=mesh, rules=rules())
+    io = np.load(golden / "io.npz")
+    # Eight times the rows: the meshes cut the batch in up to eight.
+    pixels = np.concatenate([io["in_pixel_values"].transpose(0, 2, 3, 1)] * 8)
+    with scope(mesh, rules()):
+        batch = put({"pixel_values": pixels}, mesh, rules())
+        logits = np.asarray(jax.jit(loaded.model.apply)(loaded.variables, batch)[0])
+    expected = np.concatenate([io["out_logits"]] * 8)
+    np.testing.assert_allclose(logits, expected, atol=2e-5, rtol=1e-4)
+    assert (loaded.fresh, loaded.unused) == ((), ())
+    hub.save(tmp_path / "again", loaded)
+    assert_same_tensors(tmp_path / "again", golden)
+    assert (tmp_path / "again/config.json").read_bytes() == (golden / "config.json").read_bytes()
+
+
+# --- batch norm -----------------------------------------------------------------------------------
+
+
+def batch_norm_np(x, scale, bias, epsilon):
+    mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
+    return (x - mean) / np.sqrt(var + epsilon) * scale + bias
+
+
+def test_batch_norm_far_from_zero_and_its_derivative():
+    x = 3000 + normal(0, 4, 5, 6, 3)
+    scale, bias = normal(1, 3), normal(2, 3)
+    y, mean, var = jax.jit(batch_norm, static_argnums=3)(x, scale, bias, 1e-5)
+    exact = x.astype(np.float64)
+    np.testing.assert_allclose(mean, exact.mean((0, 1, 2)), rtol=1e-6)
+    np.testing.assert_allclose(var, exact.var((0, 1, 2)), rtol=1e-4)
+    np.testing.assert_allclose(y, batch_norm_np(exact, scale, bias, 1e-5), atol=2e-3)
+    with jax.enable_x64(True):
+        point = tuple(normal(*s, dtype=np.float64) for s in ((0, 3, 4, 5, 2), (1, 2), (2, 2)))
+        g = normal(9, 3, 4, 5, 2, dtype=np.float64)
+        loss = lambda *at: (batch_norm(*at, 1e-5)[0] * g).sum()  # noqa: E731
+        for i, grad in enumerate(jax.grad(loss, (0, 1, 2))(*point)):
+            along, step = normal(20 + i, *grad.shape, dtype=np.float64), 1e-6
+            ends = [
+                (batch_norm_np(*point[:i], point[i] + s * along, *point[i + 1 :], 1e-5) * g).sum()
+                for s in (step, -step)
+            ]
+            np.testing.assert_allclose((grad * along).sum(), (ends[0] - ends[1]) / 2 / step, 1e-7)
+
+
+SMALL = ResNetConfig(8, (8, 16), (1, 1), num_labels=4, layer_type="basic", stem="small")
+STEPS = 20
+
+
+@functools.cache
+def trained(spec, accumulate=1):
+    """The variables after some steps, and their losses."""
+    model, random, key = resnet(SMALL), np.random.default_rng(0), jax.random.key(0)
+    mesh, layout, tx = make_mesh(spec), rules(), optax.sgd(0.05, momentum=0.9)
+    places = shardings(model.axes, jax.eval_shape(model.init, key), mesh, layout)
+    # Drawn on one device: what is compared are the steps.
+    state = initial_state(jax.device_put(model.init(key), places), tx, mesh)
+    step = make_step(model, cross_entropy, tx, mesh=mesh, rules=layout, accumulate=accumulate)
+    losses, classes = [], random.normal(1, 2, (4, 8, 8, 3)).astype(np.float32)
+    for _ in range(STEPS):
+        labels = random.integers(0, 4, 16).astype(np.int32)
+        pixels = classes[labels] + random.normal(size=(16, 8, 8, 3)).astype(np.float32)
+        state, figures = step(state, put({"pixel_values": pixels, "labels": labels}, mesh, layout))
+        losses.append(float(figures["loss"]))
+    return gather(state.variables), losses
+
+
+@pytest.mark.usefixtures("quickly_compiled")
+@pytest.mark.parametrize(
+    ("spec", "accumulate"),
+    [
+        (EIGHT, 2),
+        pytest.param("data=8", 1, marks=pytest.mark.slow),
+        pytest.param("data=2,fsdp=4", 4, marks=pytest.mark.slow),
+        pytest.param("data=4,tensor=2", 1, marks=pytest.mark.slow),
+    ],
+)
+def test_batch_norm_sees_the_global_batch(spec, accumulate):
+    (one, losses), (eight, others) = trained(ONE), trained(spec, accumulate)
+    assert losses[-1] < 0.7 * losses[0]  # something was learnt
+    np.testing.assert_allclose(others, losses, atol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), one, eight)
+    assert int(eight["state"]["stem"]["norm"]["count"]) == STEPS
+
+
+def test_running_averages_are_those_of_torch():
+    """mean ← 0.9 mean + 0.1 batch's, and the variance by n - 1."""
+    x = 2 + 3 * normal(5, 6, 4, 4, 3)
+    module = BatchNorm(3)
+    module(x, True)
+    rows = x.reshape(-1, 3).astype(np.float64)
+    np.testing.assert_allclose(module.mean[...], 0.1 * rows.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(module.var[...], 0.9 + 0.1 * rows.var(0, ddof=1), rtol=1e-5)
+    with pytest.raises(FwError, match="one number a channel"):
+        module(x[:1, :1, :1], True)
+
+
+# --- the task -------------------------------------------------------------------------------------
+
+
+def test_top_five_and_the_report_are_those_of_scikit_learn():
+    names = tuple("abcdefgh")
+    task, random = make_task("image_classification", names), np.random.default_rng(3)
+    logits = random.integers(-3, 4, (60, 8)).astype(np.float32)  # many are equal
+    labels = random.integers(0, 8, 60).astype(np.int32)
+    given = np.where(np.arange(60) % 7 == 0, -1, labels).astype(np.int32)
+    parts = [
+        jax.jit(task.count)(logits[rows], {"labels": given[rows]})
+        for rows in (slice(0, 25), slice(25, 60))
+    ]
+    figures = task.summarise(metrics.merge(*parts)).figures
+    own = given >= 0
+    expected = sklearn.metrics.top_k_accuracy_score(labels[own], logits[own], k=5, labels=range(8))
+    np.testing.assert_allclose(figures["top_5_accuracy"], expected, rtol=1e-7)
+    predicted = logits[own].argmax(1)
+    report = sklearn.metrics.classification_report(
+        labels[own], predicted, target_names=names, output_dict=True, zero_division=0
+    )
+    assert figures["accuracy"] == report["accuracy"]
+    np.testing.assert_allclose(figures["macro_f1"], report["macro avg"]["f1-score"])
+    few = make_task("image_classification", ("no", "yes"))
+    assert "top_5" not in few.count(jnp.asarray(logits[:, :2]), {"labels": jnp.asarray(given % 2)})
+
+
+def test_mixed_and_smoothed_loss():
+    logits, random = normal(1, 6, 4), np.random.default_rng(1)
+    labels, others = (random.integers(0, 4, 6).astype(np.int32) for _ in range(2))
+    labels[2] = -1
+    share = random.uniform(size=6).astype(np.float32)
+    log_p = np.log(scipy.special.softmax(logits.astype(np.float64), axis=1))
+    goal = 0.9 * (share[:, None] * np.eye(4)[labels] + (1 - share[:, None]) * np.eye(4)[others])
+    expected = -np.sum((goal + 0.1 / 4) * log_p, axis=1)[labels >= 0].sum()
+    batch = {"labels": labels, "other_labels": others, "share": share}
+    task = image_classification(tuple("abcd"), smoothing=0.1)
+    total, weight = jax.jit(task.loss)(logits, batch)
+    np.testing.assert_allclose(total, expected, rtol=1e-5)
+    assert weight == 5
