@@ -7,6 +7,7 @@ from sharding.mesh import AXES, format_mesh, make_mesh
 from sharding.names import names, unboxed
 from sharding.parallel import tables
 from sharding.parallel.experts import experts
+from sharding.parallel.halo import windowed
 from sharding.parallel.linear import linear, lookup
 from sharding.parallel.pipeline import bubble, pipeline
 from sharding.parallel.ring import ring_attention
@@ -67,6 +68,7 @@ __all__ = [
     "unboxed",
     "usage",
     "visualize",
+    "windowed",
     "word_losses",
     "z_loss",
 ]

@@ -348,9 +348,9 @@ class Crops:
         return made if self.then is None else self.then(made, places)
 
     def _cut(self, item: Segmented, place: int) -> Segmented:
-        # Away from the parts of the counter that `batches` and `masking` draw from.
+        # From a part of the counter that nothing else draws from.
         key = np.array([self.seed, place], np.uint64)
-        raw = np.random.Philox(key=key, counter=3 << 254).random_raw(2)
+        raw = np.random.Philox(key=key, counter=1 << 254).random_raw(2)
         least = [max(n, s) for n, s in zip(item.labels.shape, self.size, strict=True)]
         image, labels = _grown(item, least)
         room = [n - s + 1 for n, s in zip(labels.shape, self.size, strict=True)]
