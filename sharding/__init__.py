@@ -11,6 +11,7 @@ from sharding.parallel.linear import linear, lookup
 from sharding.parallel.pipeline import bubble, pipeline
 from sharding.parallel.ring import ring_attention
 from sharding.parallel.routing import balance_loss, route, usage, z_loss
+from sharding.parallel.topk import top_k
 from sharding.parallel.words import word_losses
 from sharding.place import build, create, fill, gather, put
 from sharding.processes.cluster import Cluster, beat, start
@@ -62,6 +63,7 @@ __all__ = [
     "specs",
     "start",
     "tables",
+    "top_k",
     "unboxed",
     "usage",
     "visualize",
