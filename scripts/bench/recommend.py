@@ -11,35 +11,25 @@ solved anew with what is known at the time of the test. Clicks: whether a rating
 split by a hash; beside DLRM a logistic regression on the same columns, one-hot.
 """
 
-import argparse
-import itertools
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.sparse
-from sklearn.linear_model import LogisticRegression
 
-from fw import assets, host, metrics
+from fw import metrics
 from fw.data import Batches
-from fw.data.interactions import Interactions, concatenate, leave_last_out, load_interactions
-from fw.data.interactions import split_pairs
-from fw.data.recommend import catalogue, clicks, dlrm_fields, pairs, queries, two_tower_fields
+from fw.data.interactions import Interactions
 from fw.data.rows import Rows
-from fw.data.vocabulary import Vocabulary, fit_vocabulary
+from fw.data.vocabulary import Vocabulary
 from fw.evaluate import evaluate, make_counter
 from fw.model import Model
-from fw.models.dlrm import DLRMConfig, dlrm
-from fw.models.two_tower import TwoTowerConfig, two_tower
 from fw.optimizer import AdamW, optimizer
 from fw.step import initial_state, make_step
 from fw.table_optimizer import TableOptions, row_optimizer, with_tables
-from fw.tasks import Task, ranking, retrieval
+from fw.tasks import Task
 from sharding import create, make_mesh, put, rules, shardings
 
 FEATURES = (
