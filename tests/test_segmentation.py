@@ -39,7 +39,6 @@ from fw.tiles import shares, starts, tiled
 from sharding import create, make_mesh, put, rules, shardings
 
 RULES = rules()
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
 EM = Path(os.environ.get("FW_DATA", "/work/shared/data")) / "em_segmentation" / "train"
 
 
@@ -193,6 +192,7 @@ def test_shares_sum_to_one_wherever_tiles_lie(blend):
         np.testing.assert_allclose(total, 1, rtol=1e-6)
 
 
+@pytest.mark.usefixtures("quickly_compiled")
 def test_tiles_of_a_unet_are_its_whole_image_once_they_overlap_by_twice_its_reach():
     config = UNetConfig(3, num_channels=2, width=4, depth=1)
     model = unet(config)
@@ -384,10 +384,9 @@ def test_a_small_unet_learns_membranes():
         state, _ = step(state, put(batch, mesh, RULES))
     counter = make_counter(lambda v, b: model.apply(v, b)[0], task)
     summary = evaluate(counter, state.variables, held, size=1, mesh=mesh, rules=RULES)
-    print(summary.text)
-    assert summary.figures["mean_dice"] > 0.8
-    assert summary.figures["pixel_error"] < 0.12
-    # All of one class would have 0.22 and a mean Dice of 0.44.
+    # If all were cell, 0.44 and 0.23.
+    assert summary.figures["mean_dice"] > 0.85
+    assert summary.figures["pixel_error"] < 0.1
 
     first = held.arrays["images"][0]
     predict = jax.jit(
