@@ -316,7 +316,7 @@ def test_a_step_is_that_of_autodiff_over_whole_tables(kind, parts):
         grads = gradient(params, batch)
         with jax.numpy_dtype_promotion("standard"):
             updates, moments = tx.update({"out": grads["out"]}, moments, dense)
-        dense = optax.apply_updates(dense, updates)
+        dense: Any = optax.apply_updates(dense, updates)
         params["out"] = dense["out"]
         for name, column in NAMES.items():
             table = params[name]["table"]

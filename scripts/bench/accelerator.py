@@ -8,6 +8,8 @@ and their logits compared; with --artifact, one that was exported elsewhere answ
     python scripts/bench/accelerator.py --goldens ../shared/golden --models bert,vit,resnet
 """
 
+# pyright: reportMissingImports=false
+
 import argparse
 import importlib.util
 import json
@@ -24,15 +26,15 @@ import numpy as np
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # so that the peak is told
 
-BERT = {
+BERT: dict[str, Any] = {
     "vocab_size": 30_528, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
     "intermediate_size": 3072, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
 }  # fmt: skip
-VIT = {
+VIT: dict[str, Any] = {
     "image_size": 224, "patch_size": 16, "hidden_size": 768, "num_hidden_layers": 12,
     "num_attention_heads": 12, "intermediate_size": 3072,
 }  # fmt: skip
-RESNET = {
+RESNET: dict[str, Any] = {
     "embedding_size": 64, "hidden_sizes": (256, 512, 1024, 2048), "depths": (3, 4, 6, 3),
     "layer_type": "bottleneck",
 }  # fmt: skip
