@@ -4,11 +4,11 @@
 | --- | --- |
 | `recipe`, `finetune`, `stages` | the line from end to end, a function for each stage |
 | `assets`, `pretrained`, `hub`, `gguf` | what comes in |
-| `model`, `models`, `precision` | what it becomes |
-| `data`, `tasks`, `metrics` | text to batches; what is minimised and counted |
-| `optimizer`, `step`, `train`, `evaluate`, `checkpoint` | training |
+| `model`, `models`, `precision`, `convolve` | what it becomes |
+| `data`, `processors`, `tasks`, `metrics` | things to batches; what is minimised and counted |
+| `optimizer`, `table_optimizer`, `step`, `train`, `evaluate`, `checkpoint` | training |
 | `generation` | text from a decoder |
-| `run`, `report`, `export`, `compare` | what is left behind |
+| `run`, `report`, `export`, `tiles`, `compare` | what is left behind |
 | `host`, `options`, `cli`, `errors` | around it |
 
 `load`, `save` and `generate` are functions of these. A module is imported when it is first used, so
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         checkpoint,
         cli,
         compare,
+        convolve,
         data,
         errors,
         evaluate,
@@ -40,12 +41,15 @@ if TYPE_CHECKING:
         options,
         precision,
         pretrained,
+        processors,
         recipe,
         report,
         run,
         stages,
         step,
+        table_optimizer,
         tasks,
+        tiles,
         train,
     )
     from fw.generation import generate
@@ -61,6 +65,7 @@ __all__ = [
     "checkpoint",
     "cli",
     "compare",
+    "convolve",
     "data",
     "errors",
     "evaluate",
@@ -79,13 +84,16 @@ __all__ = [
     "options",
     "precision",
     "pretrained",
+    "processors",
     "recipe",
     "report",
     "run",
     "save",
     "stages",
     "step",
+    "table_optimizer",
     "tasks",
+    "tiles",
     "train",
 ]
 

@@ -337,6 +337,8 @@ def _row_major(x):
     A transpose before it becomes a copy. `optimization_barrier` would not do: the compiler turns
     the transpose into a layout.
     """
+    if not isinstance(x, jax.core.Tracer):  # of an array that is there, nothing is folded
+        return x
     order = Layout(major_to_minor=tuple(range(x.ndim)))
     return lax.platform_dependent(
         x, cpu=lambda a: with_layout_constraint(a, order), default=lambda a: a

@@ -126,8 +126,8 @@ def bert(config: BertConfig) -> Model:
     >>> model = bert(config)
     >>> ids = jnp.ones((2, 5), jnp.int32)
     >>> batch = {"input_ids": ids, "segment_ids": ids, "position_ids": ids}
-    >>> logits, _ = model.apply(model.init(jax.random.key(0)), batch)
-    >>> logits.shape
+    >>> variables = jax.eval_shape(model.init, jax.random.key(0))
+    >>> jax.eval_shape(model.apply, variables, batch)[0].shape
     (2, 5, 3)
     """
 

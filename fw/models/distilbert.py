@@ -116,7 +116,8 @@ def distilbert(config: DistilBertConfig) -> Model:
     >>> model = distilbert(DistilBertConfig(30, 8, 1, 2, 16, num_labels=0, task="embedding"))
     >>> ids = jax.numpy.ones((2, 5), jax.numpy.int32)
     >>> batch = {"input_ids": ids, "segment_ids": ids, "position_ids": ids, "first": ids[:, :1]}
-    >>> model.apply(model.init(jax.random.key(0)), batch)[0].shape
+    >>> variables = jax.eval_shape(model.init, jax.random.key(0))
+    >>> jax.eval_shape(model.apply, variables, batch)[0].shape
     (2, 1, 8)
     """
 

@@ -119,7 +119,8 @@ def mlp(config: MLPConfig) -> Model:
     >>> model = mlp(MLPConfig(2, (4, 3), 2, "tabular_classification"))
     >>> batch = {"numbers": jnp.zeros((5, 2)), "missing": jnp.zeros((5, 2)),
     ...          "categories": jnp.zeros((5, 2), jnp.int32)}
-    >>> model.apply(model.init(jax.random.key(0)), batch)[0].shape
+    >>> variables = jax.eval_shape(model.init, jax.random.key(0))
+    >>> jax.eval_shape(model.apply, variables, batch)[0].shape
     (5, 2)
     """
     return from_nnx(

@@ -254,7 +254,8 @@ def modernbert(config: ModernBertConfig) -> Model:
     >>> model = modernbert(config)
     >>> ids = jax.numpy.ones((2, 5), jax.numpy.int32)
     >>> batch = {"input_ids": ids, "segment_ids": ids, "position_ids": ids}
-    >>> model.apply(model.init(jax.random.key(0)), batch)[0].shape
+    >>> variables = jax.eval_shape(model.init, jax.random.key(0))
+    >>> jax.eval_shape(model.apply, variables, batch)[0].shape
     (2, 5, 3)
     """
     return from_nnx(

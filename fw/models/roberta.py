@@ -63,7 +63,8 @@ def roberta(config: RobertaConfig) -> Model:
     >>> model = roberta(RobertaConfig(30, 8, 1, 2, 16, num_labels=3, task="masked_lm"))
     >>> ids = jax.numpy.ones((2, 5), jax.numpy.int32)
     >>> batch = {"input_ids": ids, "segment_ids": ids, "position_ids": ids}
-    >>> model.apply(model.init(jax.random.key(0)), batch)[0].shape
+    >>> variables = jax.eval_shape(model.init, jax.random.key(0))
+    >>> jax.eval_shape(model.apply, variables, batch)[0].shape
     (2, 5, 30)
     """
 

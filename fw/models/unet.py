@@ -169,8 +169,8 @@ def unet(config: UNetConfig) -> Model:
     in training, the variables that it returns have the running averages moved.
 
     >>> model = unet(UNetConfig(num_labels=2, width=4, depth=2))
-    >>> variables = model.init(jax.random.key(0))
-    >>> model.apply(variables, {"pixel_values": jnp.ones((1, 8, 16, 1))})[0].shape
+    >>> variables = jax.eval_shape(model.init, jax.random.key(0))
+    >>> jax.eval_shape(model.apply, variables, {"pixel_values": jnp.ones((1, 8, 16, 1))})[0].shape
     (1, 8, 16, 2)
     """
     return from_nnx(

@@ -315,8 +315,8 @@ def vit(config: Patches) -> Model:
     ...     image_size=8, patch_size=4, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
     ...     intermediate_size=16, num_labels=3)
     >>> model = vit(config)
-    >>> variables = model.init(jax.random.key(0))
-    >>> model.apply(variables, {"pixel_values": jnp.ones((2, 8, 8, 3))})[0].shape
+    >>> variables = jax.eval_shape(model.init, jax.random.key(0))
+    >>> jax.eval_shape(model.apply, variables, {"pixel_values": jnp.ones((2, 8, 8, 3))})[0].shape
     (2, 3)
     """
     build = lambda rngs: VisionTransformer(config, rngs)  # noqa: E731
