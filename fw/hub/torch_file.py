@@ -262,8 +262,8 @@ class _Reader:
                 self._put(self._last(2))
             case "SETITEMS":
                 self._put(self._marked())
-            case "APPENDS":
-                items = self._marked()
+            case "APPEND" | "APPENDS":
+                items = self._last(1) if code == "APPEND" else self._marked()
                 self._onto(list).extend(items)
             case "BUILD":  # the dict's own attributes: versions of its modules
                 if not isinstance(self.stack.pop(), dict):

@@ -38,14 +38,15 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--sentences", help="a file of texts, one a line")
+    parser.add_argument("--only", default="", help="models whose names have this in them")
     parser.add_argument("--json", help="write the figures to this file")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        peer("make", root)
+        peer("make", root, arguments.only)
         found = {str(path.parent.relative_to(root)): read(path.parent) for path in
                  sorted(root.glob("*/*/io.npz"))}  # fmt: skip
-        peer("check", root)
+        peer("check", root, arguments.only)
         again = json.loads((root / "again.json").read_text())
     rows = [
         (name, *(f"{found[name][mesh]:.1e}" for mesh in MESHES), f"{one['error']:.1e}",
@@ -61,13 +62,15 @@ def main() -> int:
     return 0
 
 
-def peer(command: str, root: Path) -> None:
-    subprocess.run([BENCH / "peer", "peer_models.py", command, root], check=True)
+def peer(command: str, root: Path, *more: str) -> None:
+    subprocess.run([BENCH / "peer", "peer_models.py", command, root, *more], check=True)
 
 
 def read(folder: Path) -> dict[str, float]:
     """The largest absolute error by mesh; what was read is written back beside it."""
     io = np.load(folder / "io.npz")
+    if "pixels" in io:
+        return read_images(folder, io)
     mask, found = io["mask"].astype(np.int32), {}
     for spec in MESHES:
         mesh, layout = make_mesh(spec), rules()
@@ -94,6 +97,24 @@ def read(folder: Path) -> dict[str, float]:
         hub.save(folder / "again", loaded)
     else:
         hub.save_adapter(folder / "again", base, adapter)
+    return found
+
+
+def read_images(folder: Path, io: Any) -> dict[str, float]:
+    """`read` of a model of images."""
+    found = {}
+    for spec in MESHES:
+        mesh, layout = make_mesh(spec), rules()
+        loaded = hub.load(folder, mesh=mesh, rules=layout)
+        batch = {"pixel_values": np.moveaxis(io["pixels"], 1, 3)}
+        with scope(mesh, layout):
+            out: Any = jax.jit(loaded.model.apply)(loaded.variables, put(batch, mesh, layout))[0]
+        total, weight = make_task(loaded.model.config.task, loaded.labels).loss(
+            jnp.asarray(np.asarray(out)), {"labels": jnp.asarray(io["labels"].astype(np.int32))}
+        )
+        errors = np.abs(np.asarray(out) - io["out"]).max(), abs(total / weight - io["loss"])
+        found[spec] = max(map(float, errors))
+    hub.save(folder / "again", loaded)
     return found
 
 

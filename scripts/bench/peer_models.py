@@ -83,6 +83,30 @@ DECODERS = {
          "sliding_window": 4, "tie_word_embeddings": True, "head_dim": 16},
     ),
 }  # fmt: skip
+PATCHES = {
+    "image_size": (24, 32),
+    "patch_size": 8,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+}
+MLP = {"intermediate_size": 48}
+STAGES = {"embedding_size": 8, "hidden_sizes": [8, 16, 24], "depths": [1, 2, 1]}
+IMAGES = {
+    "vit": ("ViT", PATCHES | MLP),
+    "vit-plain": ("ViT", PATCHES | MLP | {"qkv_bias": False, "num_channels": 1}),
+    "deit": ("DeiT", PATCHES | MLP),
+    "deit-teacher": ("DeiT", PATCHES | MLP),
+    "dinov2": ("Dinov2", PATCHES | {"image_size": 24}),
+    "dinov2-plain": (
+        "Dinov2", PATCHES | {"image_size": 32, "use_mask_token": False, "mlp_ratio": 2}
+    ),
+    "resnet-basic": ("ResNet", STAGES | {"layer_type": "basic"}),
+    "resnet-bottleneck": ("ResNet", STAGES),
+    "resnet-early": (
+        "ResNet", STAGES | {"downsample_in_first_stage": True, "downsample_in_bottleneck": True}
+    ),
+}  # fmt: skip
 # By case: the base, what of it is adapted and how. The heads of classifiers come along, new.
 ADAPTERS = {
     "llama-lora/causal_lm": ("llama", {"target_modules": ["q_proj", "v_proj", "down_proj"]}),
@@ -106,7 +130,13 @@ ADAPTERS = {
 
 
 def cases():
-    """(name, class, config) of every model."""
+    """(name, class, config) of every model whose name has the third argument in it, if any."""
+    only = "".join(sys.argv[3:])
+    return [case for case in every_case() if only in case[0]]
+
+
+def every_case():
+    """The same of all."""
     for family, (prefix, shape) in ENCODERS.items():
         for task, suffix in TASKS.items():
             config = getattr(transformers, f"{prefix}Config")
@@ -118,6 +148,11 @@ def cases():
     for name, (prefix, more) in DECODERS.items():
         config = getattr(transformers, f"{prefix}Config")(**DECODER | more)
         yield f"{name}/causal_lm", getattr(transformers, f"{prefix}ForCausalLM"), config
+    for name, (prefix, shape) in IMAGES.items():
+        suffix = "WithTeacher" if name.endswith("-teacher") else ""
+        kind = getattr(transformers, f"{prefix}ForImageClassification{suffix}")
+        config = getattr(transformers, f"{prefix}Config")(**shape, num_labels=3)
+        yield f"{name}/image_classification", kind, config
     for name, (family, _) in ADAPTERS.items():
         task = name.split("/")[1]
         prefix, shape = ENCODERS.get(family) or DECODERS[family]
@@ -178,6 +213,13 @@ def randomise(model):
     for parameter in model.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, 0.1, 0.2)
+    for name, buffer in model.named_buffers():  # of batch norms
+        if name.endswith("running_mean"):
+            torch.nn.init.normal_(buffer, 0.1, 0.2)
+        elif name.endswith("running_var"):
+            torch.nn.init.uniform_(buffer, 0.5, 2)
+        elif name.endswith("num_batches_tracked"):
+            buffer.fill_(7)
 
 
 def make(root):
@@ -192,6 +234,17 @@ def make(root):
             randomise(model)
             model.save_pretrained(root / name / "adapter")
         random = np.random.default_rng(number)
+        if name.endswith("/image_classification"):
+            size = getattr(config, "image_size", 32)
+            size = (size, size) if isinstance(size, int) else tuple(size)
+            pixels = random.normal(size=(4, config.num_channels, *size)).astype(np.float32)
+            labels = random.integers(0, 3, 4)
+            with torch.no_grad():
+                out = model(pixel_values=torch.tensor(pixels))
+                loss_ = torch.nn.functional.cross_entropy(out.logits, torch.tensor(labels))
+            io = {"pixels": pixels, "out": out.logits, "labels": labels, "loss": loss_}
+            np.savez(root / name / "io.npz", **io)
+            continue
         ids = random.integers(3, 99, (4, 17))
         mask = (np.arange(17) < np.array([17, 9, 12, 4])[:, None]).astype(np.int64)
         ids = np.where(mask == 1, ids, config.pad_token_id)
@@ -213,9 +266,13 @@ def check(root):
             said = {"missing_keys": before - after, "unexpected_keys": after - before}
         else:
             model, said = kind.from_pretrained(folder / "again", output_loading_info=True)
-        io = np.load(root / name / "io.npz")
-        out = answer(model.eval(), name.split("/")[1], io["ids"], io["mask"])
-        seen = io["mask"] == 1 if out.shape[:2] == io["mask"].shape else slice(None)
+        io, seen = np.load(root / name / "io.npz"), slice(None)
+        if "pixels" in io:
+            with torch.no_grad():
+                out = model.eval()(pixel_values=torch.tensor(io["pixels"])).logits.numpy()
+        else:
+            out = answer(model.eval(), name.split("/")[1], io["ids"], io["mask"])
+            seen = io["mask"] == 1 if out.shape[:2] == io["mask"].shape else slice(None)
         found[name] = {
             "missing": sorted(said["missing_keys"]),
             "unexpected": sorted(said["unexpected_keys"]),
