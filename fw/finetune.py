@@ -202,14 +202,16 @@ def prepare(recipe: Finetune, dataset: Path, source: Path | None) -> Data:
             )
     processor = kind.fit(recipe, records, source)
     labels = processor.labels(records["train"])
+    worse: list[str] = []
+    bad = worse.append if recipe.skip_bad_rows else None
     made = {
-        split: processor.rows(recipe, items, labels, learn=split == "train")
+        split: processor.rows(recipe, items, labels, learn=split == "train", on_bad_row=bad)
         for split, items in records.items()
     }
     rows = {split: rows for split, (rows, _) in made.items()}
     cut = sum(cut for _, cut in made.values())
     change = processor.change(recipe, rows["train"])
-    return Data(processor, records, rows, labels, skipped, cut, change)
+    return Data(processor, records, rows, labels, (*skipped, *worse), cut, change)
 
 
 def bring(

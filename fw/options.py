@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import inspect
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, cast, get_args, get_origin
 
 from fw.errors import FwError
@@ -70,12 +70,15 @@ def read_options[T](arguments: argparse.Namespace, record: type[T], **defaults: 
     return record(**{**defaults, **given})
 
 
-def read_fields[T](record: type[T], text: str, **given: Any) -> T:
+def read_fields[T](
+    record: type[T], text: str, *, defaults: Mapping[str, Any] | None = None, **given: Any
+) -> T:
     """The record of some fields and of others that a text spells, as in "depth=4,sizes=32/64".
 
     Args:
       record: a dataclass whose other fields are str, int, float, bool or tuples of one of them.
       text: name=value, parted by commas; the values of a tuple by slashes.
+      defaults: fields in place of the record's own defaults.
       given: fields that the text may not change.
 
     Raises:
@@ -99,7 +102,7 @@ def read_fields[T](record: type[T], text: str, **given: Any) -> T:
             found[name] = _read_value(own[name], value)
         except (ValueError, TypeError) as error:
             raise FwError(f"config: {part!r}: expected a value for {own[name]}") from error
-    return record(**given, **found)
+    return record(**{**(defaults or {}), **given, **found})
 
 
 def _read_value(kind: Any, text: str) -> Any:

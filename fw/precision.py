@@ -2,8 +2,9 @@
 
 A model is written in plain `jnp` and runs in the dtype of its parameters. `apply(fn, "bf16")`
 traces it and replaces each dot product by a mixed-precision one: operands rounded to bfloat16,
-products accumulated in float32, result in float32; gradients likewise. Parameters stay float32
-(master weights), as do norms, softmax and everything else that is not a dot.
+products accumulated in float32, result in float32; gradients likewise. Convolutions of images
+become those of `fw.convolve`, under the policy of dense layers. Parameters stay float32 (master
+weights), as do norms, softmax and everything else that is neither.
 
 The file also knows, and is the only one that does, which dots are fast on a CPU: XLA sends them to
 YNNPACK, which wants row-major operands. A weight gradient contracts the leading axis of both, falls
@@ -26,6 +27,7 @@ from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.extend import core, source_info_util
 
+from fw.convolve import How, convolve
 from fw.errors import FwError
 from sharding.parallel.travel import moved
 
@@ -39,11 +41,12 @@ class Policy:
 
     Attributes:
       name: the name users give (`--precision`).
-      weights: dtype of the operands of dots without batch axes (dense layers); None leaves them.
+      weights: dtype of the operands of dots without batch axes (dense layers), and of
+        convolutions; None leaves them.
       batched: the same for dots with batch axes (attention). Left alone by default: on a CPU some
         batched bfloat16 dots do not run at all, and TPUs and GPUs already multiply float32
         operands of these in one reduced-precision pass.
-      precision: `jax.lax.Precision` of dots that keep their dtype.
+      precision: `jax.lax.Precision` of dots and convolutions that keep their dtype.
     """
 
     name: str
@@ -73,7 +76,7 @@ def policy(name: str | Policy) -> Policy:
 
 
 def apply[R](fn: Callable[..., R], precision: str | Policy) -> Callable[..., R]:
-    """Returns `fn` with every dot product computed under a precision policy.
+    """Returns `fn` with every dot product and convolution computed under a precision policy.
 
     Args:
       fn: any function of pytrees of arrays that JAX can trace. May hold `jit`, `scan`, `cond`,
@@ -162,6 +165,9 @@ def _evaluate(closed: Any, chosen: Policy, args) -> list:
             if name == "dot_general":
                 lhs, rhs = map(read, eqn.invars)
                 out = [_dot(lhs, rhs, eqn.params, chosen)]
+            elif name == "conv_general_dilated":
+                lhs, rhs = map(read, eqn.invars)
+                out = [_convolution(lhs, rhs, eqn.params, chosen)]
             elif name == "all_gather" and _rounded_afterwards(eqn, closed.jaxpr, chosen):
                 out = [_gather(read(eqn.invars[0]), tuple(eqn.params.items()), chosen.weights)]
             elif name in ("jit", "pjit"):
@@ -270,6 +276,27 @@ def _dot(lhs, rhs, params, chosen: Policy):
     if floating and chosen.precision is not None:
         params["precision"] = (chosen.precision, chosen.precision)
     return lax.dot_general_p.bind(lhs, rhs, **params)
+
+
+# Of images [B, H, W, C] and kernels [H, W, in, out].
+_IMAGES = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
+
+
+def _convolution(x, kernel, params, chosen: Policy):
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return lax.conv_general_dilated_p.bind(x, kernel, **params)
+    spread = {*params["lhs_dilation"], *params["rhs_dilation"], params["batch_group_count"]}
+    if params["dimension_numbers"] == _IMAGES and spread == {1}:
+        how = How(
+            params["window_strides"], tuple(params["padding"]), params["feature_group_count"],
+            chosen.weights, chosen.precision,
+        )  # fmt: skip
+        return convolve(x, kernel, how).astype(_result(x, kernel, params))
+    if chosen.weights:
+        x, kernel = (a.astype(chosen.weights).astype(a.dtype) for a in (x, kernel))
+    if chosen.precision is not None:
+        params = {**params, "precision": (chosen.precision, chosen.precision)}
+    return lax.conv_general_dilated_p.bind(x, kernel, **params)
 
 
 def _moved(x, source, to):

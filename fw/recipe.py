@@ -6,6 +6,7 @@ it, and `read_recipe` gets it back from there.
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,11 +34,22 @@ TASKS = {
     "estimate": "tabular_regression",
     "rank": "ranking",
     "retrieve": "retrieval",
+    "image": "image_classification",
+    "segment": "segmentation",
 }
 """What `--task` says, and the task that model, data and artifact know."""
 
-NEW = ("mlp", "ft_transformer", "dlrm", "two_tower")
-"""Models that `--model` names and that begin with random parameters."""
+_TABLES = ("tabular", "estimate")
+NEW: Mapping[str, tuple[str, ...]] = {
+    "mlp": _TABLES,
+    "ft_transformer": _TABLES,
+    "two_tower": ("retrieve",),
+    "dlrm": ("rank",),
+    "resnet": ("image",),
+    "vit": ("image",),
+    "unet": ("segment",),
+}
+"""Models that `--model` names and that begin with random parameters, and their tasks."""
 
 LEARNING_RATE = 1e-3
 """Of a new model, where nothing is said."""
@@ -45,7 +57,7 @@ LEARNING_RATE = 1e-3
 SPLITS = ("auto", "last", "hash")
 
 _POSITIVE = ("batch", "length", "accumulate", "log_every", "keep_last", "keep_best")
-_NOT_NEGATIVE = ("epochs", "steps", "texts", "evaluate_every", "microbatches", "history")
+_NOT_NEGATIVE = ("epochs", "steps", "texts", "evaluate_every", "microbatches", "history", "size")
 _REMAT = {name or "none": name for name in REMAT}
 
 
@@ -58,8 +70,9 @@ class Finetune(AdamW, TableOptions):
         number of labels for each text), "regress" (numbers for each text), "qa" (the passage of a
         text that answers a question), "mlm" (words that are hidden), "lm" (the next word of
         documents, and of answers in conversations), "tabular" (a class for each row of a table) or
-        "estimate" (a number for each row), "retrieve" (the items that a user takes) or "rank"
-        (whether a user takes an item).
+        "estimate" (a number for each row), "retrieve" (the items that a user takes), "rank"
+        (whether a user takes an item), "image" (a class for each image) or "segment" (a class for
+        each of its pixels).
       model: a name of `fw fetch --list`, or a Hugging Face model folder; or a new model, "mlp" or
         "ft_transformer" for tables. Nothing: all-MiniLM-L6-v2 for texts, ft_transformer for tables.
       config: fields of a new model's config, as in depth=4,sizes=32/64.
@@ -97,6 +110,10 @@ class Finetune(AdamW, TableOptions):
       history: how many of a user's last items are known of them.
       split: of events: last (each user's last for the test, the one before for dev), hash (of
         pairs), or auto: last where there are timestamps.
+      size: side in pixels of the squares that images are resized to, or cut into for "segment"; 0
+        for that of the images, for "segment" 256.
+      augment: what is done to images in training, as in crop=4,flip,randaugment=2/9,mixup=0.2; see
+        `fw.data.augment`.
       scheme: of the tags in the files: auto, bio or iob1.
       separator: between the labels in a table's cell, for "multilabel".
       skip_bad_rows: count rows that cannot be read instead of stopping at the first.
@@ -136,6 +153,8 @@ class Finetune(AdamW, TableOptions):
     numeric: str = ""
     categorical: str = ""
     classes: str = ""
+    size: int = 0
+    augment: str = ""
     threshold: float = 0.0
     history: int = 50
     split: str = "auto"
@@ -206,6 +225,8 @@ class Finetune(AdamW, TableOptions):
         """What the task or the model decides, so that a run's config tells it."""
         if not self.model:
             object.__setattr__(self, "model", processor_of(self.long_task).default)
+        if self.task not in (tasks := NEW.get(self.model, (self.task,))):
+            raise FwError(f"model {self.model!r} is for {', '.join(tasks)}, not {self.task}")
         if not self.learning_rate:
             rate = LEARNING_RATE if self.model in NEW else AdamW.learning_rate
             object.__setattr__(self, "learning_rate", rate)

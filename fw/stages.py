@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 import compress
 from fw import export, hub, run
 from fw.compare import compare, sizes
+from fw.data.files import OnBadRow
 from fw.data.rows import AnyRows
 from fw.errors import FwError
 from fw.evaluate import Forward, count, make_counter
@@ -185,9 +186,16 @@ def _rows_by_domain(opened: Opened, split: str, moved: str = "") -> dict[str, An
     else:
         groups[""] = records[split]
     return {
-        domain: processor.rows(recipe, group, opened.task.labels, learn=False)[0]
+        domain: processor.rows(
+            recipe, group, opened.task.labels, learn=False, on_bad_row=_ignore(recipe)
+        )[0]
         for domain, group in sorted(groups.items())
     }
+
+
+def _ignore(recipe: Finetune) -> OnBadRow:
+    """Training has told of bad rows."""
+    return (lambda _: None) if recipe.skip_bad_rows else None
 
 
 def compress_run(

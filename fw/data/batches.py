@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import count, islice
 
 import numpy as np
@@ -30,8 +30,8 @@ class Batches:
         arrays: [R, ...] each.
         size: B, rows in a batch; more than R is allowed, the next epochs fill it.
         seed: of the order, in 0 … 2⁶⁴ - 1.
-        change: makes of the rows of a batch, and their places in the stream, the same arrays with
-            other values; each row's by itself and its place alone, so that parts can be made.
+        change: makes of the rows of a batch, and their places in the stream, other arrays; each
+            row's by itself and its place alone, so that parts can be made.
 
     Raises:
         FwError: no rows, unequal numbers of rows, or a size or seed out of range.
@@ -64,6 +64,11 @@ class Batches:
     def steps_per_epoch(self) -> int:
         """Steps after which every row has been seen: ⌈R / B⌉."""
         return -(-self.rows // self.size)
+
+    @cached_property
+    def example(self) -> dict[str, np.ndarray]:
+        """One row as batches have it: [1, ...] each, for names, shapes and dtypes."""
+        return self.take(0, slice(1))
 
     def __call__(self, step: int) -> dict[str, np.ndarray]:
         """The batch of a step.

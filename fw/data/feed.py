@@ -46,7 +46,7 @@ def feed(
         return put(dict(batches(step)), mesh, rules)
     take = cache(lambda start, stop: batches.take(step, slice(start, stop)))
     placed = {}
-    for name, values in batches.arrays.items():
+    for name, values in batches.example.items():
         if jax.dtypes.canonicalize_dtype(values.dtype) != values.dtype:
             raise FwError(f"{name}: JAX has no {values.dtype} of its own here; cast it on the host")
 

@@ -193,6 +193,8 @@ class Preprocessor:
             high, wide = (long, self.size) if width <= height else (self.size, long)
         else:
             high, wide = self.size or (height, width)
+        if (high, wide) == (height, width):
+            return pixels
         if high * wide > PIXELS:
             raise FwError(
                 f"{name(source)}: {height} × {width} pixels would be resized to {high} × {wide}, "

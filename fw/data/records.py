@@ -1,14 +1,19 @@
-"""Texts as frozen records: one kind for each task.
+"""Texts and pictures as frozen records: one kind for each task.
 
 `Tagged` has a label for every word; `Labelled` one for the whole text, `MultiLabelled` any number
-of them, `Rated` numbers. `readers` make them from
+of them, `Rated` numbers; `Picture` one for a picture. `readers` and `image_folders` make them from
 files, `splits` deals them out to training and testing, `encode` turns them into numbers. Tags are
 BIO from here on, whatever the file used.
 """
 
+import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
+
+import numpy as np
 
 from fw.data.questions import Question
 from fw.errors import FwError
@@ -113,7 +118,39 @@ class Conversation:
         return "\n".join(message["content"] for message in self.messages)
 
 
-Record = Document | Conversation | Tagged | Labelled | MultiLabelled | Rated | Question
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A picture and its class; an empty label when it is to be predicted.
+
+    `image` is a path, or pixels: uint8 [H, W] or [H, W, C].
+
+    >>> Picture("train/cat/1.jpg", "cat").label
+    'cat'
+    """
+
+    image: str | os.PathLike[str] | np.ndarray
+    label: str = ""
+    source: str = ""
+
+    @property
+    def text(self) -> str:
+        """A digest of the file or the pixels, for `splits`: two copies have the same.
+
+        Raises:
+            FwError: the file cannot be read.
+        """
+        if isinstance(self.image, np.ndarray):
+            digest = hashlib.blake2b(str(self.image.shape).encode(), digest_size=16)
+            digest.update(np.ascontiguousarray(self.image))
+            return digest.hexdigest()
+        try:
+            with Path(self.image).open("rb") as file:
+                return hashlib.file_digest(file, "blake2b").hexdigest()
+        except OSError as error:
+            raise FwError(f"{self.image}: cannot be read: {error.strerror}") from error
+
+
+Record = Picture | Document | Conversation | Tagged | Labelled | MultiLabelled | Rated | Question
 
 
 def label_names(records: Sequence[Record]) -> tuple[str, ...]:
@@ -141,7 +178,7 @@ def label_names(records: Sequence[Record]) -> tuple[str, ...]:
         match record:
             case Tagged():
                 own = record.tags
-            case Labelled():
+            case Labelled() | Picture():
                 own = (record.label,) if record.label else ()
             case MultiLabelled():
                 own = record.labels

@@ -59,6 +59,18 @@ def split_named(name: str) -> str | None:
     return next((split for split in SPLITS if _IN_NAME[split].search(name.lower())), None)
 
 
+def split_of(names: Sequence[str]) -> str | None:
+    """The split that stands in a file's name, or else in those of the folders above it.
+
+    Args:
+        names: the parts of its path, its own name last.
+
+    >>> split_of(("Training", "dogs.csv")), split_of(("latest.csv",))
+    ('train', None)
+    """
+    return next(filter(None, map(split_named, reversed(names))), None)
+
+
 def split_records(records: Sequence[Record]) -> dict[str, list]:
     """Give every record to the split of its text, and of one document alone its parts.
 
@@ -186,7 +198,7 @@ def load_files(
     """
     if path.is_dir():
         every = [file for file in path.rglob("*") if file.suffix.lower() in suffixes]
-        if len(every) == 1 and not _split_of(every[0].relative_to(path).parts):
+        if len(every) == 1 and not split_of(every[0].relative_to(path).parts):
             return split_records(read(every[0]))
         files = _find_files(path, suffixes, what)
         return {split: read(file) for split, file in files.items()}
@@ -200,7 +212,7 @@ def _find_files(folder: Path, suffixes: Collection[str], what: str) -> dict[str,
         names = file.relative_to(folder).parts
         if file.suffix.lower() not in suffixes or not file.is_file():
             continue
-        split = _split_of(names)
+        split = split_of(names)
         if split is None:
             continue
         if split in found:
@@ -216,11 +228,6 @@ def _find_files(folder: Path, suffixes: Collection[str], what: str) -> dict[str,
             "a single file can be given by its own path"
         )
     return {split: found[split] for split in SPLITS if split in found}
-
-
-def _split_of(names: Sequence[str]) -> str | None:
-    """The split that a file's name says, or else that of a folder above it."""
-    return next(filter(None, map(split_named, reversed(names))), None)
 
 
 def _alone(records: Sequence[Record]) -> Document | None:

@@ -18,7 +18,7 @@ from jax import export
 
 from fw.data import interactions, recommend, requests
 from fw.data import vocabulary as vocabularies
-from fw.data.batches import eval_batches
+from fw.data.files import OnBadRow
 from fw.data.interactions import Interactions
 from fw.data.recommend import SEEN
 from fw.data.rows import Rows
@@ -37,7 +37,6 @@ BEST = 10
 """How many items are named for a user."""
 
 GOLDEN_ROWS = 8
-ITEMS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,7 +195,13 @@ class Retrieval(_OfEvents):
         return data.take(interactions.is_positive(data.events, threshold))
 
     def rows(
-        self, recipe: Finetune, records: Any, labels: tuple[str, ...], *, learn: bool
+        self,
+        recipe: Finetune,
+        records: Any,
+        labels: tuple[str, ...],
+        *,
+        learn: bool,
+        on_bad_row: OnBadRow = None,
     ) -> tuple[Rows, int]:
         """Users and what they took; to judge by, with the catalogue."""
         if learn:
@@ -207,7 +212,6 @@ class Retrieval(_OfEvents):
         """Two towers."""
         from fw.models.two_tower import TwoTowerConfig
 
-        _check_name(recipe, self.default)
         return read_fields(TwoTowerConfig, recipe.config, **self.fields())
 
     def fields(self) -> dict[str, Any]:
@@ -216,11 +220,9 @@ class Retrieval(_OfEvents):
 
     def exported(self, model: Model, variables: Variables) -> tuple[Model, Variables]:
         """Users in, the scores of all items out, whose vectors are computed here once."""
-        rows = recommend.catalogue(self.vocabulary)
-        apply = jax.jit(lambda batch: model.apply(variables, batch)[0]["item"])
-        size = min(rows.rows, ITEMS_AT_ONCE)
-        parts = [apply(b) for b in eval_batches(rows.arrays, size, empty=rows.empty)]
-        items = np.concatenate([np.asarray(part) for part in parts])[: rows.rows]
+        from fw.models.recommender import item_vectors
+
+        items = item_vectors(model, variables, recommend.catalogue(self.vocabulary))
 
         def scores(
             variables: Variables, batch: Any, *, key: Any = None, train: bool = False
@@ -268,7 +270,13 @@ class Ranking(_OfEvents):
     default: ClassVar[str] = "dlrm"
 
     def rows(
-        self, recipe: Finetune, records: Any, labels: tuple[str, ...], *, learn: bool
+        self,
+        recipe: Finetune,
+        records: Any,
+        labels: tuple[str, ...],
+        *,
+        learn: bool,
+        on_bad_row: OnBadRow = None,
     ) -> tuple[Rows, int]:
         """Events, and whether they were positive."""
         threshold = recipe.threshold or None
@@ -279,7 +287,6 @@ class Ranking(_OfEvents):
         """A DLRM."""
         from fw.models.dlrm import DLRMConfig
 
-        _check_name(recipe, self.default)
         return read_fields(DLRMConfig, recipe.config, **self.fields())
 
     def fields(self) -> dict[str, Any]:
@@ -318,11 +325,6 @@ class Ranking(_OfEvents):
     def say(self, answer: Mapping[str, Any]) -> str:
         """The probability, user and item."""
         return f"{answer['probability']:.3f}  {answer['user']} {answer['item']}"
-
-
-def _check_name(recipe: Finetune, expected: str) -> None:
-    if recipe.model != expected:
-        raise FwError(f"model {recipe.model!r} does not {recipe.task}; choose {expected}")
 
 
 def _object(line: str, where: str) -> Any:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 import jax
 import numpy as np
 
+from fw.data.files import OnBadRow
 from fw.data.rows import AnyRows
 
 if TYPE_CHECKING:
@@ -57,9 +58,18 @@ class Processor(Protocol):
         ...
 
     def rows(
-        self, recipe: Finetune, records: Sequence, labels: tuple[str, ...], *, learn: bool
+        self,
+        recipe: Finetune,
+        records: Sequence,
+        labels: tuple[str, ...],
+        *,
+        learn: bool,
+        on_bad_row: OnBadRow = None,
     ) -> tuple[AnyRows, int]:
-        """The rows of some records, to learn from or to judge by, and how many pieces were cut."""
+        """The rows of some records, to learn from or to judge by, and how many pieces were cut.
+
+        `on_bad_row` gets the message of each record that shows to be bad only now; None raises.
+        """
         ...
 
     def change(self, recipe: Finetune, rows: AnyRows) -> Change | None:

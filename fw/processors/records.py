@@ -1,5 +1,6 @@
-"""Records by split, as every reader of texts gives them: none empty, a dev split in any case."""
+"""Records by split: none empty, and a dev split in any case."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,12 @@ def read_splits(
     records = data.load_splits(
         dataset, task, **options, on_bad_row=skipped.append if skip else None
     )
-    if "dev" not in records:
-        records["train"], records["dev"] = data.hold_out(records["train"])
-    return {split: items for split, items in records.items() if items}, tuple(skipped)
+    return with_dev(records), tuple(skipped)
+
+
+def with_dev(records: Mapping[str, list]) -> dict[str, list]:
+    """Records by split with a part of train as dev, where there was none; no split is empty."""
+    found = dict(records)
+    if "dev" not in found:
+        found["train"], found["dev"] = data.hold_out(found["train"])
+    return {split: items for split, items in found.items() if items}

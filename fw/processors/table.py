@@ -14,14 +14,16 @@ from jax import export
 
 from fw.data import columns as columns_
 from fw.data.columns import Columns
+from fw.data.files import OnBadRow
 from fw.data.fit_columns import fit_columns
 from fw.data.rows import Rows
-from fw.data.splits import hold_out, load_files
+from fw.data.splits import load_files
 from fw.data.table import SUFFIXES, TARGET, Entry, read_entries
 from fw.errors import FwError
 from fw.options import read_fields
 from fw.processors.outputs import outputs
 from fw.processors.processor import Change, Processor
+from fw.processors.records import with_dev
 
 if TYPE_CHECKING:
     from fw.export.load import Artifact
@@ -55,9 +57,7 @@ class Table(Processor):
         records = load_files(
             dataset, lambda file: read_entries(file, on_bad_row=bad), SUFFIXES, "a table"
         )
-        if "dev" not in records:
-            records["train"], records["dev"] = hold_out(records["train"])
-        return {split: items for split, items in records.items() if items}, tuple(skipped)
+        return with_dev(records), tuple(skipped)
 
     @classmethod
     def fit(cls, recipe: Finetune, records: Mapping[str, list], source: Path | None) -> Self:
@@ -67,6 +67,7 @@ class Table(Processor):
         names = ("drop", "numeric", "categorical", "classes")
         options: Any = {name: _names(getattr(recipe, name)) for name in names}
         target = recipe.target or TARGET
+        options["on_bad_row"] = (lambda _: None) if recipe.skip_bad_rows else None  # `rows` tells
         return cls(fit_columns(records["train"], target, recipe.long_task, **options))
 
     def labels(self, records: Sequence[Entry]) -> tuple[str, ...]:
@@ -74,10 +75,16 @@ class Table(Processor):
         return self.columns.labels
 
     def rows(
-        self, recipe: Finetune, records: Sequence, labels: tuple[str, ...], *, learn: bool
+        self,
+        recipe: Finetune,
+        records: Sequence,
+        labels: tuple[str, ...],
+        *,
+        learn: bool,
+        on_bad_row: OnBadRow = None,
     ) -> tuple[Rows, int]:
         """The same to learn from and to judge by."""
-        return self.columns.encode(records), 0
+        return self.columns.encode(records, on_bad_row=on_bad_row), 0
 
     def change(self, recipe: Finetune, rows: Any) -> Change | None:
         """Nothing."""
@@ -89,8 +96,6 @@ class Table(Processor):
         from fw.models.mlp import MLPConfig
 
         kinds = {"mlp": MLPConfig, "ft_transformer": FTTransformerConfig}
-        if recipe.model not in kinds:
-            raise FwError(f"model {recipe.model!r} reads no tables; choose {' or '.join(kinds)}")
         return read_fields(
             kinds[recipe.model], recipe.config, numbers=len(self.columns.numbers),
             categories=self.columns.cardinalities, num_labels=len(labels), task=task,

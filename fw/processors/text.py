@@ -18,6 +18,7 @@ import numpy as np
 from jax import export
 
 from fw.data import FORMATS, Packed, label_names, load_tokenizer, pack
+from fw.data.files import OnBadRow
 from fw.data.tokenizer import Tokenizer
 from fw.errors import FwError
 from fw.labels import PROBLEMS
@@ -84,7 +85,13 @@ class Text(Processor):
         return label_names(records)
 
     def rows(
-        self, recipe: Finetune, records: Sequence, labels: tuple[str, ...], *, learn: bool
+        self,
+        recipe: Finetune,
+        records: Sequence,
+        labels: tuple[str, ...],
+        *,
+        learn: bool,
+        on_bad_row: OnBadRow = None,
     ) -> tuple[Packed, int]:
         """Packed rows, and how many tokens were cut off.
 

@@ -1,0 +1,215 @@
+"""The line of every kind of data but text: files, a trained run, int8, an artifact, answers.
+
+Texts go the same way in test_tasks and test_finetune.
+"""
+
+import csv
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from fw import cli, export, hub, run, stages
+from fw.errors import FwError
+from fw.finetune import finetune
+from fw.recipe import Finetune
+from sharding import make_mesh, rules
+from tests import things
+
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
+SMALL = {
+    "tabular": {"model": "mlp", "config": "hidden_size=16", "target": "pays", "drop": "income"},
+    "estimate": {"model": "mlp", "config": "hidden_size=16", "target": "income", "drop": "pays"},
+    "rank": {"config": "size=4,bottom=8,top=8", "threshold": 3.0, "history": 4},
+    "retrieve": {"config": "size=8", "threshold": 3.0, "history": 4},
+    "image": {"config": "embedding_size=8,hidden_sizes=8/16,depths=1/1", "augment": "crop=1"},
+    "segment": {"config": "width=4,depth=2", "size": 16, "augment": "flip"},
+}
+"""What a recipe of each task has beside what all of them have."""
+
+AT_LEAST = {"tabular": 0.8, "rank": 0.7, "retrieve": 0.3, "image": 0.8, "segment": 0.75}
+"""The figure on dev that the task's own metric reaches; a number's is checked by its error."""
+
+
+def make_data(task: str, folder: Path) -> Path:
+    folder.mkdir()
+    if task in ("tabular", "estimate"):
+        return things.make_table(folder / "people.csv")
+    if task in ("rank", "retrieve"):
+        return things.make_events(folder / "events")
+    if task == "image":
+        return things.make_images(folder / "images")
+    return things.make_maps(folder / "maps")
+
+
+def recipe(task: str, data: Path, folder: Path, **more) -> Finetune:
+    given = {
+        "epochs": 0.0, "steps": 60, "batch": 16, "learning_rate": 1e-2, "log_every": 20,
+        "evaluate_every": 60, "precision": "f32", "data": str(data), "run": str(folder),
+    }  # fmt: skip
+    return Finetune(task=task, **{**given, **SMALL[task], **more})
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A function of the task: the run, made once, and the artifact beside it."""
+    made = {}
+
+    def get(task: str) -> tuple[Path, Path]:
+        if task not in made:
+            root = tmp_path_factory.mktemp(task)
+            folder = finetune(recipe(task, make_data(task, root / "data"), root / "run"))
+            made[task] = folder, stages.export_run(folder)
+        return made[task]
+
+    return get
+
+
+def things_of(task: str, folder: Path) -> list:
+    """Things to be answered."""
+    data = Path(run.config(folder)["data"])
+    if task in ("tabular", "estimate"):
+        with data.open(newline="") as file:
+            return list(csv.DictReader(file))[:5]
+    if task == "rank":
+        return [{"user": f"u{i}", "item": f"i{j}"} for i, j in ((0, 0), (0, 1), (1, 0), (99, 99))]
+    if task == "retrieve":
+        return [{"user": "u0"}, {"user": "u1"}, {"user": "nobody", "history": ["i1", "i3"]}]
+    return sorted(map(str, data.rglob("*.png")))[:5]
+
+
+@pytest.mark.parametrize("task", SMALL)
+def test_a_model_learns_and_the_run_says_so(trained, task):
+    folder, _ = trained(task)
+    found = run.read_json(folder / run.RESULT)["splits"]["dev"]
+    if task == "estimate":
+        assert found["r2"] > 0.8, found
+    else:
+        metric = {"tabular": "auc", "rank": "auc", "retrieve": "ndcg@10", "segment": "mean_iou"}
+        assert found[metric.get(task, "accuracy")] >= AT_LEAST[task], found
+    assert (folder / run.REPORT).stat().st_size > 10_000
+    records = run.metrics(folder)
+    assert records[0]["examples"] == 20 * 16
+
+
+@pytest.mark.parametrize("task", SMALL)
+def test_an_artifact_answers_as_the_model_does(trained, task):
+    folder, artifact = trained(task)
+    loaded = export.load(artifact)
+    items = things_of(task, folder)
+    answers = list(loaded.predict(items))
+    assert len(answers) == len(items)
+    assert all(json.dumps(answer) and loaded.processor.say(answer) for answer in answers)
+
+    # The reference: the run's own model, on what the processor makes of one thing at a time.
+    opened = stages.open_run(folder)
+    model, variables = opened.processor.exported(opened.loaded.model, opened.loaded.variables)
+    apply = jax.jit(model.apply)
+    batch = loaded.processor.golden(loaded.task, items if task != "segment" else None)
+    for i in range(len(next(iter(batch.values())))):
+        one = {name: x[i : i + 1] for name, x in batch.items()}
+        want, _ = apply(variables, one)
+        np.testing.assert_allclose(loaded.logits(one), want, atol=2e-4, rtol=1e-4)
+
+    if task == "image":
+        gold = [Path(item).parent.name for item in items]
+        assert np.mean([a["label"] == g for a, g in zip(answers, gold, strict=True)]) >= 0.8
+    if task == "estimate":
+        gold = np.array([float(item["income"]) for item in items])
+        found = np.array([answer["number"] for answer in answers])
+        assert np.abs(found - gold).mean() < 150
+    if task == "retrieve":
+        halves = [[int(one["item"][1:]) % 2 for one in answer["items"][:5]] for answer in answers]
+        assert np.mean(halves[0]) < 0.5 < np.mean(halves[1])
+    if task == "segment":
+        for item, answer in zip(items, answers, strict=True):
+            label = np.asarray(Image.open(item.replace("/image/", "/label/"))) > 0
+            assert np.mean((np.array(answer["classes"]) == 1) == label) > 0.8
+
+
+@pytest.mark.parametrize("task", ["tabular", "image"])
+def test_int8_costs_little(trained, task):
+    folder, _ = trained(task)
+    text = stages.compress_run(folder)
+    small = stages.export_run(folder, name="int8", output=folder / "small")
+    artifact = export.load(small)
+    assert artifact.manifest["compression"]["int8"]
+    f32, int8 = (run.read_json(folder / run.RESULT)["variants"][i] for i in (0, 1))
+    metric = {"tabular": "auc", "image": "accuracy"}[task]
+    assert int8[metric] > f32[metric] - 0.1, text
+    assert list(artifact.predict(things_of(task, folder)))
+
+
+@pytest.mark.parametrize("task", [pytest.param("image", marks=pytest.mark.slow), "retrieve"])
+def test_a_resumed_run_is_the_same_on_any_mesh(trained, task, tmp_path):
+    folder, _ = trained(task)
+    data = Path(run.config(folder)["data"])
+    first = recipe(task, data, tmp_path / "run", evaluate_every=30, mesh="data=2,fsdp=2")
+
+    def say(self, text):
+        if text.startswith("step 30/"):  # its checkpoint is being written
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fw.train.Progress.say", say)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(first)
+    again = finetune(dataclasses.replace(first, mesh="data=4"), resume=True)
+    where = {"mesh": make_mesh("data=1"), "rules": rules()}
+    want, found = (hub.load(f / "model", **where).variables for f in (folder, again))
+    for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(found), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-3, rtol=1e-2)
+
+
+def test_the_command_goes_the_whole_line(tmp_path, capsys):
+    data = things.make_table(tmp_path / "people.csv", rows=100)
+    folder = tmp_path / "run"
+    options = ["--task", "tabular", "--model", "mlp", "--target", "pays", "--steps", "3"]
+    assert cli.main(["finetune", *options, "--data", str(data), "--run", str(folder)]) == 0
+    assert cli.main(["export", str(folder)]) == 0
+    capsys.readouterr()
+    artifact = str(folder / "artifact")
+    assert cli.main(["predict", artifact, "--jsonl", "-f", str(data)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 100 and json.loads(lines[0])["row"]["job"] in ("clerk", "cook", "pilot")
+    assert cli.main(["predict", artifact, '{"age": "old"}']) == 1
+    assert "'age': expected a number" in capsys.readouterr().err
+
+
+WRONG = {
+    "a new model of texts": ({"task": "ner", "model": "mlp"}, "is for tabular, estimate"),
+    "a model of another kind": ({"task": "tabular", "model": "dlrm"}, "is for rank, not tabular"),
+    "a pretrained model of texts": (
+        {"task": "tabular", "model": "all-MiniLM-L6-v2", "target": "pays"},
+        "reads no tables",
+    ),
+    "a field that is not there": (
+        {"task": "tabular", "model": "mlp", "target": "pays", "config": "widht=3"},
+        "there is no field 'widht'",
+    ),
+    "a field that the data decide": (
+        {"task": "tabular", "model": "mlp", "target": "pays", "config": "numbers=3"},
+        "there is no field 'numbers'",
+    ),
+    "no target": ({"task": "tabular", "model": "mlp"}, "target"),
+    "an augmentation": (
+        {"task": "image", "augment": "spin=3"},
+        "augment: 'spin=3': expected one of",
+    ),
+    "a size that does not halve": ({"task": "segment", "size": 18}, "expected a multiple of 16"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_does_not_fit_is_refused_in_one_line(tmp_path, name):
+    options, message = WRONG[name]
+    task = options["task"]
+    data = make_data(task if task in SMALL else "tabular", tmp_path / "data")
+    with pytest.raises(FwError, match=message):
+        finetune(Finetune(**{"data": str(data), "run": str(tmp_path / "run"), **options}))
+    assert not (tmp_path / "run" / run.CONFIG).exists()
