@@ -32,7 +32,7 @@ def close(got, expected, tolerance):
     """Every array, up to a share of its largest number."""
 
     def near(path, one, other):
-        largest = max(float(np.abs(other).max()), 1e-3)
+        largest = float(np.abs(other).max())
         where = jax.tree_util.keystr(path)
         np.testing.assert_allclose(one, other, rtol=0, atol=tolerance * largest, err_msg=where)
 
@@ -93,6 +93,14 @@ def gradients(model, key=None):
     )
 
 
+def wide(model):
+    """New variables in float64."""
+    variables = jax.jit(model.init)(jax.random.key(0))
+    return jax.tree.map(
+        lambda x: np.asarray(x, np.float64 if x.dtype == np.float32 else x.dtype), variables
+    )
+
+
 def on_mesh(spec, model, variables, batch, layout=RULES, fn=None):
     mesh = make_mesh(spec)
     lie = shardings(model.axes, variables, mesh, layout)
@@ -132,11 +140,8 @@ MESHES = {
 def one_device():
     """A model with dropout, a batch in float64, and what one device makes of it."""
     model = unet(UNetConfig(4, num_channels=2, width=4, depth=1, dropout=0.2))
-    variables = jax.jit(model.init)(jax.random.key(0))
+    variables, batch = wide(model), draw(1, 4, 16, 8, 2, labels=4, dtype=np.float64)
     with jax.enable_x64(True):
-        wide = lambda x: np.asarray(x, np.float64) if x.dtype == np.float32 else x  # noqa: E731
-        variables = jax.tree.map(wide, variables)
-        batch = draw(1, 4, 16, 8, 2, labels=4, dtype=np.float64)
         fn = gradients(model, jax.random.key(1))
         return model, variables, batch, fn, jax.jit(fn)(variables, batch)
 
@@ -150,24 +155,24 @@ def test_every_mesh_gives_the_numbers_of_one_device(spec, one_device):
 
 @pytest.mark.parametrize("size", [256, pytest.param(2048, marks=pytest.mark.slow)])
 def test_a_large_image_over_eight_devices(size):
-    """Loss, logits, gradients and running averages; and nothing goes by but halos and sums."""
-    model = unet(UNetConfig(2, width=2, depth=2 if size == 256 else 4))
-    variables, batch = jax.jit(model.init)(jax.random.key(0)), draw(2, 1, size, size, 1, labels=2)
-    expected = jax.jit(gradients(model))(variables, batch)
-    compiled, got = on_mesh("sequence=8", model, variables, batch)
-    # Gradients of kernels are sums over all pixels, in float32; those of pixels have no such sum.
-    (there, (kernels_there, pixels_there)), (here, (kernels_here, pixels_here)) = got, expected
-    close(there, here, 1e-4)
-    close(kernels_there, kernels_here, 1e-2)
-    largest = np.abs(pixels_here).max()
-    np.testing.assert_allclose(pixels_there, pixels_here, rtol=0, atol=1e-4 * largest)
+    """Loss, logits, running averages, gradients of kernels and of every pixel; and nothing goes by
+    but halos and sums. In float64: in float32, one activation in millions is rounded to the other
+    side of a rectifier, and the gradients around it are others."""
+    model = unet(UNetConfig(2, width=2, depth=2 if size == 256 else 3))
+    variables, batch = wide(model), draw(2, 1, size, size, 1, labels=2, dtype=np.float64)
+    if size == 2048:  # machine code that was compiled quickly is slow
+        jax.config.update("jax_disable_most_optimizations", False)
+    with jax.enable_x64(True):
+        expected = jax.jit(gradients(model))(variables, batch)
+        compiled, got = on_mesh("sequence=8", model, variables, batch)
+        close(got, expected, 1e-9)
     report = inspect(compiled)
     assert set(report.by_kind()) == {"collective-permute", "all-reduce"}
     assert set(report.by_axes()) == {"sequence"}
     # A row to either side at the entrance of each 3x3 convolution, there and back. A level has half
     # the columns of the one above.
     entrances = [(level, conv.shape[2]) for level, conv in kernels(variables["params"])]
-    rows = sum(size // 2**level * channels * 4 for level, channels in entrances)
+    rows = sum(size // 2**level * channels * 8 for level, channels in entrances)
     assert report.by_kind()["collective-permute"] == 2 * 2 * rows
 
 
