@@ -3,6 +3,7 @@
 import itertools
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,6 @@ from fw.tiles import shares, starts, tiled
 from sharding import create, make_mesh, put, rules, shardings
 
 RULES = rules()
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
 EM = Path(os.environ.get("FW_DATA", "/work/shared/data")) / "em_segmentation" / "train"
 
 
@@ -54,7 +54,8 @@ def test_overlaps_are_those_of_scikit_learn(seed):
     counts = metrics.merge(*(metrics.confusion(labels[i], found[i], 4) for i in range(4)))
     report = metrics.segmentation_report(counts, ["a", "b", "c", "d"])
     y, x = labels[labels != IGNORE], found[labels != IGNORE]
-    for name, score in (("iou", jaccard_score), ("dice", f1_score)):
+    scores: dict[str, Any] = {"iou": jaccard_score, "dice": f1_score}
+    for name, score in scores.items():
         each = [getattr(one, name) for one in report["classes"]]
         np.testing.assert_allclose(each, score(y, x, average=None), rtol=1e-12)
         np.testing.assert_allclose(report[f"mean_{name}"], score(y, x, average="macro"))
@@ -118,7 +119,8 @@ def test_one_missing_pixel_of_a_membrane_is_an_error_of_regions_not_of_pixels():
     broken = labels.copy()
     broken[10, 10] = 1
     assert np.mean(broken != labels) < 0.003
-    assert metrics.rand_error(labels, broken) > 0.3
+    error = metrics.rand_error(labels, broken)
+    assert error is not None and error > 0.3
 
 
 def test_soft_dice_is_written_again_in_numpy():
@@ -153,7 +155,7 @@ def test_a_data_set_is_judged_on_any_mesh_as_image_by_image():
     rows = whole_rows(items, 8)
     assert rows.arrays["images"].shape == (5, 16, 16, 1)
     task = make_task("segmentation", ("membrane", "cell"))
-    look = Model(None, dict, lambda v, b, **_: (b["pixel_values"], v), {})
+    look = Model(None, lambda _: {}, lambda v, b, **_: (b["pixel_values"], v), {})
     look = normalised(look, [0.5], [0.5])
 
     def forward(variables, batch):
@@ -161,7 +163,7 @@ def test_a_data_set_is_judged_on_any_mesh_as_image_by_image():
         return jnp.concatenate([-x, x], 3)
 
     found = [item.image[..., 0].astype(int) // 255 for item in items]
-    errors = [metrics.rand_error(i.labels, f) for i, f in zip(items, found, strict=True)]
+    errors: Any = [metrics.rand_error(i.labels, f) for i, f in zip(items, found, strict=True)]
     same = sum((i.labels == f).sum() for i, f in zip(items, found, strict=True))
     pixels = sum(i.labels.size for i in items)
     for spec in ("data=1", "data=2,sequence=2"):
@@ -193,6 +195,7 @@ def test_shares_sum_to_one_wherever_tiles_lie(blend):
         np.testing.assert_allclose(total, 1, rtol=1e-6)
 
 
+@pytest.mark.usefixtures("quickly_compiled")
 def test_tiles_of_a_unet_are_its_whole_image_once_they_overlap_by_twice_its_reach():
     config = UNetConfig(3, num_channels=2, width=4, depth=1)
     model = unet(config)
@@ -384,10 +387,9 @@ def test_a_small_unet_learns_membranes():
         state, _ = step(state, put(batch, mesh, RULES))
     counter = make_counter(lambda v, b: model.apply(v, b)[0], task)
     summary = evaluate(counter, state.variables, held, size=1, mesh=mesh, rules=RULES)
-    print(summary.text)
-    assert summary.figures["mean_dice"] > 0.8
-    assert summary.figures["pixel_error"] < 0.12
-    # All of one class would have 0.22 and a mean Dice of 0.44.
+    # If all were cell, 0.44 and 0.23.
+    assert summary.figures["mean_dice"] > 0.85
+    assert summary.figures["pixel_error"] < 0.1
 
     first = held.arrays["images"][0]
     predict = jax.jit(

@@ -1,5 +1,6 @@
-"""Text in, batches out: records → pieces → rows → batch of a step."""
+"""Text and pictures in, batches out: records → pieces or pixels → rows → batch of a step."""
 
+from fw.data.augment import Augment, augment_pairs
 from fw.data.batches import Batches, count_tokens, eval_batches, prefetch
 from fw.data.chat import Chat
 from fw.data.columns import Columns
@@ -8,9 +9,12 @@ from fw.data.encode_texts import encode_labelled, encode_multi_labelled, encode_
 from fw.data.feed import feed
 from fw.data.fit_columns import fit_columns
 from fw.data.formats import FORMATS, Format
+from fw.data.image_folders import encode_pictures, load_pictures
 from fw.data.language import encode_documents, read_documents
 from fw.data.masking import Masking, encode_maskable, masking
 from fw.data.pack import Packed, best_fit_decreasing, pack, unpack_texts, unpack_words
+from fw.data.pictures import Decoded
+from fw.data.preprocess import Preprocessor
 from fw.data.questions import Answer, Question, read_questions
 from fw.data.readers import read_conll, read_json_lines, read_table
 from fw.data.records import (
@@ -18,12 +22,14 @@ from fw.data.records import (
     Document,
     Labelled,
     MultiLabelled,
+    Picture,
     Rated,
     Record,
     Tagged,
     iob1_to_bio,
     label_names,
 )
+from fw.data.rows import Rows
 from fw.data.splits import (
     SPLITS,
     TASKS,
@@ -45,10 +51,12 @@ __all__ = [
     "SPLITS",
     "TASKS",
     "Answer",
+    "Augment",
     "Batches",
     "Chat",
     "Columns",
     "Conversation",
+    "Decoded",
     "Document",
     "Encoded",
     "Entry",
@@ -58,18 +66,23 @@ __all__ = [
     "MultiLabelled",
     "Packed",
     "Passage",
+    "Picture",
+    "Preprocessor",
     "Question",
     "Rated",
     "Record",
+    "Rows",
     "Tagged",
     "Tokenizer",
     "Windows",
+    "augment_pairs",
     "best_fit_decreasing",
     "count_tokens",
     "encode_documents",
     "encode_labelled",
     "encode_maskable",
     "encode_multi_labelled",
+    "encode_pictures",
     "encode_questions",
     "encode_rated",
     "encode_tagged",
@@ -79,6 +92,7 @@ __all__ = [
     "hold_out",
     "iob1_to_bio",
     "label_names",
+    "load_pictures",
     "load_splits",
     "load_tokenizer",
     "masking",

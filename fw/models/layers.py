@@ -30,7 +30,7 @@ class Dense(nnx.Module):
         self,
         size_in: int,
         size_out: int,
-        axes: Axes,
+        axes: Rows,
         *,
         std: float,
         rngs: nnx.Rngs,

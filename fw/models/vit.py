@@ -96,12 +96,14 @@ class Patches:
     @property
     def image(self) -> tuple[int, int]:
         """Height and width of an image."""
-        return (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
+        size = self.image_size
+        return (size, size) if isinstance(size, int) else size
 
     @property
     def patch(self) -> tuple[int, int]:
         """Height and width of a patch."""
-        return (self.patch_size,) * 2 if isinstance(self.patch_size, int) else self.patch_size
+        size = self.patch_size
+        return (size, size) if isinstance(size, int) else size
 
     @property
     def inner(self) -> int:

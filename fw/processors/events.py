@@ -18,7 +18,6 @@ from jax import export
 
 from fw.data import interactions, recommend, requests
 from fw.data import vocabulary as vocabularies
-from fw.data.batches import eval_batches
 from fw.data.files import OnBadRow
 from fw.data.interactions import Interactions
 from fw.data.recommend import SEEN
@@ -38,7 +37,6 @@ BEST = 10
 """How many items are named for a user."""
 
 GOLDEN_ROWS = 8
-ITEMS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,11 +220,9 @@ class Retrieval(_OfEvents):
 
     def exported(self, model: Model, variables: Variables) -> tuple[Model, Variables]:
         """Users in, the scores of all items out, whose vectors are computed here once."""
-        rows = recommend.catalogue(self.vocabulary)
-        apply = jax.jit(lambda batch: model.apply(variables, batch)[0]["item"])
-        size = min(rows.rows, ITEMS_AT_ONCE)
-        parts = [apply(b) for b in eval_batches(rows.arrays, size, empty=rows.empty)]
-        items = np.concatenate([np.asarray(part) for part in parts])[: rows.rows]
+        from fw.models.recommender import item_vectors
+
+        items = item_vectors(model, variables, recommend.catalogue(self.vocabulary))
 
         def scores(
             variables: Variables, batch: Any, *, key: Any = None, train: bool = False

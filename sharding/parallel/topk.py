@@ -135,8 +135,8 @@ def _best(queries, items, exclude, k: int, first, count: int, chunk: int):
         scores = scores.at[queries_of, out].set(none, mode="drop")
         ids = jnp.broadcast_to(id_, scores.shape)
         # What is best so far has lower ids, and comes first.
-        joined = (jnp.concatenate(pair, 1) for pair in zip(best, (scores, ids), strict=True))
-        return _largest(*joined, k)
+        scores = jnp.concatenate([best[0], scores], 1)
+        return _largest(scores, jnp.concatenate([best[1], ids], 1), k)
 
     start = jnp.full((number, k), none), jnp.full((number, k), -1, jnp.int32)
     return lax.fori_loop(0, -(-block // chunk), turn, start)
