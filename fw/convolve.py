@@ -31,6 +31,9 @@ CHUNK = 2**19
 NARROW = 8
 """Images of fewer columns are convolved as one row each: YNNPACK takes several columns at once."""
 
+FEW = 4
+"""Channels of an image, rather than of an activation."""
+
 
 class How(NamedTuple):
     """What a convolution is besides its operands.
@@ -168,6 +171,9 @@ def _padded(x, padding):
 
 def _forward(x, kernel, how):
     (rows, columns), (left, right) = kernel.shape[:2], how.padding[1]
+    if rows == columns == 1 and how.strides != (1, 1):
+        seen = _padded(x, how.padding)[:, :: how.strides[0], :: how.strides[1]]
+        return _plain(seen, kernel, how._replace(strides=(1, 1), padding=((0, 0), (0, 0))))
     width = x.shape[2] + left + right - columns + 1
     if how.groups > 1 or how.strides != (1, 1) or columns == 1 or width >= NARROW:
         return _plain(x, kernel, how)
@@ -242,6 +248,15 @@ def _chunk_gradient(x, g, kernel, how):
     batch, high, wide, _ = g.shape
     down, across = how.strides
     x = _padded(x, _reached(x, kernel, g, how))
+    if size_in <= FEW:  # the other way round: all windows of x, transposed, by g
+        x = jnp.moveaxis(x, 3, 0)
+        windows = [
+            x[:, :, i : i + (high - 1) * down + 1 : down, j : j + (wide - 1) * across + 1 : across]
+            for i in range(rows)
+            for j in range(columns)
+        ]
+        windows = _row_major(jnp.stack(windows)).reshape(-1, batch * high * wide)
+        return jnp.dot(windows, g.reshape(-1, size_out)).reshape(kernel.shape)
     turned = _row_major(jnp.transpose(g, (1, 3, 0, 2))).reshape(1, high, size_out, batch * wide)
     found = [[]] * rows
     for phase in range(min(down, rows)):
