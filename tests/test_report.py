@@ -11,15 +11,18 @@ from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fw import metrics, report, run
+from fw.data.rows import Rows
 from fw.errors import FwError
 from fw.metrics.report import summarise
 from fw.report import curves, matrix, svg, text
+from fw.tasks import make_task
 
 OPTIONS = {"task": "classify", "model": "tiny", "data": "texts.csv", "mesh": "data=2", "seed": 0}
 
@@ -303,6 +306,37 @@ def test_scores_and_matrix_are_those_of_the_result(page, split):
     np.testing.assert_allclose(shades, 0.04 + 0.96 * shares, atol=0.0051)
     # Rows are labels: the cell below another has a greater y.
     assert next(cells[3].all("rect")).number("y") > next(cells[0].all("rect")).number("y")
+
+
+def test_curves_of_two_classes_go_through_their_points(tmp_path):
+    rng = np.random.default_rng(8)
+    gold = rng.integers(0, 2, 300)
+    logits = np.stack([0 * gold, gold + rng.normal(size=300)], -1)
+    task = make_task("tabular_classification", ("good", "bad"))
+    assert task.judge is not None
+    rows = Rows({"labels": gold}, {"labels": -1})
+    counts = task.count(jnp.array(logits, jnp.float32), {"labels": jnp.array(gold, jnp.int32)})
+    figures = dict(task.summarise({**counts, **task.judge(rows, logits)}).figures)
+    page = make(tmp_path / "run", result={"splits": {"test": figures}})
+    assert text.percent(figures["auc"]) in {t.text for t in page.root.all("strong")}
+    roc = np.array(figures["curves"]["roc"])
+    for title, wanted in (
+        ("ROC", roc[:, :2]),
+        ("Reliability", np.array(figures["curves"]["reliability"])[:, :2]),
+        ("Share at or above a score", roc[::-1][:, [2, 0]]),
+        ("Share at or above a score", roc[::-1][:, [2, 1]]),
+    ):
+        chart = page.titled(title)
+        to_data = axes(chart)
+        lines = [line.get("points").split() for line in chart.all("polyline")]
+        found = [[to_data(*map(float, point.split(","))) for point in line] for line in lines]
+        assert any(
+            len(line) == len(wanted) and np.allclose(line, wanted, rtol=0, atol=1e-3)
+            for line in found
+        ), title
+    figures["curves"] = {"reliability": [[0, 1]], "roc": []}
+    with pytest.raises(FwError, match=r"splits/test/curves/reliability.*three numbers"):
+        make(tmp_path / "bad", result={"splits": {"test": figures}})
 
 
 def test_domains_and_variants_and_stages(page):

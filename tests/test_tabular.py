@@ -122,7 +122,8 @@ def test_quantiles_are_those_of_scikit_learn_and_those_of_train_alone(ties):
         train, test = train.round(), test.round()
     train[::7, 1] = np.nan
     scales = learn_scales(train, "quantile")
-    theirs = QuantileTransformer(n_quantiles=30, output_distribution="normal", subsample=None)
+    options: Any = {"output_distribution": "normal", "subsample": None}
+    theirs: Any = QuantileTransformer(n_quantiles=30, **options)
     theirs.fit(train)
     np.testing.assert_allclose(scales, theirs.quantiles_.T, rtol=1e-12)
     both = np.concatenate([train[:, [0, 2]], test[:, [0, 2]]])

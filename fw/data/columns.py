@@ -179,7 +179,8 @@ class Columns:
         """
         if not self.classes:
             return [{"number": float(x) * self.spread + self.mean} for x in outputs[:, 0]]
-        powers = np.exp(outputs.astype(np.float64) - outputs.max(-1, keepdims=True))
+        logits = np.asarray(outputs, np.float64)
+        powers = np.exp(logits - logits.max(-1, keepdims=True))
         return [
             {
                 "label": self.classes[int(scores.argmax())],

@@ -18,7 +18,7 @@ from fw.report.curves import SQUARES, UNITS, Records, curves, label, not_finite,
 from fw.report.markup import Child, page, table, tag
 from fw.report.text import seconds, size
 
-_HEADLINES = ("f1", "macro_f1", "accuracy", "micro_f1", "pearson", "spearman", "loss")
+_HEADLINES = ("auc", "r2", "f1", "macro_f1", "accuracy", "micro_f1", "pearson", "spearman", "loss")
 # Belt and braces: all is escaped and nothing is linked, and the browser is told to hold to it.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 

@@ -12,6 +12,7 @@ from fw.errors import FwError
 from fw.report.curves import FRACTIONS, UNITS, label
 from fw.report.markup import Child, table, tag
 from fw.report.matrix import heat_map
+from fw.report.risk import risk
 from fw.report.svg import bars
 from fw.report.text import MISSING, number, percent, seconds, size
 
@@ -47,7 +48,7 @@ def split(entry: Mapping[str, Any], path: Path, where: str) -> list[Element]:
     """Show the scores of a split or a domain.
 
     Args:
-        entry: figures, and "report", "tags", "confusion" and "domains" where there are.
+        entry: figures, and "report", "tags", "confusion", "curves" and "domains" where there are.
         path: the file, for errors.
         where: the place in it, for errors.
 
@@ -71,6 +72,9 @@ def split(entry: Mapping[str, Any], path: Path, where: str) -> list[Element]:
     if parts:
         large = bool(confusion) and len(confusion.get("labels") or ()) > _LARGE
         blocks.append(tag("div", *parts, class_=None if large else "columns"))
+    if drawn := _part(entry, "curves", path, where):
+        name = str(entry.get("class_1", "class 1"))
+        blocks.append(risk(drawn, name, path, f"{where}/curves"))
     if tags := _part(entry, "tags", path, where):
         inner = _report(tags, "tag", path, f"{where}/tags")
         blocks.append(tag("details", tag("summary", "By tag, token by token"), inner))

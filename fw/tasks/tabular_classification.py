@@ -52,7 +52,7 @@ def tabular_classification(labels: tuple[str, ...]) -> Task:
         }
         if "pairs" not in counts:
             return Summary("macro_f1", figures, text)
-        risk = _risk(*counts["pairs"].values.T, labels)
+        risk = _risk(counts["pairs"].values, labels)
         shown = {name: value for name, value in risk.items() if isinstance(value, float)}
         lines = [f"{name.replace('_', ' '):27}{value:10.4f}" for name, value in shown.items()]
         return Summary("auc", {**risk, **figures}, "\n".join([*lines, "", text]))
@@ -63,8 +63,9 @@ def tabular_classification(labels: tuple[str, ...]) -> Task:
     return Task(name, labels, cross_entropy, count, summarise, metric, judge if two else None)
 
 
-def _risk(gold: np.ndarray, score: np.ndarray, labels: tuple[str, ...]) -> dict[str, Any]:
+def _risk(pairs: np.ndarray, labels: tuple[str, ...]) -> dict[str, Any]:
     """The figures of two classes, and for the report the curves that they are of."""
+    gold, score = pairs.T
     if gold.min() == gold.max():
         raise FwError(
             f"all {len(gold)} rows are {labels[int(gold[0])]!r}: AUC compares rows of two classes; "
@@ -75,7 +76,7 @@ def _risk(gold: np.ndarray, score: np.ndarray, labels: tuple[str, ...]) -> dict[
     false, true, least = metrics.roc_curve(gold, score)
     kept = np.unique(np.linspace(0, len(least) - 1, _POINTS).round().astype(int))
     figures["curves"] = {
-        "reliability": metrics.reliability(gold, score).tolist(),
-        "roc": np.stack([false, true, np.minimum(least, 1)], -1)[kept].tolist(),
+        "reliability": metrics.reliability(gold, score).round(6).tolist(),
+        "roc": np.stack([false, true, np.minimum(least, 1)], -1)[kept].round(6).tolist(),
     }
     return figures
