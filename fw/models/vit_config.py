@@ -20,6 +20,10 @@ MOST_POSITIONS = 2**20
 Size = int | tuple[int, int]
 
 
+def _square(size: Size) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size
+
+
 @dataclass(frozen=True, kw_only=True)
 class Patches:
     """The fields that the `config.json`s of the families share and that change the computation.
@@ -81,12 +85,12 @@ class Patches:
     @property
     def image(self) -> tuple[int, int]:
         """Height and width of an image."""
-        return (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
+        return _square(self.image_size)
 
     @property
     def patch(self) -> tuple[int, int]:
         """Height and width of a patch."""
-        return (self.patch_size,) * 2 if isinstance(self.patch_size, int) else self.patch_size
+        return _square(self.patch_size)
 
     @property
     def inner(self) -> int:
