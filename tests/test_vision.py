@@ -88,7 +88,7 @@ def test_batch_norm_far_from_zero_and_its_derivative():
         point = tuple(normal(*s, dtype=np.float64) for s in ((0, 3, 4, 5, 2), (1, 2), (2, 2)))
         g = normal(9, 3, 4, 5, 2, dtype=np.float64)
         loss = lambda *at: (batch_norm(*at, 1e-5)[0] * g).sum()  # noqa: E731
-        exact = lambda *at: (batch_norm_np(*at, 1e-5) * g).sum()  # noqa: E731
+        exact = lambda x, scale, bias: (batch_norm_np(x, scale, bias, 1e-5) * g).sum()  # noqa: E731
         for i, grad in enumerate(jax.grad(loss, (0, 1, 2))(*point)):
             along, step = normal(20 + i, *grad.shape, dtype=np.float64), 1e-6
             ends = [exact(*point[:i], point[i] + s * along, *point[i + 1 :]) for s in (step, -step)]
@@ -169,7 +169,8 @@ def test_top_five_and_the_report_are_those_of_scikit_learn():
     assert figures["accuracy"] == accuracy
     macro = sklearn.metrics.f1_score(labels[own], predicted, average="macro")
     np.testing.assert_allclose(figures["macro_f1"], macro)
-    f1 = sklearn.metrics.f1_score(labels[own], predicted, average=None)
+    every: Any = None
+    f1 = sklearn.metrics.f1_score(labels[own], predicted, average=every)
     np.testing.assert_allclose([figures["report"][name]["f1-score"] for name in names], f1)
     few = make_task("image_classification", ("no", "yes"))
     assert "top_5" not in few.count(jnp.asarray(logits[:, :2]), {"labels": jnp.asarray(given % 2)})
