@@ -21,7 +21,8 @@ SYSTEM = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"long"
 
 
 class FloatStorage:
-    pass
+    key: str
+    count: int
 
 
 class LongStorage(FloatStorage):

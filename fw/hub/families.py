@@ -33,6 +33,7 @@ from fw.models import (
     two_tower,
     unet,
     vit,
+    vit_config,
 )
 from fw.models.names import Name
 from sharding import paths
@@ -255,7 +256,7 @@ FAMILIES: Mapping[str, Family] = types.MappingProxyType(
             for name, architecture in llama.ARCHITECTURES.items()
         },
         "vit": Family(
-            vit.ViTConfig,
+            vit_config.ViTConfig,
             vit.vit,
             vit.hf_names,
             architectures={"image_classification": "ViTForImageClassification"},
@@ -264,19 +265,19 @@ FAMILIES: Mapping[str, Family] = types.MappingProxyType(
             buffers=("embeddings.mask_token",),
         ),
         "deit": Family(
-            vit.DeiTConfig,
+            vit_config.DeiTConfig,
             vit.vit,
             vit.hf_names,
             architectures={"image_classification": "DeiTForImageClassification"},
             prefix="deit.",
             head=("deit.pooler.", "classifier.", "cls_classifier.", "distillation_classifier."),
             buffers=("embeddings.mask_token",),
-            variants={vit.WITH_TEACHER: "image_classification"},
-            reads=vit.read_deit_config,
-            writes=vit.write_deit_config,
+            variants={vit_config.WITH_TEACHER: "image_classification"},
+            reads=vit_config.read_deit_config,
+            writes=vit_config.write_deit_config,
         ),
         "dinov2": Family(
-            vit.Dinov2Config,
+            vit_config.Dinov2Config,
             vit.vit,
             vit.hf_names,
             architectures={"image_classification": "Dinov2ForImageClassification"},

@@ -276,7 +276,7 @@ def _computed(family: Family, **how: Any) -> dict[str, Any]:
     """Those of the settings that the family's configs have a field for."""
     fields = {field.name for field in dataclasses.fields(family.config)}  # type: ignore[arg-type]
     if how["remat"] is not None and "remat" not in fields:
-        raise FwError(f"remat: a {family.config.model_type} has no layers to compute again")
+        raise FwError(f"remat: {family.config.model_type} has no layers to compute again")
     return {name: value for name, value in how.items() if name in fields}
 
 

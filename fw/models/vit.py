@@ -1,209 +1,28 @@
 """ViT (Dosovitskiy et al. 2020, arXiv:2010.11929): an image is a text of patches.
 
 And what came of it: DeiT (Touvron et al. 2020, arXiv:2012.12877) with a token that learns from a
-teacher, and DINOv2 (Oquab et al. 2023, arXiv:2304.07193) with scaled sublayers. The numbers are
-those of Hugging Face's classes, for images of the size that the model was made for.
+teacher, and DINOv2 (Oquab et al. 2023, arXiv:2304.07193) with scaled sublayers, which takes images
+of any size. The numbers are those of Hugging Face's classes.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fw.errors import FwError
 from fw.model import Batch, Model, from_nnx
 from fw.models import names
 from fw.models.layers import Dense, LayerNorm, all_visible, dropout, gelu
 from fw.models.names import Name
-from fw.models.postnorm import Attention, Shape
+from fw.models.postnorm import Attention
 from fw.models.stack import Stack
-from fw.models.vision import Conv, check_images
+from fw.models.vision import Conv, bicubic, check_images
+from fw.models.vit_config import DeiTConfig, Dinov2Config, Patches
 from sharding import constrain
 from sharding.noise import dropout_mask
-from sharding.parallel.pipeline import REMAT
-
-WITH_TEACHER = "DeiTForImageClassificationWithTeacher"
-"""transformers' class of a DeiT with two classifiers."""
-
-MOST_POSITIONS = 2**20
-"""Tokens that an image may have."""
-
-Size = int | tuple[int, int]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Patches:
-    """The fields that the `config.json`s of the families share and that change the computation.
-
-    And five of our own: `task` and `num_labels`; `microbatches`, `remat` and `scan`, as in `Stack`.
-    Sizes are those of a square, or height and width.
-    """
-
-    image_size: Size = field(metadata={"unbounded": True})
-    patch_size: Size
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_labels: int
-    task: str = "image_classification"
-    num_channels: int = 3
-    qkv_bias: bool = True
-    layer_norm_eps: float = 1e-12
-    hidden_dropout_prob: float = 0.0
-    attention_probs_dropout_prob: float = 0.0
-    initializer_range: float = 0.02
-    hidden_act: str = "gelu"
-    microbatches: int = 1
-    remat: str | None = None
-    scan: bool = True
-
-    model_type: ClassVar[str]
-    tokens: ClassVar[int] = 1
-    """Those before the patches."""
-    paths: ClassVar[Mapping[str, str]] = {
-        "norm1": "layernorm_before",
-        "norm2": "layernorm_after",
-        "up": "intermediate.dense",
-        "down": "output.dense",
-    }
-    """What of a layer is called in a way of the family's own."""
-
-    def __post_init__(self):
-        """Checks what the arithmetic relies on."""
-        known = {"task": ("image_classification",), "hidden_act": ("gelu",), "remat": REMAT}
-        for name, values in known.items():
-            if getattr(self, name) not in values:
-                choice, given = ", ".join(map(str, values)), getattr(self, name)
-                raise FwError(f"{name} {given!r} is not supported; choose one of {choice}")
-        if self.hidden_size % self.num_attention_heads:
-            raise FwError(
-                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
-                f"{self.num_attention_heads}"
-            )
-        if not self.tokens < self.positions <= MOST_POSITIONS:
-            raise FwError(
-                f"image_size {self.image_size} has no patches of {self.patch_size}, or more than "
-                f"{MOST_POSITIONS}"
-            )
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
-            if not 0 <= (rate := getattr(self, name, 0.0)) < 1:
-                raise FwError(f"{name} {rate} is no rate; expected 0 or more, and less than 1")
-
-    @property
-    def image(self) -> tuple[int, int]:
-        """Height and width of an image."""
-        size = self.image_size
-        return (size, size) if isinstance(size, int) else size
-
-    @property
-    def patch(self) -> tuple[int, int]:
-        """Height and width of a patch."""
-        size = self.patch_size
-        return (size, size) if isinstance(size, int) else size
-
-    @property
-    def inner(self) -> int:
-        """Size of the hidden layer of an MLP."""
-        raise NotImplementedError
-
-    @property
-    def scale(self) -> float | None:
-        """What the scales of sublayers begin with; None where there are none."""
-        return None
-
-    @property
-    def rates(self) -> tuple[float, float]:
-        """How often a number that a sublayer adds is dropped, and how often all of an image's."""
-        return self.hidden_dropout_prob, 0.0
-
-    @property
-    def positions(self) -> int:
-        """The tokens of an image."""
-        (height, width), (down, across) = self.image, self.patch
-        return self.tokens + (height // down) * (width // across)
-
-    @property
-    def shape(self) -> Shape:
-        """The numbers of the layers."""
-        return Shape(
-            size=self.hidden_size,
-            layers=self.num_hidden_layers,
-            heads=self.num_attention_heads,
-            inner=self.inner,
-            epsilon=self.layer_norm_eps,
-            std=self.initializer_range,
-            dropout=self.hidden_dropout_prob,
-            attention_dropout=self.attention_probs_dropout_prob,
-            microbatches=self.microbatches,
-            remat=self.remat,
-            scan=self.scan,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ViTConfig(Patches):
-    """The fields of a ViT `config.json`."""
-
-    intermediate_size: int
-
-    model_type: ClassVar[str] = "vit"
-
-    @property
-    def inner(self) -> int:
-        """Size of the hidden layer of an MLP."""
-        return self.intermediate_size
-
-
-@dataclass(frozen=True, kw_only=True)
-class DeiTConfig(ViTConfig):
-    """The fields of a DeiT `config.json`.
-
-    And one of our own: with `teacher`, the token of distillation has a classifier as well, and the
-    logits are the mean of the two.
-    """
-
-    teacher: bool = False
-
-    model_type: ClassVar[str] = "deit"
-    tokens: ClassVar[int] = 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class Dinov2Config(Patches):
-    """The fields of a DINOv2 `config.json`; `use_swiglu_ffn` is not supported."""
-
-    mlp_ratio: int = 4
-    layerscale_value: float = 1.0
-    drop_path_rate: float = 0.0
-    layer_norm_eps: float = 1e-6
-    use_mask_token: bool = True
-
-    model_type: ClassVar[str] = "dinov2"
-    paths: ClassVar[Mapping[str, str]] = {
-        "norm1": "norm1",
-        "norm2": "norm2",
-        "up": "mlp.fc1",
-        "down": "mlp.fc2",
-    }
-
-    @property
-    def inner(self) -> int:
-        """Size of the hidden layer of an MLP."""
-        return self.hidden_size * self.mlp_ratio
-
-    @property
-    def scale(self) -> float | None:
-        """What the scales of sublayers begin with."""
-        return self.layerscale_value
-
-    @property
-    def rates(self) -> tuple[float, float]:
-        """How often a number that a sublayer adds is dropped, and how often all of an image's."""
-        return 0.0, self.drop_path_rate
 
 
 class Layer(nnx.Module):
@@ -282,13 +101,13 @@ class VisionTransformer(nnx.Module):
 
     def __call__(self, batch: Batch, key: jax.Array | None) -> jax.Array:
         config, x = self.config, batch["pixel_values"]
-        check_images(x, config.num_channels, config.image)
+        position = self._positions(x)
         keys = (None,) * 2 if key is None else jax.random.split(key)
         x = self.patches(x)
         x = x.reshape(x.shape[0], -1, x.shape[-1])
         tokens = [self.first[...], self.distilled[...]] if config.tokens == 2 else [self.first[...]]
-        tokens = [jnp.broadcast_to(token, (x.shape[0], *token.shape[1:])) for token in tokens]
-        x = jnp.concatenate([*tokens, x], axis=1) + self.position[...]
+        tokens = [jnp.broadcast_to(token, (len(x), *token.shape[1:])) for token in tokens]
+        x = jnp.concatenate([*tokens, x], axis=1) + position
         x = constrain(dropout(x, config.hidden_dropout_prob, keys[0]), "batch", "length", "embed")
         x = self.norm(self.stack(x, all_visible(x), key=keys[1]))
         rows = ("batch",)
@@ -299,6 +118,21 @@ class VisionTransformer(nnx.Module):
         if _taught(config):
             logits = (logits + self.second(x[:, 1], rows)) * np.asarray(0.5, logits.dtype)
         return logits
+
+    def _positions(self, x: jax.Array) -> jax.Array:
+        """The places of an image's tokens; of another size, between those that were learnt."""
+        config, position = self.config, self.position[...]
+        if not isinstance(config, Dinov2Config) or x.shape[1:3] == config.image:
+            check_images(x, config.num_channels, config.image)
+            return position
+        check_images(x, config.num_channels)
+        old, new = (
+            (size[0] // config.patch[0], size[1] // config.patch[1])
+            for size in (config.image, x.shape[1:3])
+        )
+        patches = position[0, config.tokens :].reshape(*old, -1)
+        patches = bicubic(patches, new).reshape(1, -1, patches.shape[-1])
+        return jnp.concatenate([position[:, : config.tokens], patches], axis=1)
 
 
 def _taught(config: Patches) -> bool:
@@ -311,27 +145,17 @@ def vit(config: Patches) -> Model:
     `apply` takes `pixel_values`, float32 [B, height, width, channels], and returns logits
     [B, labels].
 
+    >>> from fw.models.vit_config import ViTConfig
     >>> config = ViTConfig(
     ...     image_size=8, patch_size=4, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
     ...     intermediate_size=16, num_labels=3)
     >>> model = vit(config)
-    >>> variables = jax.eval_shape(model.init, jax.random.key(0))
-    >>> jax.eval_shape(model.apply, variables, {"pixel_values": jnp.ones((2, 8, 8, 3))})[0].shape
+    >>> variables = model.init(jax.random.key(0))
+    >>> model.apply(variables, {"pixel_values": jnp.ones((2, 8, 8, 3))})[0].shape
     (2, 3)
     """
     build = lambda rngs: VisionTransformer(config, rngs)  # noqa: E731
     return from_nnx(config, build, lambda module, batch, key, _: module(batch, key))
-
-
-def read_deit_config(source: Mapping[str, Any]) -> dict[str, Any]:
-    """A `config.json` with the field `teacher`, which its class says."""
-    return {**source, "teacher": source.get("architectures") == [WITH_TEACHER]}
-
-
-def write_deit_config(config: DeiTConfig) -> dict[str, Any]:
-    """The keys of a DeiT's `config.json`, its class among them where there is a second one."""
-    found = asdict(config)
-    return found | {"architectures": [WITH_TEACHER]} if found.pop("teacher") else found
 
 
 def hf_names(config: Patches) -> Iterator[Name]:

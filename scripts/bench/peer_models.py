@@ -235,7 +235,7 @@ def make(root):
             model.save_pretrained(root / name / "adapter")
         random = np.random.default_rng(number)
         if name.endswith("/image_classification"):
-            size = getattr(config, "image_size", 32)
+            size = 40 if name.startswith("dinov2-plain") else getattr(config, "image_size", 32)
             size = (size, size) if isinstance(size, int) else tuple(size)
             pixels = random.normal(size=(4, config.num_channels, *size)).astype(np.float32)
             labels = random.integers(0, 3, 4)
