@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fw.data.draws import uniform
 from fw.data.files import OnBadRow
 from fw.data.pictures import BAD, decode, decode_labels, read_all
 from fw.data.rows import Rows
@@ -26,6 +27,9 @@ FILE = "palette.json"
 
 IMAGE, LABEL = ("image", "images"), ("label", "labels", "mask", "masks")
 """What the two folders may be called."""
+
+STREAM = 4
+"""Of random numbers; `augment` has those below."""
 
 MOST = 256
 """Values in the maps of a data set; where there are more, they are no classes."""
@@ -339,22 +343,20 @@ class Crops:
         Returns:
             `images` uint8 [B, h, w, C], `labels` int32 [B, h, w].
         """
+        numbers = uniform(self.seed, places, 2, STREAM)
         cut = [
-            self._cut(self.items[row], int(place))
-            for row, place in zip(taken["images"].tolist(), places, strict=True)
+            self._cut(self.items[row], where)
+            for row, where in zip(taken["images"].tolist(), numbers, strict=True)
         ]
         made = {"images": np.stack([c.image for c in cut])}
         made["labels"] = np.stack([c.labels for c in cut])
         return made if self.then is None else self.then(made, places)
 
-    def _cut(self, item: Segmented, place: int) -> Segmented:
-        # From a part of the counter that nothing else draws from.
-        key = np.array([self.seed, place], np.uint64)
-        raw = np.random.Philox(key=key, counter=1 << 254).random_raw(2)
+    def _cut(self, item: Segmented, where: np.ndarray) -> Segmented:
         least = [max(n, s) for n, s in zip(item.labels.shape, self.size, strict=True)]
         image, labels = _grown(item, least)
-        room = [n - s + 1 for n, s in zip(labels.shape, self.size, strict=True)]
-        top, left = (int(r) % n for r, n in zip(raw, room, strict=True))
+        room = np.array(labels.shape) - self.size + 1
+        top, left = (where * room).astype(int).tolist()
         window = slice(top, top + self.size[0]), slice(left, left + self.size[1])
         return Segmented(image[window], labels[window])
 
