@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.extend import core, source_info_util
 
@@ -337,7 +338,7 @@ def _row_major(x):
     A transpose before it becomes a copy. `optimization_barrier` would not do: the compiler turns
     the transpose into a layout.
     """
-    if not isinstance(x, jax.core.Tracer):  # of an array that is there, nothing is folded
+    if not isinstance(x, Tracer):  # of an array that is there, nothing is folded
         return x
     order = Layout(major_to_minor=tuple(range(x.ndim)))
     return lax.platform_dependent(

@@ -85,7 +85,7 @@ def test_batch_norm_far_from_zero_and_its_derivative():
     np.testing.assert_allclose(var, exact.var((0, 1, 2)), rtol=1e-4)
     np.testing.assert_allclose(y, batch_norm_np(exact, scale, bias, 1e-5), atol=2e-3)
     with jax.enable_x64(True):
-        point = tuple(normal(*s, dtype=np.float64) for s in ((0, 3, 4, 5, 2), (1, 2), (2, 2)))
+        point: Any = tuple(normal(*s, dtype=np.float64) for s in ((0, 3, 4, 5, 2), (1, 2), (2, 2)))
         g = normal(9, 3, 4, 5, 2, dtype=np.float64)
         loss = lambda *at: (batch_norm(*at, 1e-5)[0] * g).sum()  # noqa: E731
         exact = lambda x, scale, bias: (batch_norm_np(x, scale, bias, 1e-5) * g).sum()  # noqa: E731

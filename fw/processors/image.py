@@ -181,7 +181,7 @@ class Images(OfImages):
     def config(self, recipe: Finetune, task: str, labels: tuple[str, ...]) -> Any:
         """A ResNet for small images or large ones, or a ViT."""
         from fw.models.resnet import ResNetConfig
-        from fw.models.vit import ViTConfig
+        from fw.models.vit_config import ViTConfig
 
         height, width, channels = self.preprocessor.shape
         given = {"num_channels": channels, "num_labels": len(labels), "task": task}

@@ -48,5 +48,6 @@ def risk(entry: Mapping[str, Any], name: str, path: Path, where: str) -> Element
 
 
 def _is_row(row: object) -> bool:
-    numbers = isinstance(row, list) and len(row) == 3
-    return numbers and all(isinstance(x, int | float) and x >= 0 for x in row)
+    if not isinstance(row, list) or len(row) != 3:
+        return False
+    return all(isinstance(x, int | float) and x >= 0 for x in row)

@@ -51,6 +51,9 @@ def main() -> int:
     parser.add_argument("--models", default="bert,vit,resnet", help="(default: %(default)s)")
     parser.add_argument("--steps", type=int, default=20, help="of a round (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
+    parser.add_argument(
+        "--length", type=int, default=LENGTH, help="of texts (default: %(default)s)"
+    )
     parser.add_argument("--compile", action="store_true", help="torch.compile as well")
     parser.add_argument("--goldens", type=Path, help="a folder of golden models")
     parser.add_argument("--artifact", type=Path, help="an artifact, exported anywhere")
@@ -59,7 +62,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.side:
         side, model = options.side.split(":")
-        print(json.dumps(SIDES[side](model, options.steps, options.rounds)))
+        print(json.dumps(SIDES[side](model, options)))
         return 0
     found: dict[str, Any] = {"steps": {}}
     if options.goldens or options.artifact:
@@ -80,8 +83,9 @@ def main() -> int:
 def run(side: str, options: argparse.Namespace) -> str:
     command = [sys.executable, __file__, "--side", side]
     command += ["--steps", str(options.steps), "--rounds", str(options.rounds)]
+    command += ["--length", str(options.length)]
     for name in ("goldens", "artifact"):
-        if (value := getattr(options, name)) and side == "checks:":
+        if value := getattr(options, name):
             command += [f"--{name}", str(value)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     lines = done.stdout.strip().splitlines()
@@ -120,13 +124,14 @@ def timed(step: Callable[[], Any], wait: Callable[[Any], Any], steps: int, round
     return 1e3 * statistics.median(seconds)
 
 
-def made(model: str) -> dict[str, np.ndarray]:
-    """The same batch for both sides."""
+def made(model: str, length: int) -> dict[str, np.ndarray]:
+    """The same batch for both sides; of texts as many tokens, whatever their length."""
     rng, rows = np.random.default_rng(0), ROWS[model]
     if model == "bert":
+        shape = (rows * LENGTH // length, length)
         return {
-            "input_ids": rng.integers(0, BERT["vocab_size"], (rows, LENGTH), np.int32),
-            "labels": rng.integers(0, LABELS[model], (rows, LENGTH), np.int32),
+            "input_ids": rng.integers(0, BERT["vocab_size"], shape, np.int32),
+            "labels": rng.integers(0, LABELS[model], shape, np.int32),
         }
     return {
         "pixel_values": rng.normal(size=(rows, SIDE, SIDE, 3)).astype(np.float32),
@@ -134,18 +139,19 @@ def made(model: str) -> dict[str, np.ndarray]:
     }
 
 
-def fw_side(name: str, steps: int, rounds: int) -> dict[str, Any]:
+def fw_side(name: str, options: argparse.Namespace) -> dict[str, Any]:
     import jax
 
     from fw.models.bert import BertConfig, bert
     from fw.models.resnet import ResNetConfig, resnet
-    from fw.models.vit import ViTConfig, vit
+    from fw.models.vit import vit
+    from fw.models.vit_config import ViTConfig
     from fw.optimizer import AdamW, optimizer
     from fw.step import initial_state, make_step
     from fw.tasks import cross_entropy
     from sharding import create, make_mesh, put, rules, shardings
 
-    labels, batch = LABELS[name], made(name)
+    labels, batch = LABELS[name], made(name, options.length)
     model = {
         "bert": lambda: bert(BertConfig(**BERT, num_labels=labels, task="token_classification")),
         "vit": lambda: vit(ViTConfig(**VIT, num_labels=labels)),
@@ -170,18 +176,18 @@ def fw_side(name: str, steps: int, rounds: int) -> dict[str, Any]:
         state[0], metrics = step(state[0], there)
         return metrics["loss"]
 
-    ms = timed(once, jax.block_until_ready, steps, rounds)
+    ms = timed(once, jax.block_until_ready, options.steps, options.rounds)
     stats = jax.local_devices()[0].memory_stats() or {}
     peak = stats.get("peak_bytes_in_use", 0)
-    return {"ms": ms, "rows": ROWS[name], "peak": peak, "loss": float(once())}
+    return {"ms": ms, "rows": len(batch["labels"]), "peak": peak, "loss": once().item()}
 
 
-def torch_side(name: str, steps: int, rounds: int, compile_: bool = False) -> dict[str, Any]:
+def torch_side(name: str, options: argparse.Namespace, compile_: bool = False) -> dict[str, Any]:
     import torch
     import transformers as hf
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    labels, batch = LABELS[name], made(name)
+    labels, batch = LABELS[name], made(name, options.length)
     torch.manual_seed(0)
     model = {
         "bert": lambda: hf.BertForTokenClassification(hf.BertConfig(**BERT, num_labels=labels)),
@@ -210,22 +216,18 @@ def torch_side(name: str, steps: int, rounds: int, compile_: bool = False) -> di
         tx.zero_grad(set_to_none=True)
         return loss
 
-    ms = timed(once, lambda loss: loss.item(), steps, rounds)
+    ms = timed(once, lambda loss: loss.item(), options.steps, options.rounds)
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
-    return {"ms": ms, "rows": ROWS[name], "peak": peak, "loss": float(once())}
+    return {"ms": ms, "rows": len(batch["labels"]), "peak": peak, "loss": once().item()}
 
 
-def checks(_: str, steps: int, rounds: int) -> dict[str, Any]:
+def checks(_: str, options: argparse.Namespace) -> dict[str, Any]:
     """Goldens in float32, and an artifact's golden outputs."""
     import jax
 
     from fw import export, hub, precision
     from sharding import make_mesh, rules
 
-    arguments = argparse.ArgumentParser()
-    for name in ("--goldens", "--artifact", "--side", "--steps", "--rounds"):
-        arguments.add_argument(name)
-    options = arguments.parse_args()
     found: dict[str, Any] = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
     print(f"{found['device']}, jax {found['jax']}")
     for folder in sorted(Path(options.goldens or "/dev/null").glob("*/io.npz")):
