@@ -146,7 +146,10 @@ def one_device():
         return model, variables, batch, fn, jax.jit(fn)(variables, batch)
 
 
-@pytest.mark.parametrize("spec", MESHES)
+@pytest.mark.parametrize(
+    "spec",
+    [pytest.param(s, marks=pytest.mark.slow if i % 3 == 0 else ()) for i, s in enumerate(MESHES)],
+)
 def test_every_mesh_gives_the_numbers_of_one_device(spec, one_device):
     model, variables, batch, fn, expected = one_device
     with jax.enable_x64(True):
