@@ -2,10 +2,9 @@
 
 A table of 10^4 to 10^7 rows, on one device and on eight virtual ones, whose rows alone are fetched
 and changed; and beside it plain optax on the whole table, one device, up to `--dense` rows. Sizes
-take turns, step by step, so what else the machine does meets all of them. All ids of a batch
-differ, whatever the length. In place: after all steps the table and the optimiser's memory of it
-have the addresses that they had after the first. The MLPs are those of the paper for Criteo's
-clicks.
+take turns, step by step, so what else the machine does meets all of them. Ids are uniform: of the
+longest table, nearly all rows of a batch differ, and none is in a cache. In place: after all steps
+the table and the optimiser's memory of it have the addresses that they had after the first.
 
     .venv/bin/python scripts/bench/tables.py --json tables.json
 """
@@ -48,7 +47,6 @@ class Options:
       size: of a row.
       features: categories of an example, which share the table.
       batch: examples a step.
-      bottom, top: sizes of the hidden layers of the MLPs, with commas between them.
       meshes: with spaces between them.
       optimizers: of fw.table_optimizer, with commas between them.
       dense: rows up to which optax changes the whole table, for comparison; 0 for never.
@@ -60,8 +58,6 @@ class Options:
     size: int = 16
     features: int = 8
     batch: int = 1024
-    bottom: str = "512,256,64"
-    top: str = "512,256"
     meshes: str = "data=1 data=8"
     optimizers: str = "rowwise_adagrad,lazy_adam"
     dense: int = 10**6
@@ -72,18 +68,8 @@ class Options:
         """Checks what would fail only later."""
         if unknown := sorted(set(self.optimizers.split(",")) - set(BY_NAME)):
             raise FwError(f"optimizers: {', '.join(unknown)} is none of {', '.join(BY_NAME)}")
-        for name in ("rows", "bottom", "top"):
-            if not all(map(str.isdecimal, getattr(self, name).split(","))):
-                raise FwError(f"{name} is {getattr(self, name)!r}; expected numbers, with commas")
-        if min(_numbers(self.rows)) < self.features * self.batch:
-            raise FwError(
-                f"rows are {self.rows}, too few for {self.features} features of a batch of "
-                f"{self.batch} to differ"
-            )
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(map(int, text.split(",")))
+        if not all(number.isdecimal() and int(number) for number in self.rows.split(",")):
+            raise FwError(f"rows is {self.rows!r}; expected numbers with commas between them")
 
 
 @dataclass
@@ -144,7 +130,7 @@ def _cells(one: dict[str, Any]) -> tuple[str, ...]:
 
 def measure(options: Options) -> Iterator[dict[str, Any]]:
     """Each mesh, optimiser and way: all lengths of the table in turns."""
-    lengths = _numbers(options.rows)
+    lengths = [int(number) for number in options.rows.split(",")]
     for mesh in options.meshes.split():
         for name in options.optimizers.split(","):
             for whole in (False, True):
@@ -174,14 +160,10 @@ def side(options: Options, rows: int, mesh_spec: str, name: str, whole: bool) ->
     mesh, layout = make_mesh(mesh_spec), rules()
     columns = tuple(f"c{i}" for i in range(options.features))
     share = rows // options.features
-    config = DLRMConfig(
-        columns, (share,) * options.features, NUMBERS, size=options.size,
-        bottom=_numbers(options.bottom), top=_numbers(options.top),
-    )  # fmt: skip
-    model: Model = dlrm(config)
+    model = dlrm(DLRMConfig(columns, (share,) * options.features, NUMBERS, size=options.size))
     rate, key = 0.01, jax.random.key(0)
     if whole:
-        model = replace(model, tables={})
+        model: Model = replace(model, tables={})
         tx = DENSE[name](rate)
     else:
         dense = optimizer(AdamW(schedule="constant", warmup=0.0), 1)
@@ -194,8 +176,7 @@ def side(options: Options, rows: int, mesh_spec: str, name: str, whole: bool) ->
     rng = np.random.default_rng(0)
 
     def batch() -> dict[str, np.ndarray]:
-        ids = {c: rng.choice(share, options.batch, replace=False) for c in columns}
-        ids = {c: i.astype(np.int32) for c, i in ids.items()}
+        ids = {c: rng.integers(0, share, options.batch).astype(np.int32) for c in columns}
         numbers = {c: rng.normal(size=options.batch).astype(np.float32) for c in NUMBERS}
         return {**ids, **numbers, "labels": rng.integers(0, 2, options.batch).astype(np.int32)}
 
