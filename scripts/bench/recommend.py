@@ -98,7 +98,7 @@ def of_scores(rows: Rows, score: Callable[[np.ndarray], np.ndarray]) -> dict[str
 
 
 def ials(
-    known: np.ndarray, *, size: int, alpha: float, decay: float, rounds: int = 10, seed: int = 0
+    known: np.ndarray, *, size: int, alpha: float, decay: float, rounds: int = 16, seed: int = 0
 ) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
     """Vectors of items, and what solves those of users for what is known of them.
 
