@@ -312,7 +312,7 @@ def test_towers_find_what_users_like(parts, vocabulary, quickly_compiled):
         variables, {k: jnp.asarray(v) for k, v in catalogue(vocabulary).arrays.items()}
     )[0]
     users = model.apply(variables, {k: jnp.asarray(v) for k, v in inputs.items()})[0]
-    scores = np.asarray(users["user"] @ items["item"].T)
+    scores = np.array(users["user"] @ items["item"].T)
     for row, seen, answer in zip(scores, inputs["seen"], found, strict=True):
         row[seen[seen >= 0]] = -np.inf
         best = np.argsort(-row)[:5]

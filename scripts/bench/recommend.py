@@ -49,6 +49,7 @@ from sharding import create, make_mesh, put, rules, shardings
 FEATURES = (
     "user.age", "user.gender", "user.occupation", "item.release_year", "item.class",
 )  # fmt: skip
+SIDES = ("popular", "ials", "two_tower", "dlrm", "clicks")
 HISTORY = 20
 """Films of a user that are a feature of his."""
 
@@ -285,6 +286,7 @@ def search(films: Films) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--search", action="store_true", help="figures of settings on dev")
+    parser.add_argument("--only", choices=SIDES, nargs="+", default=SIDES, help="which rows")
     parser.add_argument("--data", type=Path, help="a folder of atomic files in MovieLens's place")
     args = parser.parse_args()
     host.prepare("data=1")
@@ -298,11 +300,16 @@ def main() -> None:
     if args.search:
         search(films)
         return
-    show("most popular", lambda: films.popular(rows))
-    show("iALS", lambda: films.ials(rows, **IALS))
-    show("two-tower", lambda: films.towers(rows, TOWERS_FIT, **TOWERS))
-    show("DLRM", lambda: films.ranker(rows, RANKER_FIT, **RANKER))
-    click_table(data)
+    sides = {
+        "popular": lambda: films.popular(rows),
+        "ials": lambda: films.ials(rows, **IALS),
+        "two_tower": lambda: films.towers(rows, TOWERS_FIT, **TOWERS),
+        "dlrm": lambda: films.ranker(rows, RANKER_FIT, **RANKER),
+    }
+    for side in (name for name in sides if name in args.only):
+        show(side, sides[side])
+    if "clicks" in args.only:
+        click_table(data)
 
 
 if __name__ == "__main__":
