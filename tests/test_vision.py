@@ -88,7 +88,7 @@ def test_batch_norm_far_from_zero_and_its_derivative():
         point = tuple(normal(*s, dtype=np.float64) for s in ((0, 3, 4, 5, 2), (1, 2), (2, 2)))
         g = normal(9, 3, 4, 5, 2, dtype=np.float64)
         loss = lambda *at: (batch_norm(*at, 1e-5)[0] * g).sum()  # noqa: E731
-        exact = lambda x, scale, bias: (batch_norm_np(x, scale, bias, 1e-5) * g).sum()  # noqa: E731
+        exact: Any = lambda x, scale, bias: (batch_norm_np(x, scale, bias, 1e-5) * g).sum()  # noqa: E731
         for i, grad in enumerate(jax.grad(loss, (0, 1, 2))(*point)):
             along, step = normal(20 + i, *grad.shape, dtype=np.float64), 1e-6
             ends = [exact(*point[:i], point[i] + s * along, *point[i + 1 :]) for s in (step, -step)]
