@@ -173,7 +173,7 @@ class Block(nnx.Module):
         if not self.added:
             return y
         if key is not None and self.rate:  # Huang et al. 2016, arXiv:1603.09382
-            y = y * dropout_mask(key, self.rate, (len(y), 1, 1, 1), y.dtype)
+            y = y * dropout_mask(key, self.rate, (y.shape[0], 1, 1, 1), y.dtype)
         return x + y
 
 

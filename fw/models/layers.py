@@ -229,7 +229,9 @@ def all_visible(x: jax.Array) -> Seen | jax.Array:
     (2, 1, 1, 1)
     """
     segments = jnp.ones(x.shape[:2], jnp.int32)
-    return segments if cutting("length") else Seen(segments, jnp.zeros((len(x), 1, 1, 1), x.dtype))
+    if cutting("length"):
+        return segments
+    return Seen(segments, jnp.zeros((x.shape[0], 1, 1, 1), x.dtype))
 
 
 def attention(

@@ -58,7 +58,7 @@ class Layer(nnx.Module):
             y = y * (self.scale1 if number == 1 else self.scale2)[...]
         numbers, images = self.rates
         if key is not None and images:
-            y = y * dropout_mask(key, images, (len(y), 1, 1), y.dtype)
+            y = y * dropout_mask(key, images, (y.shape[0], 1, 1), y.dtype)
         return dropout(y, numbers, key)
 
 
@@ -106,7 +106,7 @@ class VisionTransformer(nnx.Module):
         x = self.patches(x)
         x = x.reshape(x.shape[0], -1, x.shape[-1])
         tokens = [self.first[...], self.distilled[...]] if config.tokens == 2 else [self.first[...]]
-        tokens = [jnp.broadcast_to(token, (len(x), *token.shape[1:])) for token in tokens]
+        tokens = [jnp.broadcast_to(token, (x.shape[0], *token.shape[1:])) for token in tokens]
         x = jnp.concatenate([*tokens, x], axis=1) + position
         x = constrain(dropout(x, config.hidden_dropout_prob, keys[0]), "batch", "length", "embed")
         x = self.norm(self.stack(x, all_visible(x), key=keys[1]))
