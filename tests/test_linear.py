@@ -93,6 +93,21 @@ def test_values_and_gradients_are_the_plain_ones(dtype, tolerance, vocab):
             )
 
 
+@pytest.mark.parametrize("heads", [("fsdp", "tensor"), ("tensor", "fsdp")])
+def test_kernels_cut_twice_along_one_axis(heads):
+    """Gathered over the outer of two mesh axes, the parts of the inner one would be interleaved."""
+    rng = np.random.default_rng(0)
+    x, kernel = (rng.normal(size=s).astype(np.float32) for s in ((8, 4, 16), (16, 16)))
+    mesh, layout = make_mesh("data=2,fsdp=2,tensor=2"), rules(embed=None, heads=heads)
+    names = AXES["query"]
+    lies = where({"query": names}, {"query": kernel}, mesh, layout)["query"]
+    with scope(mesh, layout, differentiate=True):
+        y = jax.jit(lambda x, k: linear(x, [k], names)[0])(
+            put(x, mesh, layout), jax.device_put(kernel, lies)
+        )
+    np.testing.assert_allclose(y, x @ kernel, atol=1e-5)
+
+
 def wire(text):
     """Bytes out of a device by (kind, mesh axes), read off the program's own replica groups."""
     found = {}

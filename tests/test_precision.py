@@ -220,6 +220,23 @@ def test_a_gradient_taken_inside_is_transformed_too():
     check(inside(x, w), reference("ik,kj->ij", x, w, g, rounded)[1:], terms=6)
 
 
+def test_an_operand_that_the_compiler_would_turn_round_runs():
+    """Folded into a bfloat16 dot, the transpose in this gather fails at run time on a CPU."""
+    rng = np.random.default_rng(0)
+    vectors, kernel = rng.normal(size=(64, 10, 8)), rng.normal(size=(45, 16))
+    first, second = np.tril_indices(10, -1)
+
+    def fn(vectors, kernel):
+        pairs = jnp.einsum("bfd,bgd->bfg", vectors, vectors)[:, first, second]
+        return jnp.sum(jnp.square(jax.nn.relu(pairs) @ kernel))
+
+    args = vectors.astype(np.float32), kernel.astype(np.float32)
+    want = jax.grad(fn, (0, 1))(*args)
+    got = jax.jit(jax.grad(apply(fn, "bf16"), (0, 1)))(*args)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, atol=0.02 * np.abs(b).max())
+
+
 def test_vmap_of_gradients():
     x, w, g = draw("ik,kj->ij", {"i": 4, "k": 6, "j": 5}, 4)
     f = lambda row, w: (apply(jnp.dot, "bf16")(row, w) * g[0]).sum()  # noqa: E731

@@ -76,9 +76,14 @@ def _products(
     ]
     stored = [cuts.stored(names, kernel.shape, "linear: kernel") for kernel in kernels]
     axes = cuts.of(where_x, *where_ys)
-    if not axes or cuts.of(*stored) - axes:  # whole, or kernels cut where no row is: unusual
-        return [jnp.matmul(x, kernel) for kernel in kernels]
     inside = mesh_axes(where_x[-1])  # over these, a product of parts is a part of the sum
+    apart = [
+        (lies, (inside, mesh_axes(goes[-1]))) for lies, goes in zip(stored, where_ys, strict=True)
+    ]
+    nested = all(_nested(*pair) for lies, kept in apart for pair in zip(lies, kept, strict=True))
+    # Whole, or kernels cut where no row is, or in an order that no gathering undoes: unusual.
+    if not axes or cuts.of(*stored) - axes or not nested:
+        return [jnp.matmul(x, kernel) for kernel in kernels]
 
     def body(x: jax.Array, *kernels: jax.Array) -> list[jax.Array]:
         x = vary(x, where_x, axes)
@@ -184,6 +189,16 @@ def _take(table: jax.Array, ids: jax.Array, cut: tuple[str, ...]) -> jax.Array:
     mine = (ids >= 0) & (ids < count)
     rows = jnp.take(table, jnp.where(mine, ids, 0), axis=0, mode="clip")
     return jnp.where(mine[..., None], rows, jnp.zeros((), rows.dtype))
+
+
+def _nested(entry, kept: tuple[str, ...]) -> bool:
+    """Whether what is cut over other axes lies within the parts that stay: then they are gathered.
+
+    >>> _nested(("tensor", "fsdp"), ("tensor",)), _nested(("fsdp", "tensor"), ("tensor",))
+    (True, False)
+    """
+    stays = tuple(axis for axis in mesh_axes(entry) if axis in kept)
+    return mesh_axes(entry)[: len(stays)] == stays
 
 
 def _but(entry, kept: tuple[str, ...]) -> tuple[str, ...]:
