@@ -472,6 +472,7 @@ def train(mesh, steps, **options):
     return np.array(losses), gather(state.variables["params"])
 
 
+@pytest.mark.slow
 def test_fifty_steps_are_the_same_on_every_mesh():
     options = {"microbatches": 4, "rounds": 2, "remat": "layer"}
     losses, params = train("data=1", 50, **options)

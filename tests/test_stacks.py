@@ -182,6 +182,7 @@ def test_biases_and_norms_of_a_stack_do_not_decay():
         np.testing.assert_allclose(new, -0.5 if decays else 0.0, err_msg=path)
 
 
+@pytest.mark.slow
 def test_a_fine_tuning_in_stages_is_that_on_one_device(tmp_path):
     model = make_model(tmp_path / "model", layers=2)
     data = make_ner(tmp_path / "data", (48, 8, 8))
