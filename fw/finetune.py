@@ -31,7 +31,7 @@ from fw.processors import Change, Processor, Text, processor_of
 from fw.recipe import NEW, Finetune, locate
 from fw.step import initial_state, make_step
 from fw.table_optimizer import row_optimizer, with_tables
-from fw.tasks import Summary, make_task
+from fw.tasks import Summary
 from fw.train import Progress, train
 from sharding import Rules, make_mesh, put
 from sharding import rules as make_rules
@@ -88,7 +88,7 @@ def finetune(recipe: Finetune, *, resume: bool = False) -> Path:
     source = None if recipe.model in NEW else assets.fetch(recipe.model)
     prepared = prepare(recipe, locate(recipe.data), source)
     processor = prepared.processor
-    task = make_task(recipe.long_task, prepared.labels)
+    task = processor.task(recipe.long_task, prepared.labels)
     loaded = bring(recipe, prepared, source, mesh, rules, **computed)
     model = processor.adapt(loaded.model)
     batches = data.Batches(

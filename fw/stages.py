@@ -28,7 +28,7 @@ from fw.model import Model
 from fw.models.stack_layout import default_microbatches, relayout
 from fw.processors import Processor, processor_of
 from fw.recipe import Finetune, locate, read_recipe
-from fw.tasks import Summary, Task, make_task
+from fw.tasks import Summary, Task
 from fw.tensors import read_tensors, write_tensors
 from sharding import Rules, gather, make_mesh
 from sharding import rules as make_rules
@@ -85,8 +85,9 @@ def open_run(folder: str | Path, mesh: str = "data=1") -> Opened:
     where, rules = make_mesh(mesh), make_rules(recipe.rules)
     parts = default_microbatches(where)
     loaded = hub.load(folder / MODEL, mesh=where, rules=rules, microbatches=parts)
-    task = make_task(recipe.long_task, loaded.labels)
-    processor = processor_of(task.name).load(folder / MODEL, dataclasses.asdict(recipe))
+    kind = processor_of(recipe.long_task)
+    processor = kind.load(folder / MODEL, dataclasses.asdict(recipe))
+    task = processor.task(recipe.long_task, loaded.labels)
     return Opened(folder, recipe, loaded, processor, task, where, rules)
 
 

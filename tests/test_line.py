@@ -88,7 +88,7 @@ def test_a_model_learns_and_the_run_says_so(trained, task):
     folder, _ = trained(task)
     found = run.read_json(folder / run.RESULT)["splits"]["dev"]
     if task == "estimate":
-        assert found["r2"] > 0.8, found
+        assert found["r2"] > 0.8 and found["rmse"] > 10, found  # in the number's own unit
     else:
         metric = {"tabular": "auc", "rank": "auc", "retrieve": "ndcg@10", "segment": "mean_iou"}
         assert found[metric.get(task, "accuracy")] >= AT_LEAST[task], found

@@ -36,7 +36,7 @@ from fw.labels import IGNORE
 from fw.tensors import read_tensors
 
 FILE, TENSORS = "columns.json", "columns.safetensors"
-"""What `Columns.save` writes; the second only where there are columns of numbers."""
+"""What `Columns.save` writes."""
 
 UNSEEN, ABSENT, RESERVED = 0, 1, 2
 """Rows of a category's table: one for values not in train, one for missing ones; then its own."""
@@ -191,9 +191,9 @@ class Columns:
         ]
 
     def save(self, folder: str | Path) -> None:
-        """Write `FILE` and, where there are numbers, `TENSORS`; `FwError` if they cannot be."""
+        """Write `FILE` and `TENSORS`; `FwError` if they cannot be."""
         told = {name: getattr(self, name) for name in _TOLD}
-        if self.numbers and is_writer():
+        if is_writer():
             arrays = {"medians": self.medians, "scales": self.scales}
             json_files.replace(Path(folder) / TENSORS, safetensors.numpy.save(arrays))
         write_json(Path(folder) / FILE, told)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fw.export.load import Artifact
     from fw.model import Model, Variables
     from fw.recipe import Finetune
+    from fw.tasks import Task
 
 Change = Callable[[dict[str, np.ndarray], np.ndarray], dict[str, np.ndarray]]
 """What is done to the rows of a training step, given their places: see `fw.data.Batches`."""
@@ -56,6 +57,12 @@ class Processor(Protocol):
     def labels(self, records: Sequence) -> tuple[str, ...]:
         """The names of the classes or numbers, by id; none where there are none."""
         ...
+
+    def task(self, name: str, labels: tuple[str, ...]) -> Task:
+        """What is minimised and counted."""
+        from fw.tasks import make_task  # not for artifacts, which answer without it
+
+        return make_task(name, labels)
 
     def rows(
         self,

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from fw.export.load import Artifact
     from fw.model import Model
     from fw.recipe import Finetune
+    from fw.tasks import Task
 
 GOLDEN_ROWS = 8
 
@@ -73,6 +74,14 @@ class Table(Processor):
     def labels(self, records: Sequence[Entry]) -> tuple[str, ...]:
         """The classes, or the name of the number."""
         return self.columns.labels
+
+    def task(self, name: str, labels: tuple[str, ...]) -> Task:
+        """Errors of a number are told in its own unit."""
+        if name != columns_.NUMBER:
+            return super().task(name, labels)
+        from fw.tasks import tabular_regression
+
+        return tabular_regression(labels, self.columns.spread)
 
     def rows(
         self,
