@@ -262,8 +262,7 @@ class Augmenting:
             maps = maps if maps is None else crops.tiles(maps, draws["tile"], o.tile)
         for array in (images,) if maps is None else (images, maps):
             if o.flip:
-                mirrored = draws["flip"][:, 0] < 0.5
-                array[mirrored] = array[mirrored][:, :, ::-1]
+                crops.mirror(array, draws["flip"][:, 0] < 0.5)
             if o.turn:
                 crops.turn(array, (draws["turn"][:, 0] * 8).astype(int))
         if o.elastic[0]:

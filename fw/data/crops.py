@@ -99,6 +99,19 @@ def tiles(arrays: np.ndarray, numbers: np.ndarray, side: int) -> np.ndarray:
     return np.stack([array[y : y + side, x : x + side] for array, (y, x) in parts])
 
 
+def mirror(arrays: np.ndarray, which: np.ndarray) -> None:
+    """Mirrors some, bool [B], in place: left becomes right.
+
+    >>> arrays = np.array([[[1, 2]], [[3, 4]]])
+    >>> mirror(arrays, np.array([False, True]))
+    >>> arrays.tolist()
+    [[[1, 2]], [[4, 3]]]
+    """
+    back = np.arange(arrays.shape[2])[::-1]
+    for i in np.flatnonzero(which).tolist():  # a slice of step -1 copies pixel by pixel, slowly
+        arrays[i] = arrays[i].take(back, axis=1)
+
+
 def turn(arrays: np.ndarray, numbers: np.ndarray) -> None:
     """Puts each, in place, in one of the eight places of a square, by a number in 0 … 7.
 
