@@ -106,6 +106,7 @@ class Finetune(AdamW, TableOptions):
       numeric: columns of numbers, whatever they look like.
       categorical: columns of categories, whatever they look like.
       classes: of a table's target in the order of their ids, of two the positive one last.
+      smoothing: of the labels of images: the share that all classes have alike.
       threshold: the least rating that counts as liked, for "rank" and "retrieve"; 0 for none.
       history: how many of a user's last items are known of them.
       split: of events: last (each user's last for the test, the one before for dev), hash (of
@@ -155,6 +156,7 @@ class Finetune(AdamW, TableOptions):
     classes: str = ""
     size: int = 0
     augment: str = ""
+    smoothing: float = 0.0
     threshold: float = 0.0
     history: int = 50
     split: str = "auto"
@@ -194,6 +196,8 @@ class Finetune(AdamW, TableOptions):
                 f"batch is {self.batch}, which accumulate={self.accumulate} does not divide; "
                 f"choose a multiple of {self.accumulate}"
             )
+        if not 0 <= self.smoothing < 1:
+            raise FwError(f"smoothing is {self.smoothing}; expected 0 or more, less than 1")
         self._check_columns()
 
     def computed(self, mesh: Mesh) -> dict[str, Any]:

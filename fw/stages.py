@@ -87,7 +87,7 @@ def open_run(folder: str | Path, mesh: str = "data=1") -> Opened:
     loaded = hub.load(folder / MODEL, mesh=where, rules=rules, microbatches=parts)
     kind = processor_of(recipe.long_task)
     processor = kind.load(folder / MODEL, dataclasses.asdict(recipe))
-    task = processor.task(recipe.long_task, loaded.labels)
+    task = processor.task(recipe, loaded.labels)
     return Opened(folder, recipe, loaded, processor, task, where, rules)
 
 

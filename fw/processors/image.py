@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from fw.export.load import Artifact
     from fw.model import Model
     from fw.recipe import Finetune
+    from fw.tasks import Task
 
 GOLDEN_ROWS = 2
 SMALL = 64
@@ -46,8 +47,8 @@ RESNET: Mapping[str, Any] = {
     "layer_type": "basic", "stem": "imagenet",
 }  # fmt: skip
 SMALL_RESNET: Mapping[str, Any] = {
-    "embedding_size": 32, "hidden_sizes": (32, 64, 128), "depths": (2, 2, 2),
-    "layer_type": "basic", "stem": "small",
+    "embedding_size": 32, "hidden_sizes": (64, 128, 256), "depths": (1, 1, 1),
+    "layer_type": "basic", "stem": "small", "downsample_in_first_stage": True,
 }  # fmt: skip
 VIT: Mapping[str, Any] = {
     "hidden_size": 192, "num_hidden_layers": 6, "num_attention_heads": 3, "intermediate_size": 768,
@@ -161,6 +162,12 @@ class Images(OfImages):
     def labels(self, records: Sequence) -> tuple[str, ...]:
         """Every class of the training images."""
         return label_names(records)
+
+    def task(self, recipe: Finetune, labels: tuple[str, ...]) -> Task:
+        """Labels are smoothed as the recipe says."""
+        from fw.tasks import image_classification
+
+        return image_classification(labels, smoothing=recipe.smoothing)
 
     def rows(
         self,

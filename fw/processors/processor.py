@@ -58,11 +58,11 @@ class Processor(Protocol):
         """The names of the classes or numbers, by id; none where there are none."""
         ...
 
-    def task(self, name: str, labels: tuple[str, ...]) -> Task:
+    def task(self, recipe: Finetune, labels: tuple[str, ...]) -> Task:
         """What is minimised and counted."""
         from fw.tasks import make_task  # not for artifacts, which answer without it
 
-        return make_task(name, labels)
+        return make_task(recipe.long_task, labels)
 
     def rows(
         self,

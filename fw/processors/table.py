@@ -75,10 +75,10 @@ class Table(Processor):
         """The classes, or the name of the number."""
         return self.columns.labels
 
-    def task(self, name: str, labels: tuple[str, ...]) -> Task:
+    def task(self, recipe: Finetune, labels: tuple[str, ...]) -> Task:
         """Errors of a number are told in its own unit."""
-        if name != columns_.NUMBER:
-            return super().task(name, labels)
+        if self.columns.classes:
+            return super().task(recipe, labels)
         from fw.tasks import tabular_regression
 
         return tabular_regression(labels, self.columns.spread)

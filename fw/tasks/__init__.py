@@ -1,6 +1,7 @@
 """Tasks: what is minimised, what is counted and how the counts read, as values of functions."""
 
 from fw.tasks.by_name import make_task
+from fw.tasks.image_classification import image_classification, mixed_cross_entropy
 from fw.tasks.language_modelling import causal_lm, masked_lm, word_loss
 from fw.tasks.multi_label_classification import (
     multi_label_classification,
@@ -23,8 +24,10 @@ __all__ = [
     "Task",
     "causal_lm",
     "cross_entropy",
+    "image_classification",
     "make_task",
     "masked_lm",
+    "mixed_cross_entropy",
     "multi_label_classification",
     "pixel_loss",
     "question_answering",

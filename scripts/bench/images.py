@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,17 +47,17 @@ SIZE, LABELS = 28, 10
 # How Fashion-MNIST is learnt.
 MODEL = ResNetConfig(
     embedding_size=32,
-    hidden_sizes=(64, 128),
-    depths=(1, 1),
+    hidden_sizes=(64, 128, 256),
+    depths=(1, 1, 1),
     num_labels=LABELS,
     num_channels=1,
     layer_type="basic",
     stem="small",
     downsample_in_first_stage=True,
 )
-ADAM = AdamW(learning_rate=3e-3, schedule="cosine", warmup=0.1, weight_decay=0.05, b2=0.99)
-EPOCHS, BATCH = 10, 128
-AUGMENT = Augment(crop=2, flip=True)
+ADAM = AdamW(learning_rate=5e-3, schedule="cosine", warmup=0.1, weight_decay=0.05, b2=0.99)
+EPOCHS, BATCH = 8, 128
+AUGMENT, SMOOTHING = Augment(flip=True), 0.1
 MEAN, STD = 0.2860, 0.3530
 """Of the pixels of the training images, scaled to 1."""
 
@@ -82,13 +83,16 @@ def main() -> int:
     return 0
 
 
-def training(model: Model, adam: AdamW, steps: int) -> tuple[TrainState, Callable[..., Any]]:
+def training(
+    model: Model, adam: AdamW, steps: int, smoothing: float = 0.0
+) -> tuple[TrainState, Callable[..., Any]]:
     """A state and the step that moves it."""
     mesh, layout = make_mesh(MESH), rules(RULES)
     key = jax.random.key(0)
     lie = shardings(model.axes, jax.eval_shape(model.init, key), mesh, layout)
     tx = optimizer(adam, steps)
-    step = make_step(model, mixed_cross_entropy, tx, mesh=mesh, rules=layout)
+    loss = partial(mixed_cross_entropy, smoothing=smoothing)
+    step = make_step(model, loss, tx, mesh=mesh, rules=layout)
     state = initial_state(create(model.init, key, shardings=lie), tx, mesh)
     return state, lambda state, batch: step(state, put(batch, mesh, layout))
 
@@ -215,7 +219,7 @@ def fit(folder: Path) -> dict[str, Any]:
     model = normalised(resnet(MODEL), [MEAN], [STD])
     batches = Batches(rows.arrays, BATCH, change=AUGMENT.change(rows, seed=0))
     epoch = batches.steps_per_epoch
-    state, step = training(model, ADAM, EPOCHS * epoch)
+    state, step = training(model, ADAM, EPOCHS * epoch, SMOOTHING)
     apply = precision.apply(model.apply, "f32")
     predict = jax.jit(lambda variables, images: apply(variables, {"images": images})[0].argmax(-1))
     table, began, accuracy = [], time.perf_counter(), 0.0
