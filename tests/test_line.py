@@ -183,7 +183,7 @@ def test_the_command_goes_the_whole_line(tmp_path, capsys):
     assert "'age': expected a number" in capsys.readouterr().err
 
 
-FASHION = ROOT.parent / "shared/data/fashion_mnist"
+FASHION = ROOT.parent / "shared" / "data" / "fashion_mnist"
 
 
 @pytest.mark.slow

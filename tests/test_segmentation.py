@@ -1,7 +1,6 @@
 """Segmentation: figures against scikit-learn and brute force, tiles against whole images, data."""
 
 import itertools
-import os
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,7 @@ from fw.tiles import shares, starts, tiled
 from sharding import create, make_mesh, put, rules, shardings
 
 RULES = rules()
-EM = Path(os.environ.get("FW_DATA", "/work/shared/data")) / "em_segmentation" / "train"
+EM = Path(__file__).parents[2] / "shared" / "data" / "em_segmentation" / "train"
 
 
 # --- figures --------------------------------------------------------------------------------------
