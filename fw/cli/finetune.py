@@ -10,14 +10,19 @@ from fw.run import config
 from fw.stages import evaluate_run
 
 _HELP = """\
-Fine-tune a pretrained encoder. RUN gets config.json (every option, resolved), metrics.jsonl,
-checkpoints/, model/ (the best parameters, as transformers reads them) and report.html.
+Train a model: a pretrained one, or a new one of images, tables, users and items. RUN gets
+config.json (every option, resolved), metrics.jsonl, checkpoints/, model/ (the best parameters, as
+transformers reads those it knows) and report.html.
 
   fw finetune --task ner --data wnut17/ --run runs/wnut --epochs 5 --learning-rate 3e-4
   fw finetune --task classify --data reviews.csv --columns text,stars --run runs/reviews
   fw finetune --task qa --data squad/ --length 384 --batch 16 --run runs/squad
   fw finetune --task regress --data vader-sentiment --run runs/valence
   fw finetune --task lm --model SmolLM2-135M-Instruct --data talks.jsonl --run runs/talks
+  fw finetune --task image --data fashion_mnist/ --augment flip --smoothing 0.1 --run runs/fashion
+  fw finetune --task segment --data cells/ --config width=32 --augment flip,turn --run runs/cells
+  fw finetune --task tabular --data german-credit --target creditability --run runs/credit
+  fw finetune --task retrieve --data movielens-100k --batch 512 --run runs/films
   fw finetune ... --mesh data=2,fsdp=2,tensor=2     the same numbers on 8 devices
   mpirun -n 2 fw finetune ... --mesh data=2         the same in two processes, also with srun
   fw finetune ... --resume                          go on where it stopped, on any mesh

@@ -21,13 +21,17 @@ from fw.processors import Processor
 JSON_LINES = (".jsonl", ".ndjson")
 
 EXAMPLES = """examples:
+  fw predict runs/fashion/artifact a.png b.jpg
+  fw predict runs/credit/artifact --file applicants.csv --output answers.jsonl
+  fw predict runs/films/artifact 42 '{"user": "new", "history": ["50", "181"]}'
   fw predict runs/quickstart/artifact "I would buy it again." "Never again."
   fw predict artifact --file texts.txt --output answers.jsonl
   echo '{"text": "Ada Lovelace wrote to Charles Babbage."}' | fw predict artifact -f - --read jsonl
 
 JSON lines are {"text": "…"}, or for token classification also {"tokens": ["…", …]}, which are
-taken for words as they are; for question answering {"question": "…", "context": "…"}. Each answer
-is a line, in the order of the texts; offsets count characters."""
+taken for words as they are; for question answering {"question": "…", "context": "…"}; for images
+{"image": path}; for rows of tables and for users and items values by column. Each answer is a
+line, in the order of what was asked; offsets count characters."""
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -37,8 +41,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     """
     parser = subparsers.add_parser(
         "predict",
-        help="answer texts with an artifact",
-        description="Check an artifact (hashes, then its golden inputs) and answer texts with it.",
+        help="answer with an artifact",
+        description="Check an artifact (hashes, then its golden inputs) and answer texts, images, "
+        "rows of tables, or users and items with it.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -47,7 +52,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "-f",
         "--file",
-        help="a text a line, or JSON lines if it ends in .jsonl; - is standard input",
+        help="a text, path or id a line, a table for tables, or JSON lines if it ends in .jsonl; "
+        "- is standard input",
     )
     parser.add_argument(
         "--read", choices=("text", "jsonl"), help="form of the file (default: by its ending)"
