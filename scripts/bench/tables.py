@@ -176,7 +176,8 @@ def side(options: Options, rows: int, mesh_spec: str, name: str, whole: bool) ->
     rng = np.random.default_rng(0)
 
     def batch() -> dict[str, np.ndarray]:
-        ids = {c: rng.integers(0, share, options.batch).astype(np.int32) for c in columns}
+        # All different, so that a batch has as many rows of every table.
+        ids = {c: rng.choice(share, options.batch, replace=False).astype(np.int32) for c in columns}
         numbers = {c: rng.normal(size=options.batch).astype(np.float32) for c in NUMBERS}
         return {**ids, **numbers, "labels": rng.integers(0, 2, options.batch).astype(np.int32)}
 
