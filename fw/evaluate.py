@@ -51,7 +51,10 @@ def make_counter(forward: Forward, task: Task) -> Counter:
 
     def call(variables: Any, batch: Batch) -> Any:
         logits = forward(variables, batch)
-        found = task.count(logits, batch), None if task.judge is None else logits
+        kept = None if task.judge is None else logits
+        if kept is not None and task.kept is not None:
+            kept = task.kept(logits)
+        found = task.count(logits, batch), kept
         # Whole on every device, so that every process can read them.
         return jax.tree.map(lambda x: constrain(x, *[None] * x.ndim), found)
 
@@ -89,11 +92,13 @@ def count(
         for batch in eval_batches(rows.arrays, size, empty=rows.empty):
             there = put(batch, mesh, rules)
             beat()
-            counts.append(counter.call(variables, {**there, **items}))
+            found, kept = counter.call(variables, {**there, **items})
+            # To the host at once: of images, all together are more than a device holds.
+            counts.append((found, None if kept is None else np.asarray(kept)))
     beat()
     total, judge = metrics.merge(*(found for found, _ in counts)), counter.task.judge
     if judge is not None:
-        total |= judge(rows, np.concatenate([np.asarray(logits) for _, logits in counts]))
+        total |= judge(rows, np.concatenate([kept for _, kept in counts]))
     return total
 
 

@@ -50,7 +50,7 @@ class Data:
     Attributes:
       processor: made of its records.
       records: by split.
-      rows: the same as arrays.
+      rows: the same as arrays, but for test.
       labels: the classes by id.
       skipped: the messages of the rows that could not be read.
       cut: tokens that were too many for their text's row.
@@ -207,6 +207,7 @@ def prepare(recipe: Finetune, dataset: Path, source: Path | None) -> Data:
     made = {
         split: processor.rows(recipe, items, labels, learn=split == "train", on_bad_row=bad)
         for split, items in records.items()
+        if split != "test"  # which `fw eval` reads
     }
     rows = {split: rows for split, (rows, _) in made.items()}
     cut = sum(cut for _, cut in made.values())
@@ -227,7 +228,7 @@ def bring(
     key, where = jax.random.key(recipe.seed), {"mesh": mesh, "rules": rules}
     if source is None:
         config = processor.config(recipe, recipe.long_task, labels)
-        loaded = hub.new(config, labels, key=key, **where)
+        loaded = hub.new(config, labels, key=key, **where, **computed)
     else:
         loaded = hub.load(
             source, task=recipe.long_task, labels=labels, key=key, **where, **computed

@@ -51,6 +51,20 @@ NEW: Mapping[str, tuple[str, ...]] = {
 }
 """Models that `--model` names and that begin with random parameters, and their tasks."""
 
+_TEXTS = ("ner", "classify", "multilabel", "regress", "qa", "mlm", "lm")
+_IMAGES, _EVENTS = ("image", "segment"), ("rank", "retrieve")
+_ONLY: Mapping[tuple[str, ...], tuple[str, ...]] = {
+    ("length", "packed", "texts", "scheme", "separator"): _TEXTS,
+    ("columns",): (*_TEXTS, "image"),
+    ("target", "drop", "numeric", "categorical"): _TABLES,
+    ("classes",): (*_TABLES, "segment"),
+    ("size", "augment"): _IMAGES,
+    ("ignore",): ("segment",),
+    ("smoothing",): ("image",),
+    ("threshold", "history", "split", "table_optimizer", "table_learning_rate"): _EVENTS,
+}
+"""Options that only some tasks heed."""
+
 LEARNING_RATE = 1e-3
 """Of a new model, where nothing is said."""
 
@@ -73,8 +87,10 @@ class Finetune(AdamW, TableOptions):
         "estimate" (a number for each row), "retrieve" (the items that a user takes), "rank"
         (whether a user takes an item), "image" (a class for each image) or "segment" (a class for
         each of its pixels).
-      model: a name of `fw fetch --list`, or a Hugging Face model folder; or a new model, "mlp" or
-        "ft_transformer" for tables. Nothing: all-MiniLM-L6-v2 for texts, ft_transformer for tables.
+      model: a name of `fw fetch --list`, or a Hugging Face model folder; or a new model: "mlp" or
+        "ft_transformer" for tables, "resnet" or "vit" for images, "unet" to segment, "two_tower" to
+        retrieve, "dlrm" to rank. Nothing: all-MiniLM-L6-v2 for texts, ft_transformer, resnet, and
+        the others.
       config: fields of a new model's config, as in depth=4,sizes=32/64.
       data: a file, or a folder with train, dev and test files (CoNLL, CSV, TSV, JSON lines), or a
         name of `fw fetch --list`.
@@ -106,6 +122,7 @@ class Finetune(AdamW, TableOptions):
       numeric: columns of numbers, whatever they look like.
       categorical: columns of categories, whatever they look like.
       classes: of a table's target in the order of their ids, of two the positive one last.
+      ignore: the value of a map's pixels that have no class, such as 255; -1 for none.
       smoothing: of the labels of images: the share that all classes have alike.
       threshold: the least rating that counts as liked, for "rank" and "retrieve"; 0 for none.
       history: how many of a user's last items are known of them.
@@ -156,6 +173,7 @@ class Finetune(AdamW, TableOptions):
     classes: str = ""
     size: int = 0
     augment: str = ""
+    ignore: int = -1
     smoothing: float = 0.0
     threshold: float = 0.0
     history: int = 50
@@ -231,9 +249,20 @@ class Finetune(AdamW, TableOptions):
             object.__setattr__(self, "model", processor_of(self.long_task).default)
         if self.task not in (tasks := NEW.get(self.model, (self.task,))):
             raise FwError(f"model {self.model!r} is for {', '.join(tasks)}, not {self.task}")
+        self._check_options()
         if not self.learning_rate:
             rate = LEARNING_RATE if self.model in NEW else AdamW.learning_rate
             object.__setattr__(self, "learning_rate", rate)
+
+    def _check_options(self) -> None:
+        """Refuses what the task or the model would not heed."""
+        default = {field.name: field.default for field in dataclasses.fields(self)}
+        for names, tasks in _ONLY.items():
+            for name in names:
+                if self.task not in tasks and getattr(self, name) != default[name]:
+                    raise FwError(f"{name} is for {', '.join(tasks)}, not {self.task}")
+        if self.config and self.model not in NEW:
+            raise FwError(f"config is for new models, {', '.join(NEW)}; {self.model} has its own")
 
     def _check_columns(self) -> None:
         if not self.separator:

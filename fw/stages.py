@@ -194,6 +194,12 @@ def _rows_by_domain(opened: Opened, split: str, moved: str = "") -> dict[str, An
     }
 
 
+def _alone(command: str) -> None:
+    """Refuses a stage that writes files which several processes would write over each other."""
+    if jax.process_count() > 1:
+        raise FwError(f"fw {command} is work for one process; start it without mpirun or srun")
+
+
 def _ignore(recipe: Finetune) -> OnBadRow:
     """Training has told of bad rows."""
     return (lambda _: None) if recipe.skip_bad_rows else None
@@ -219,6 +225,7 @@ def compress_run(
     Raises:
       FwError: as `evaluate_run` does; what was there stays.
     """
+    _alone("compress")
     opened = open_run(folder, mesh)
     rows_by_domain = _rows_by_domain(opened, split, data)
     params = opened.loaded.variables["params"]
@@ -264,9 +271,10 @@ def export_run(folder: str | Path, *, name: str = "f32", output: str | Path | No
     Raises:
       FwError: as `open_run`, `variant` and `fw.export.save` do.
     """
+    _alone("export")
     opened = open_run(folder)
-    variables, _ = variant(opened, name)
-    model, variables = opened.processor.exported(opened.loaded.model, variables)
+    variables, fn = variant(opened, name)
+    model, variables = opened.processor.exported(opened.loaded.model, variables, fn)
     return export.save(
         Path(output) if output else opened.folder / run.ARTIFACT,
         model=model,

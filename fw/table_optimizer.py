@@ -8,7 +8,7 @@ gradients are not clipped: only those of the other parameters are, by their own 
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import jax
@@ -146,7 +146,8 @@ def row_optimizer(options: TableOptions, config: AdamW, steps: int) -> RowOptimi
       config: of the other parameters.
       steps: of the run.
     """
-    peak = replace(config, learning_rate=options.table_learning_rate)
+    own: Any = {field.name: getattr(config, field.name) for field in fields(AdamW)}
+    peak = AdamW(**own | {"learning_rate": options.table_learning_rate})
     return BY_NAME[options.table_optimizer](learning_rate(peak, steps))
 
 

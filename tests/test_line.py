@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -17,6 +18,7 @@ from fw import cli, export, hub, run, stages
 from fw.errors import FwError
 from fw.finetune import finetune
 from fw.recipe import Finetune
+from fw.table_optimizer import row_optimizer
 from sharding import make_mesh, rules
 from tests import things
 
@@ -110,7 +112,8 @@ def test_an_artifact_answers_as_the_model_does(trained, task):
 
     # The reference: the run's own model, on what the processor makes of one thing at a time.
     opened = stages.open_run(folder)
-    model, variables = opened.processor.exported(opened.loaded.model, opened.loaded.variables)
+    variables, forward = stages.variant(opened, "f32")
+    model, variables = opened.processor.exported(opened.loaded.model, variables, forward)
     apply = jax.jit(model.apply)
     batch = loaded.processor.golden(loaded.task, items if task != "segment" else None)
     for i in range(len(next(iter(batch.values())))):
@@ -132,6 +135,26 @@ def test_an_artifact_answers_as_the_model_does(trained, task):
         for item, answer in zip(items, answers, strict=True):
             label = np.asarray(Image.open(item.replace("/image/", "/label/"))) > 0
             assert np.mean((np.array(answer["classes"]) == 1) == label) > 0.8
+
+
+def test_a_bad_image_is_left_out_and_told(tmp_path, capsys):
+    data = things.make_images(tmp_path / "data", (24, 8, 8))
+    (data / "train" / "bars" / "broken.png").write_bytes(b"\x89PNG and no more")
+    given = recipe("image", data, tmp_path / "run", steps=1, evaluate_every=1)
+    with pytest.raises(FwError, match=r"broken\.png"):
+        finetune(given)
+    folder = finetune(dataclasses.replace(given, skip_bad_rows=True))
+    assert run.config(folder)["skipped_rows"] == 1
+    assert "broken.png" in capsys.readouterr().err
+
+
+def test_tables_stay_where_their_rate_is_nothing():
+    """A rate of 0 is none, not what the recipe takes for the others."""
+    given = Finetune(task="retrieve", data="x", table_learning_rate=0.0)
+    update = row_optimizer(given, given, 10).update
+    rows = jnp.ones((2, 3))
+    moved, _ = update(rows, {"sum": jnp.zeros(2)}, rows, jnp.int32(5))
+    np.testing.assert_array_equal(moved, rows)
 
 
 @pytest.mark.parametrize("task", ["tabular", "image"])
@@ -216,6 +239,16 @@ WRONG = {
         "there is no field 'numbers'",
     ),
     "no target": ({"task": "tabular", "model": "mlp"}, "target"),
+    "an option of another task": ({"task": "rank", "augment": "flip"}, "augment is for image"),
+    "a config of a pretrained model": (
+        {"task": "ner", "model": "all-MiniLM-L6-v2", "config": "layers=3"},
+        "config is for new models",
+    ),
+    "layers that are not there": (
+        {"task": "tabular", "model": "mlp", "target": "pays", "remat": "layer"},
+        "remat: mlp has no layers",
+    ),
+    "events of one kind": ({"task": "rank"}, "all of train are of one kind"),
     "an augmentation": (
         {"task": "image", "augment": "spin=3"},
         "augment: 'spin=3': expected one of",

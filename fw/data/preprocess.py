@@ -7,7 +7,6 @@ the numbers go to the device with the model, see `fw.models.pixels.normalised`. 
 record as a BitImageProcessor, the processor that can spell all of it.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -239,16 +238,32 @@ def fit(images: np.ndarray, size: tuple[int, int] | None = None) -> Preprocessor
     >>> fit(np.array([0, 255], np.uint8).reshape(2, 1, 1, 1)).mean
     (0.5,)
     """
-    # By histograms, which no float copy of the images is needed for.
-    values = np.arange(256) / 255
-    means, stds = [], []
-    for channel in range(images.shape[-1]):
-        counts = np.bincount(images[..., channel].ravel(), minlength=256) / images[..., 0].size
-        mean = float(counts @ values)
-        means.append(mean)
-        stds.append(max(math.sqrt(counts @ (values - mean) ** 2), 1 / 255))
     height, width = images.shape[1:3]
-    return Preprocessor(size or (height, width), mean=tuple(means), std=tuple(stds))
+    return of_levels(levels(images), size or (height, width))
+
+
+def levels(images: np.ndarray) -> np.ndarray:
+    """How often each level occurs: of uint8 [..., C], int64 [C, 256]; those of parts add up.
+
+    >>> levels(np.array([[0], [255], [255]], np.uint8))[0, [0, 255]].tolist()
+    [1, 2]
+    """
+    channels = np.moveaxis(images, -1, 0)
+    return np.stack([np.bincount(one.ravel(), minlength=256) for one in channels])
+
+
+def of_levels(counts: np.ndarray, size: tuple[int, int]) -> Preprocessor:
+    """The preprocessor of images of a size, whose mean and spread their `levels` tell.
+
+    Args:
+        counts: int [C, 256].
+        size: (height, width).
+    """
+    values, shares = np.arange(256) / 255, counts / counts.sum(1, keepdims=True)
+    means = shares @ values
+    spreads = np.sqrt(((values - means[:, None]) ** 2 * shares).sum(1))
+    std = np.maximum(spreads, 1 / 255)
+    return Preprocessor(size, mean=tuple(means.tolist()), std=tuple(std.tolist()))
 
 
 def _parse(found: Mapping[str, Any]) -> Preprocessor:

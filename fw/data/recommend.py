@@ -47,15 +47,18 @@ def queries(vocabulary: Vocabulary, part: Interactions, earlier: Interactions) -
 
     Returns:
         As `pairs`, without the item and `log_q`; `target` is `len(vocabulary.items)` for an item
-        that the catalogue lacks; `seen` i32[R, S], places of what the user took before, which is
-        not ranked. Its `catalogue` are the columns of all items.
+        that the catalogue lacks; `seen` i32[R, S], places of what else the user is known to have
+        taken, at any time, which is not ranked. Its `catalogue` are the columns of all items.
     """
-    before = _before(part, earlier, _places(vocabulary, earlier))
-    size = len(vocabulary.items)
-    taken = [[at for at in dict.fromkeys(places.tolist()) if at < size] for places in before]
+    known = _before(part, earlier, _places(vocabulary, earlier), always=True)
+    target, size = _places(vocabulary, part), len(vocabulary.items)
+    taken = [
+        [at for at in dict.fromkeys(places.tolist()) if at < size and at != own]
+        for places, own in zip(known, target.tolist(), strict=True)
+    ]
     arrays = {
         **_users(vocabulary, part, earlier),
-        TARGET: _places(vocabulary, part),
+        TARGET: target,
         SEEN: bags(taken, max(map(len, taken), default=0) or 1),
     }
     rows = _filled(arrays)
@@ -159,9 +162,17 @@ def _rows_of(values: np.ndarray, places: np.ndarray, none: float) -> np.ndarray:
 
 
 def _before(
-    part: Interactions, earlier: Interactions, values: np.ndarray, most: int | None = None
+    part: Interactions,
+    earlier: Interactions,
+    values: np.ndarray,
+    most: int | None = None,
+    *,
+    always: bool = False,
 ) -> list[np.ndarray]:
-    """For each event of a part, the values of its user's earlier events, the latest first."""
+    """For each event of a part, the values of its user's known events, the latest first.
+
+    Of those before it in time; `always`: of all.
+    """
     names = np.concatenate([part.events.columns["user"], earlier.events.columns["user"]])
     _, users = np.unique(names, return_inverse=True)
     own, theirs = users[: part.events.rows], users[part.events.rows :]
@@ -169,6 +180,8 @@ def _before(
     values, span = values[sort], int(max(part.order.max(), earlier.order.max(initial=0))) + 1
     keys = theirs[sort] * span + earlier.order[sort]
     begin, end = np.searchsorted(keys, own * span), np.searchsorted(keys, own * span + part.order)
+    if always:
+        end = np.searchsorted(keys, (own + 1) * span)
     if most is not None:
         begin = np.maximum(begin, end - most)
     return [values[b:e][::-1] for b, e in zip(begin, end, strict=True)]

@@ -27,14 +27,14 @@ def user_inputs(vocabulary: Vocabulary, requests: Sequence[Request]) -> dict[str
 
     Returns:
         The user's columns, `history` i32[n, M], and `seen` i32[n, S], places of items that are not
-        to be recommended, the latest of the history.
+        to be recommended: the history.
 
     Raises:
         FwError: no user, an unknown key, or a value of another kind.
     """
     requests = _checked(vocabulary, requests, ("user",), ("user",))
     latest = [_latest(vocabulary, request) for request in requests]
-    longest = int(np.diff(vocabulary.arrays["begins"]).max(initial=1))
+    longest = max(map(len, latest), default=1) or 1
     return {
         **_entities(vocabulary, "user", requests),
         **history_of(vocabulary, latest),

@@ -1,7 +1,7 @@
-"""`fw predict`: an artifact answers texts, a file of them, or what comes through a pipe.
+"""`fw predict`: an artifact answers things, a file of them, or what comes through a pipe.
 
 `fw.cli` hangs this into the `fw` command with `add_parser`. All rows are read and checked before
-the first is answered, so that a bad one costs no compute.
+the first is answered, so that a bad one costs no compute; images are decoded as they are answered.
 """
 
 import argparse

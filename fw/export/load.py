@@ -99,8 +99,10 @@ class Artifact:
         """Answer things in their order.
 
         Args:
-            items: texts: a text each, or for token classification the words of one, which make a
-                text with a space between them; for question answering {"question", "context"}.
+            items: what the task is about. Texts: a text each, or for token classification the words
+                of one, which make a text with a space between them; for question answering
+                {"question", "context"}. Images: paths, files' bytes, or pixels. Rows of tables and
+                users and items: values by column.
             batch_size: the most rows computed at once; a row holds several short texts.
 
         Yields:
@@ -109,7 +111,8 @@ class Artifact:
             "label", "score", "scores", "truncated"}`; for several labels `{"text", "labels",
             "scores", "truncated"}`; for regression `{"text", "numbers", "truncated"}`; for question
             answering what `fw.processors.ask.ask` says, for language models
-            `fw.processors.words.say_words`.
+            `fw.processors.words.say_words`; for the others what the `answer` of their processor
+            says.
 
         Raises:
             FwError: an item is no such thing, with its number from 1; `batch_size` is below 1.

@@ -233,8 +233,8 @@ def _compression(weights: Mapping[str, np.ndarray], report: Sequence["Record"]) 
 
 def _how_to_run(name: str) -> dict[str, str]:
     return {
-        "shell": f'fw predict {name} "a text"',
-        "python": f'list(fw.export.load("{name}").predict(["a text"]))',
+        "shell": f"fw predict {name} ITEM, as in fw predict --help",
+        "python": f'list(fw.export.load("{name}").predict([item]))',
         "without fw": "import jax, jax.export, safetensors.flax; call = jax.jit(jax.export."
         "deserialize(bytearray(open('model.stablehlo', 'rb').read())).call); logits = call("
         "safetensors.flax.load_file('model.safetensors'), batch)",

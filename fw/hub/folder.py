@@ -143,7 +143,7 @@ def load(
         head = choose_head(family, source, where, task=task, labels=labels, limit=limit)
         extra = read_pooling(folder) if head.task == "embedding" else {}
         stacked = family.stacked or scans(mesh) if scan is None else scan
-        extra |= _computed(family, microbatches=microbatches, remat=remat, scan=stacked)
+        extra |= computed(family, microbatches=microbatches, remat=remat, scan=stacked)
         config = read_config(family, source, where, head, limit, extra)
         named = family.by_name(tensors)
         wanted: dict[str, list[Name]] = {}
@@ -272,8 +272,12 @@ def _list(names: Sequence[str], most: int = 5) -> str:
     return f"tensor {shown} is" if len(names) == 1 else f"tensors {shown}{more} are"
 
 
-def _computed(family: Family, **how: Any) -> dict[str, Any]:
-    """Those of the settings that the family's configs have a field for."""
+def computed(family: Family, **how: Any) -> dict[str, Any]:
+    """Those of the settings that the family's configs have a field for.
+
+    Raises:
+      FwError: a `remat` that they have not.
+    """
     fields = {field.name for field in dataclasses.fields(family.config)}  # type: ignore[arg-type]
     if how["remat"] is not None and "remat" not in fields:
         raise FwError(f"remat: {family.config.model_type} has no layers to compute again")

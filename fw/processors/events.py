@@ -26,9 +26,10 @@ from fw.data.vocabulary import NONE, Vocabulary
 from fw.errors import FwError
 from fw.options import read_fields
 from fw.processors.outputs import outputs
-from fw.processors.processor import Change, Processor
+from fw.processors.processor import Processor
 
 if TYPE_CHECKING:
+    from fw.evaluate import Forward
     from fw.export.load import Artifact
     from fw.model import Model, Variables
     from fw.recipe import Finetune
@@ -45,7 +46,7 @@ class Events:
 
     Attributes:
         part: of the split.
-        earlier: of train, and for the test of dev, too.
+        earlier: for dev those of train, for the test those of both, for train its own.
     """
 
     part: Interactions
@@ -83,9 +84,9 @@ class _OfEvents(Processor):
         parts = {split: part for split, part in parts.items() if part.events.rows}
         records, known = {}, []
         for split, part in parts.items():
-            known = [*known, part] if split in ("train", "dev") else known
-            # A row's own time parts it from what comes later.
-            records[split] = Events(part, interactions.concatenate(known))
+            # Of its own events, a row knows those before it in time.
+            records[split] = Events(part, interactions.concatenate(known or [part]))
+            known = [*known, part]
         return records, tuple(skipped)
 
     @classmethod
@@ -98,22 +99,16 @@ class _OfEvents(Processor):
         """The vocabulary of the training events."""
         if source is not None:
             raise FwError(f"model {recipe.model!r} reads no events; choose {cls.default}")
+        cls.check_events(recipe, records["train"].part)
         return cls(vocabularies.fit_vocabulary(records["train"].part, history=recipe.history))
+
+    @classmethod
+    def check_events(cls, recipe: Finetune, train: Interactions) -> None:
+        """Refuses events that there is nothing to learn from."""
 
     def labels(self, records: Sequence) -> tuple[str, ...]:
         """None."""
         return ()
-
-    def change(self, recipe: Finetune, rows: Any) -> Change | None:
-        """Nothing."""
-        return None
-
-    def adapt(self, model: Model) -> Model:
-        """The model as it is."""
-        return model
-
-    def check(self, recipe: Finetune, rows: Mapping[str, Any], config: Any) -> None:
-        """Nothing: the model is made for its vocabulary."""
 
     def summary(self, recipe: Finetune, rows: Any) -> str:
         """How many users and items."""
@@ -218,11 +213,14 @@ class Retrieval(_OfEvents):
         """Columns, and how many ids each has."""
         return recommend.two_tower_fields(self.vocabulary)
 
-    def exported(self, model: Model, variables: Variables) -> tuple[Model, Variables]:
+    def exported(
+        self, model: Model, variables: Variables, forward: Forward
+    ) -> tuple[Model, Variables]:
         """Users in, the scores of all items out, whose vectors are computed here once."""
         from fw.models.recommender import item_vectors
 
-        items = item_vectors(model, variables, recommend.catalogue(self.vocabulary))
+        same = replace(model, apply=lambda variables, batch: (forward(variables, batch), variables))
+        items = item_vectors(same, variables, recommend.catalogue(self.vocabulary))
 
         def scores(
             variables: Variables, batch: Any, *, key: Any = None, train: bool = False
@@ -268,6 +266,16 @@ class Ranking(_OfEvents):
     """How likely a user takes an item."""
 
     default: ClassVar[str] = "dlrm"
+
+    @classmethod
+    def check_events(cls, recipe: Finetune, train: Interactions) -> None:
+        """There must be both kinds."""
+        found = interactions.is_positive(train.events, recipe.threshold or None)
+        if found.all() or not found.any():
+            raise FwError(
+                "events: all of train are of one kind, liked or not; give --threshold, the least "
+                "rating that is liked, or a column 'label' of 1 and 0"
+            )
 
     def rows(
         self,

@@ -22,7 +22,7 @@ from fw.data import preprocess
 from fw.data.augment import Augment
 from fw.data.files import OnBadRow
 from fw.data.image_folders import encode_pictures, load_pictures
-from fw.data.pictures import decode, name
+from fw.data.pictures import decode, name, read_all
 from fw.data.preprocess import Preprocessor
 from fw.data.records import label_names
 from fw.data.rows import Rows
@@ -157,7 +157,8 @@ class Images(OfImages):
         """What a pretrained model has, or the mean and spread of the training images."""
         if source is not None:
             return cls(pretrained(source, recipe.size))
-        return cls(fitted([picture.image for picture in records["train"]], recipe.size))
+        sources = [picture.image for picture in records["train"]]
+        return cls(fitted(sources, recipe.size, skip=recipe.skip_bad_rows))
 
     def labels(self, records: Sequence) -> tuple[str, ...]:
         """Every class of the training images."""
@@ -256,25 +257,29 @@ def pretrained(source: Path, size: int) -> Preprocessor:
     return Preprocessor(side + MARGIN, (side, side), BICUBIC, MEAN, STD)
 
 
-def fitted(sources: Sequence[Any], size: int, *, alike: bool = True) -> Preprocessor:
+def fitted(
+    sources: Sequence[Any], size: int, *, alike: bool = True, skip: bool = False
+) -> Preprocessor:
     """The size, channels, mean and spread of a model that is trained from nothing.
 
     Args:
-        sources: the training images; some of them are looked at.
+        sources: the training images; some of them are looked at, one at a time.
         size: the side of a square that all are resized to; 0 if they have one size already.
         alike: whether they must have one size then.
+        skip: leave bad ones out; `rows` tells of them.
 
     Raises:
-        FwError: images of several sizes, and none is stated.
+        FwError: a bad image, or images of several sizes, and none is stated.
     """
-    step = max(1, len(sources) // SEEN)
-    seen = [decode(source, 3) for source in sources[::step][:SEEN]]
-    shapes = {image.shape[:2] for image in seen}
+    places = np.linspace(0, len(sources) - 1, min(len(sources), SEEN)).round().astype(int)
+    counts, shapes, grey = np.zeros((3, 256), np.int64), set(), True
+    chosen = [sources[i] for i in places]
+    bad = (lambda _: None) if skip else None
+    for _, image in read_all(chosen, lambda source: decode(source, 3), on_bad=bad):
+        counts += preprocess.levels(image)
+        shapes.add(image.shape[:2])
+        grey &= bool((image == image[..., :1]).all())
     if alike and not size and len(shapes) > 1:
         raise FwError(f"images: have {len(shapes)} sizes, such as {sorted(shapes)[:2]}; give size")
-    grey = all((image == image[..., :1]).all() for image in seen)
-    channels = 1 if grey else 3
-    flat = np.concatenate([image[..., :channels].reshape(-1, channels) for image in seen])
-    made = preprocess.fit(flat[:, None, None, :])
-    side = (size, size) if size else shapes.pop()
-    return Preprocessor(side, mean=made.mean, std=made.std)
+    side = (size, size) if size else sorted(shapes)[0]
+    return preprocess.of_levels(counts[: 1 if grey else 3], side)

@@ -20,6 +20,7 @@ from fw.data.files import OnBadRow
 from fw.data.rows import AnyRows
 
 if TYPE_CHECKING:
+    from fw.evaluate import Forward
     from fw.export.load import Artifact
     from fw.model import Model, Variables
     from fw.recipe import Finetune
@@ -81,7 +82,7 @@ class Processor(Protocol):
 
     def change(self, recipe: Finetune, rows: AnyRows) -> Change | None:
         """What is done to the training rows anew in every step."""
-        ...
+        return None
 
     def config(self, recipe: Finetune, task: str, labels: tuple[str, ...]) -> Any:
         """The config of a new model of the kind that the recipe names."""
@@ -89,11 +90,10 @@ class Processor(Protocol):
 
     def adapt(self, model: Model) -> Model:
         """The model as the rows want it."""
-        ...
+        return model
 
     def check(self, recipe: Finetune, rows: Mapping[str, AnyRows], config: Any) -> None:
         """Refuses rows that the model has no place for."""
-        ...
 
     def summary(self, recipe: Finetune, rows: AnyRows) -> str:
         """The training rows in a few words."""
@@ -118,8 +118,13 @@ class Processor(Protocol):
         """Refuses a model that it does not go with."""
         ...
 
-    def exported(self, model: Model, variables: Variables) -> tuple[Model, Variables]:
-        """What goes into the artifact: as a rule, the model as `adapt` has it."""
+    def exported(
+        self, model: Model, variables: Variables, forward: Forward
+    ) -> tuple[Model, Variables]:
+        """What goes into the artifact: as a rule, the model as `adapt` has it.
+
+        `forward(variables, batch)` computes these variables, be they compressed.
+        """
         return self.adapt(model), variables
 
     def specs(self, task: str) -> dict[str, jax.ShapeDtypeStruct]:

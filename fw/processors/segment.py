@@ -12,7 +12,7 @@ import numpy as np
 from fw.data import preprocess, segments
 from fw.data.augment import Augment
 from fw.data.files import OnBadRow
-from fw.data.pictures import PIXELS, decode, name
+from fw.data.pictures import PIXELS, decode, decode_labels, name
 from fw.data.preprocess import Preprocessor
 from fw.data.rows import Rows
 from fw.data.segments import Crops, Palette, Segmented
@@ -63,8 +63,12 @@ class Segments(OfImages):
         if source is not None:
             raise FwError(f"model {recipe.model!r} segments nothing; choose unet")
         names = tuple(filter(None, map(str.strip, recipe.classes.split(",")))) or None
-        palette = segments.fit(records["train"], names)
-        made = fitted([pair.image for pair in records["train"]], 0, alike=False)
+        pairs = records["train"]
+        if recipe.skip_bad_rows:  # `rows` tells of them
+            pairs = [pair for pair in pairs if _is_map(pair.label)]
+        palette = segments.fit(pairs, names, recipe.ignore if recipe.ignore >= 0 else None)
+        sources = [pair.image for pair in pairs]
+        made = fitted(sources, 0, alike=False, skip=recipe.skip_bad_rows)
         own = Preprocessor(None, mean=made.mean, std=made.std)
         multiple = _multiple(recipe.config)
         side = recipe.size or SIDE
@@ -122,8 +126,8 @@ class Segments(OfImages):
         if "tile" in notes:
             tile, multiple = notes["tile"], notes.get("multiple")
         else:
-            multiple = _multiple(notes["config"])
-            tile = notes["size"] or SIDE
+            multiple = _multiple(str(notes.get("config", "")))
+            tile = notes.get("size") or SIDE
         sides = [n for n in (tile, multiple) if type(n) is int and 0 < n <= PIXELS**0.5]
         if len(sides) < 2 or sides[0] % sides[1]:
             raise FwError(f"{folder}: the processor's notes: 'tile': expected a number of pixels")
@@ -153,8 +157,9 @@ class Segments(OfImages):
 
         for item in items:
             image = decode(item, self.preprocessor.channels)
+            overlap = min(self.tile // 4, self.tile - self.multiple)
             found = tiled(
-                squares, image, size=(self.tile, self.tile), overlap=self.tile // 4,
+                squares, image, size=(self.tile, self.tile), overlap=overlap,
                 multiple=self.multiple, batch_size=min(batch_size, 4),
             )  # fmt: skip
             classes = found.argmax(-1)
@@ -176,6 +181,14 @@ class _CropRows(Rows):
     """Rows that `Crops` makes of whole images."""
 
     items: Sequence[Segmented] = ()
+
+
+def _is_map(path: Path) -> bool:
+    try:
+        decode_labels(path)
+    except FwError:
+        return False
+    return True
 
 
 def _multiple(config: str) -> int:

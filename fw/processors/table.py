@@ -22,12 +22,11 @@ from fw.data.table import SUFFIXES, TARGET, Entry, read_entries
 from fw.errors import FwError
 from fw.options import read_fields
 from fw.processors.outputs import outputs
-from fw.processors.processor import Change, Processor
+from fw.processors.processor import Processor
 from fw.processors.records import with_dev
 
 if TYPE_CHECKING:
     from fw.export.load import Artifact
-    from fw.model import Model
     from fw.recipe import Finetune
     from fw.tasks import Task
 
@@ -95,10 +94,6 @@ class Table(Processor):
         """The same to learn from and to judge by."""
         return self.columns.encode(records, on_bad_row=on_bad_row), 0
 
-    def change(self, recipe: Finetune, rows: Any) -> Change | None:
-        """Nothing."""
-        return None
-
     def config(self, recipe: Finetune, task: str, labels: tuple[str, ...]) -> Any:
         """An MLP or a feature-tokenising transformer for these columns."""
         from fw.models.ft_transformer import FTTransformerConfig
@@ -109,13 +104,6 @@ class Table(Processor):
             kinds[recipe.model], recipe.config, numbers=len(self.columns.numbers),
             categories=self.columns.cardinalities, num_labels=len(labels), task=task,
         )  # fmt: skip
-
-    def adapt(self, model: Model) -> Model:
-        """The model as it is."""
-        return model
-
-    def check(self, recipe: Finetune, rows: Mapping[str, Any], config: Any) -> None:
-        """Nothing: a model of a table is made for its columns."""
 
     def summary(self, recipe: Finetune, rows: Any) -> str:
         """How many columns of each kind."""

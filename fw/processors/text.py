@@ -28,7 +28,6 @@ from fw.processors.records import read_splits
 
 if TYPE_CHECKING:
     from fw.export.load import Artifact
-    from fw.model import Model
     from fw.recipe import Finetune
 
 TOKENIZER = "tokenizer.json"
@@ -114,10 +113,6 @@ class Text(Processor):
     def config(self, recipe: Finetune, task: str, labels: tuple[str, ...]) -> Any:
         """There is none: texts want a pretrained model."""
         raise FwError(f"model {recipe.model!r} reads no texts; give a pretrained model")
-
-    def adapt(self, model: Model) -> Model:
-        """The model as it is."""
-        return model
 
     def check(self, recipe: Finetune, rows: Mapping[str, Any], config: Any) -> None:
         """Refuses ids and positions that the model has no row for; a lookup would take another."""

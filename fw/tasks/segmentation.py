@@ -38,10 +38,14 @@ def segmentation(labels: tuple[str, ...], *, dice: float = 0.0) -> Task:
             "confusion": metrics.confusion(batch["labels"], predicted, len(labels)),
         }
 
-    def judge(rows: Any, logits: np.ndarray) -> dict[str, Any]:
+    def kept(logits: jax.Array) -> jax.Array:
+        few = len(labels) <= 256
+        return jnp.argmax(logits, axis=-1).astype(jnp.uint8 if few else jnp.int32)
+
+    def judge(rows: Any, classes: np.ndarray) -> dict[str, Any]:
         gold = rows.arrays["labels"]
         found = [
-            metrics.rand_error(np.asarray(gold[np.array([i])])[0], logits[i].argmax(-1))
+            metrics.rand_error(np.asarray(gold[np.array([i])])[0], classes[i].astype(np.int32))
             for i in range(rows.rows)
         ]
         errors = [error for error in found if error is not None]
@@ -67,7 +71,7 @@ def segmentation(labels: tuple[str, ...], *, dice: float = 0.0) -> Task:
         return Summary(METRIC, figures, "\n".join(lines))
 
     loss: Callable[..., Any] = partial(pixel_loss, dice=dice)
-    return Task("segmentation", labels, loss, count, summarise, METRIC, judge)
+    return Task("segmentation", labels, loss, count, summarise, METRIC, judge, kept=kept)
 
 
 def pixel_loss(logits: jax.Array, batch: Batch, dice: float = 0.0) -> tuple[jax.Array, jax.Array]:

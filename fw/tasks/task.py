@@ -53,6 +53,7 @@ class Task:
       judge: `(rows, logits of all rows) -> tree` of further counts, for what the device cannot
         count: ranks, spellings. On the host; None for most tasks. The rows are those of
         `fw.data.Packed` or `fw.data.rows.Rows`.
+      kept: `logits -> array`, what `judge` needs of them, on the mesh; None for all of them.
       index: `(outputs of rows of a catalogue, those rows) -> tree` of what every batch is to be
         ranked among, [rows, ...] each: `count` finds that of all rows as `batch[CATALOGUE]`. Once
         an evaluation, on the mesh; None for most tasks.
@@ -66,6 +67,7 @@ class Task:
     metric: str
     judge: Callable[[Any, np.ndarray], Any] | None = None
     index: Callable[[Any, Batch], Any] | None = None
+    kept: Callable[[Any], Any] | None = None
 
 
 def cross_entropy(logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
