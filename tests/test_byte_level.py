@@ -115,8 +115,14 @@ def test_a_tokenizer_that_adds_the_space_itself_gets_none_from_us(tmp_path):
     assert not data.load_tokenizer(tmp_path).spaced
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("task", ["ner", "classify"])
+@pytest.mark.parametrize(
+    ("kind", "task"),
+    [
+        pytest.param(kind, task, marks=[pytest.mark.slow] if i == j else [])
+        for i, kind in enumerate(KINDS)
+        for j, task in enumerate(["ner", "classify"])
+    ],
+)
 def test_a_run_from_data_to_answers(tmp_path, kind, task, capsys):
     model, folder = make_model(tmp_path / "model", kind), tmp_path / "run"
     make, columns = {

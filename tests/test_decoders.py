@@ -25,6 +25,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "qwen3": {"num_key_value_heads": 4, "head_dim": 8},
     "mixtral": {"num_key_value_heads": 2, "num_local_experts": 4},
 }  # fmt: skip
+ALIKE = ("mistral", "qwen2")
+"""Those that differ from the others in little; `--all` runs them."""
 
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
@@ -41,7 +43,10 @@ def make(kind, **more):
     return hub.Loaded(model, variables, ())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(k, marks=[pytest.mark.slow] if k in ALIKE else []) for k in KINDS],
+)
 def test_packed_as_unpacked_on_any_mesh_and_back_from_a_folder(kind, tmp_path):
     made = make(kind)
     alone = outputs(made, tuple((i,) for i in range(len(LENGTHS))))

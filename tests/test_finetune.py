@@ -151,7 +151,7 @@ def test_the_best_checkpoint_is_delivered_and_the_last_is_kept(runs, task):
         np.testing.assert_array_equal(a, b, err_msg=path)
 
 
-@pytest.mark.parametrize("task", ["ner", "classify"])
+@pytest.mark.parametrize("task", [pytest.param("ner", marks=pytest.mark.slow), "classify"])
 def test_eight_devices_give_the_numbers_of_one(runs, task):
     one, eight = (losses(runs(task, mesh)) for mesh in (ONE, EIGHT))
     assert one.keys() == eight.keys()

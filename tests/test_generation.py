@@ -24,6 +24,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "mistral": {"num_key_value_heads": 2, "sliding_window": 5},
     "qwen3": {"num_key_value_heads": 4, "head_dim": 8},
 }
+ALIKE = ("mistral", "qwen2")
+"""Those that differ from the others in little; `--all` runs them."""
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [5, 3], [5, 8, 9, 7, 9, 3, 2, 3, 8, 4, 6, 2, 6]]
 MOST = 9
 
@@ -110,7 +112,10 @@ def run(decoder, prompts=PROMPTS, settings=SETTINGS, how=decode, most=MOST, stop
     return rows
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(k, marks=[pytest.mark.slow] if k in ALIKE else []) for k in KINDS],
+)
 def test_cached_as_uncached_token_for_token_in_a_batch_of_lengths(kind):
     model, variables = make(kind)
     expected = [

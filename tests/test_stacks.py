@@ -97,7 +97,11 @@ APART = [(False, remat) for _, remat in STACKED]
 
 
 @pytest.mark.parametrize(
-    ("family", "ways"), [("bert", STACKED + APART), ("modernbert", STACKED + APART[:1])]
+    ("family", "ways"),
+    [
+        pytest.param("bert", STACKED + APART, marks=pytest.mark.slow),
+        ("modernbert", STACKED + APART[:1]),
+    ],
 )
 def test_remat_keeps_less_and_changes_nothing(family, ways):
     """Nor does a stack, dropout included."""

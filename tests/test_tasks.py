@@ -497,7 +497,10 @@ def test_one_book_is_cut_at_ends_of_lines_into_all_its_splits(tmp_path):
 # --- every task -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("task", OPTIONS)
+@pytest.mark.parametrize(
+    "task",
+    [t if t in ("qa", "lm") else pytest.param(t, marks=pytest.mark.slow) for t in OPTIONS],
+)
 def test_eight_devices_give_the_losses_and_figures_of_one(world, tmp_path, task):
     found = []
     for mesh in (ONE, EIGHT):

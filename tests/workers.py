@@ -67,7 +67,10 @@ def taken(rows):
             return super().take(step, rows)
 
     arrays = {"x": np.arange(5, dtype=np.int32), "y": np.arange(10, dtype=np.int32).reshape(5, 2)}
-    placed = feed(Counted(arrays, rows, seed=3), 4, make_mesh("data=-1"), rules())
+    counted = Counted(arrays, rows, seed=3)
+    assert len(counted.example["x"]) == 1 == len(asked)  # every process makes that one
+    asked.clear()
+    placed = feed(counted, 4, make_mesh("data=-1"), rules())
     whole = Batches(arrays, rows, seed=3)(4)
     for name, values in placed.items():
         for shard in values.addressable_shards:

@@ -150,8 +150,8 @@ def load_splits(path: str | Path, task: str, **options: Any) -> dict[str, list]:
     """Read a data set: a folder with files for train, dev and test, or one file.
 
     The word of the split stands in a file's name, or in the name of a folder above it. A folder
-    without a dev file gives no "dev": see `hold_out`. One file, also alone in a folder, and the
-    folder of `read_vader`, are split by `split_by_hash`.
+    without a dev file gives no "dev": see `hold_out`. One file, and the folder of `read_vader`,
+    are split by `split_by_hash`.
 
     Args:
         path: the folder or file.
@@ -183,7 +183,12 @@ def load_splits(path: str | Path, task: str, **options: Any) -> dict[str, list]:
 
 
 def load_files(
-    path: Path, read: Callable[[Path], list], suffixes: Collection[str], what: str
+    path: Path,
+    read: Callable[[Path], list],
+    suffixes: Collection[str],
+    what: str,
+    *,
+    alone: bool = False,
 ) -> dict[str, list]:
     """`load_splits` by a reader of one's own.
 
@@ -192,14 +197,16 @@ def load_files(
         read: gives the records of a file.
         suffixes: of the files that it reads.
         what: the data are for, for messages.
+        alone: a folder's only file may have any name, and is split by its records.
 
     Raises:
         FwError: no training file, two files for one split, or what `read` refuses.
     """
-    if path.is_dir():
+    if path.is_dir() and alone:
         every = [file for file in path.rglob("*") if file.suffix.lower() in suffixes]
         if len(every) == 1 and not split_of(every[0].relative_to(path).parts):
             return split_records(read(every[0]))
+    if path.is_dir():
         files = _find_files(path, suffixes, what)
         return {split: read(file) for split, file in files.items()}
     return split_records(read(path))

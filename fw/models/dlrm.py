@@ -92,8 +92,10 @@ def interactions(vectors: jax.Array) -> jax.Array:
     Array([[2., 3., 6.]], dtype=float32)
     """
     products = jnp.einsum("bfd,bgd->bfg", vectors, vectors)
-    first, second = np.tril_indices(vectors.shape[1], -1)
-    return products[:, first, second]
+    count = vectors.shape[1]
+    first, second = np.tril_indices(count, -1)
+    # Along one axis: of two, a CPU would turn the result round and take the next dot off its path.
+    return products.reshape(-1, count * count)[:, first * count + second]
 
 
 def dlrm(config: DLRMConfig) -> Model:

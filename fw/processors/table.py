@@ -55,7 +55,11 @@ class Table(Processor):
         skipped: list[str] = []
         bad = skipped.append if recipe.skip_bad_rows else None
         records = load_files(
-            dataset, lambda file: read_entries(file, on_bad_row=bad), SUFFIXES, "a table"
+            dataset,
+            lambda file: read_entries(file, on_bad_row=bad),
+            SUFFIXES,
+            "a table",
+            alone=True,
         )
         return with_dev(records), tuple(skipped)
 
