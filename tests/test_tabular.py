@@ -297,7 +297,6 @@ TWO = ("no", "yes")
 SMALL: Any = {"hidden_size": 32, "num_hidden_layers": 2}
 MODELS = {
     "mlp": lambda n, c, task, out: mlp(MLPConfig(n, c, out, task, **SMALL)),
-    "waves": lambda n, c, task, out: mlp(MLPConfig(n, c, out, task, number_size=8, **SMALL)),
     "ft": lambda n, c, task, out: ft_transformer(
         FTTransformerConfig(n, c, out, task, 32, 2, 4, 48)
     ),
@@ -368,12 +367,6 @@ def mlp_np(p, batch, cardinalities):
     x = p["bias"]
     if "numbers" in batch:
         numbers = batch["numbers"]
-        if "waves" in p:
-            w = p["waves"]
-            turn = 2 * np.pi * w["frequency"] * numbers[..., None]
-            wave = np.concatenate([np.sin(turn), np.cos(turn)], -1)
-            columns = [wave[:, i] @ w["kernel"][i] + w["bias"][i] for i in range(wave.shape[1])]
-            numbers = np.maximum(np.concatenate(columns, -1), 0)
         x = x + dense_np(p["numbers"], numbers) + dense_np(p["missing"], batch["missing"])
     if cardinalities:
         flat = vectors_np(p["vectors"], batch["categories"], cardinalities)
@@ -398,7 +391,7 @@ def test_a_forward_pass_is_that_of_plain_numpy(kind, numbers, cardinalities, qui
 @pytest.mark.parametrize(
     "mesh", [pytest.param("data=8", marks=pytest.mark.slow), "data=2,fsdp=2,tensor=2"]
 )
-@pytest.mark.parametrize("kind", ["waves", "ft"])
+@pytest.mark.parametrize("kind", ["mlp", "ft"])
 def test_meshes_take_the_steps_of_one_device(kind, mesh, quickly_compiled):
     model, found = MODELS[kind](3, (4, 5, 3), saved.CLASSES, 2), []
     task, batch = make_task(saved.CLASSES, TWO), batch_of(3, (4, 5, 3), 3)
@@ -501,7 +494,7 @@ def test_more_classes_and_numbers_are_learnt_and_judged(quickly_compiled):
     assert summary.value == pytest.approx(theirs) and "auc" not in summary.figures
 
     columns = fit_columns(train, "score", saved.NUMBER, drop=["good"], transform="standard")
-    model = MODELS["waves"](len(columns.numbers), columns.cardinalities, saved.NUMBER, 1)
+    model = MODELS["mlp"](len(columns.numbers), columns.cardinalities, saved.NUMBER, 1)
     task, rows = tabular_regression(columns.labels, columns.spread), columns.encode(test)
     summary, outputs = learn(model, task, columns.encode(train), rows)
     gold = [number(entry, "score") for entry in test]

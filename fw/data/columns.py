@@ -33,6 +33,7 @@ from fw.data.table import Entry
 from fw.errors import FwError
 from fw.json_files import is_writer, plain, read_json, write_json
 from fw.labels import IGNORE
+from fw.metrics.probabilities import one_label
 from fw.tensors import read_tensors
 
 FILE, TENSORS = "columns.json", "columns.safetensors"
@@ -179,16 +180,7 @@ class Columns:
         """
         if not self.classes:
             return [{"number": float(x) * self.spread + self.mean} for x in outputs[:, 0]]
-        logits = np.asarray(outputs, np.float64)
-        powers = np.exp(logits - logits.max(-1, keepdims=True))
-        return [
-            {
-                "label": self.classes[int(scores.argmax())],
-                "score": float(scores.max()),
-                "scores": dict(zip(self.classes, scores.tolist(), strict=True)),
-            }
-            for scores in powers / powers.sum(-1, keepdims=True)
-        ]
+        return [one_label(logits, self.classes) for logits in outputs]
 
     def save(self, folder: str | Path) -> None:
         """Write `FILE` and `TENSORS`; `FwError` if they cannot be."""

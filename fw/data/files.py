@@ -9,6 +9,9 @@ from typing import Any
 
 from fw.errors import FwError
 
+TABBED = (".tsv", ".inter", ".user", ".item")
+"""Suffixes of tables whose cells are parted by tabs; the last three are RecBole's."""
+
 OnBadRow = Callable[[str], Any] | None
 
 
@@ -70,10 +73,10 @@ def json_lines(path: str | Path, on_bad_row: OnBadRow) -> Iterator[tuple[int, An
 
 
 def separated_rows(path: str | Path, on_bad_row: OnBadRow) -> Iterator[tuple[int, list[str]]]:
-    """The rows of CSV (RFC 4180), or of a `.tsv`, which has no quoting; blank ones are left out.
+    """The rows of CSV (RFC 4180), or parted by tabs without quoting; blank ones are left out.
 
     Args:
-        path: the file, UTF-8.
+        path: the file, UTF-8; by tabs if its suffix is in `TABBED`.
         on_bad_row: gets the message of each row that cannot be parted; None raises instead.
 
     Yields:
@@ -83,7 +86,7 @@ def separated_rows(path: str | Path, on_bad_row: OnBadRow) -> Iterator[tuple[int
         FwError: the file cannot be read, or a row not.
     """
     stream = io.StringIO(read_text(path), newline="")
-    if Path(path).suffix.lower() == ".tsv":
+    if Path(path).suffix.lower() in TABBED:
         reader = csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE, strict=True)
     else:
         reader = csv.reader(stream, strict=True)

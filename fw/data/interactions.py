@@ -5,16 +5,14 @@ Files are RecBole's atomic ones (Zhao et al. 2021, arXiv:2011.01731): tab-separa
 table stays a table of columns here; `vocabulary` makes numbers of it.
 """
 
-import csv
-import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from fw.data.files import OnBadRow, read_text, refuse
+from fw.data.files import TABBED, OnBadRow, refuse, separated_rows
 from fw.data.splits import SPLITS, split_by_hash
 from fw.errors import FwError
 
@@ -24,7 +22,6 @@ KINDS = ("token", "token_seq", "float")
 NUMBERS = ("rating", "timestamp", "label")
 """The numbers that an interaction may have and that are no features."""
 
-_SUFFIXES = (".inter", ".user", ".item")
 _NAMES = {"user_id": "user", "item_id": "item"}
 _FILES = {
     "events": ("*.inter", "interactions.csv", "interactions.tsv"),
@@ -181,18 +178,14 @@ def _one(folder: Path, what: str, patterns: Sequence[str]) -> Path | None:
 
 def _read(path: Path, keys: tuple[str, ...], on_bad_row: OnBadRow) -> Table:
     """A table in which `keys` are names; one key is of one row alone."""
-    text = io.StringIO(read_text(path), newline="")
-    if path.suffix.lower() in (".tsv", *_SUFFIXES):
-        reader = csv.reader(text, delimiter="\t", quoting=csv.QUOTE_NONE, strict=True)
-    elif path.suffix.lower() == ".csv":
-        reader = csv.reader(text, strict=True)
-    else:
-        raise FwError(f"{path}: expected .csv, .tsv or {' '.join(_SUFFIXES)}")
-    header = next(reader, [])
+    if path.suffix.lower() not in (".csv", *TABBED):
+        raise FwError(f"{path}: expected .csv {' '.join(TABBED)}")
+    table = separated_rows(path, on_bad_row)
+    _, header = next(table, (1, []))
     names, kinds = _header(path, header, keys)
     seen: dict[str, int] = {}
     rows = []
-    for line, row in _rows(path, reader, on_bad_row):
+    for line, row in table:
         if fault := _fault(row, names, kinds, keys):
             refuse(f"{path}:{line}: {fault}", on_bad_row)
             continue
@@ -229,20 +222,6 @@ def _header(
     if len(set(names)) < len(names) or "" in names:
         raise FwError(f"{path}:1: expected different names of columns; got {', '.join(header)}")
     return names, kinds
-
-
-def _rows(path: Path, reader, on_bad_row: OnBadRow) -> Iterator[tuple[int, list[str]]]:
-    while True:
-        line = reader.line_num + 1
-        try:
-            row = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            refuse(f"{path}:{line}: expected a row of separated values; {error}", on_bad_row)
-            continue
-        if row:
-            yield line, row
 
 
 def _fault(

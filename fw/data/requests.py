@@ -12,6 +12,7 @@ import numpy as np
 from fw.data.recommend import HISTORY, SEEN, history_of
 from fw.data.vocabulary import NONE, Column, Vocabulary, bags
 from fw.errors import FwError
+from fw.metrics.probabilities import sigmoid
 
 Request = Mapping[str, Any]
 
@@ -96,9 +97,7 @@ def probabilities(logits: np.ndarray) -> list[dict[str, float]]:
     >>> probabilities(np.array([0.0]))
     [{'probability': 0.5}]
     """
-    # Of -|x|, so that nothing overflows.
-    small = np.exp(-np.abs(logits.astype(np.float64)))
-    return [{"probability": p} for p in (np.where(logits < 0, small, 1) / (1 + small)).tolist()]
+    return [{"probability": p} for p in sigmoid(logits).tolist()]
 
 
 def _latest(vocabulary: Vocabulary, request: Request) -> list[int]:

@@ -17,6 +17,7 @@ from fw.data.files import read_text
 from fw.errors import FwError
 from fw.export.load import load
 from fw.processors import Processor
+from fw.processors.outputs import parse_json
 
 JSON_LINES = (".jsonl", ".ndjson")
 
@@ -121,7 +122,7 @@ def read_items(processor: Processor, file: str, task: str, form: str | None = No
             continue
         where = f"{name}:{number}"
         if form == "jsonl" or (form is None and Path(file).suffix in JSON_LINES):
-            item = processor.from_json(_from_json(line, where), where, task)
+            item = processor.from_json(parse_json(line, where), where, task)
         else:
             item = processor.parse(line.rstrip("\r"), where, task)
         if why := processor.problem(item, task):
@@ -130,13 +131,6 @@ def read_items(processor: Processor, file: str, task: str, form: str | None = No
     if not items:
         raise FwError(f"{name}: expected a {processor.item} a line; found none")
     return items
-
-
-def _from_json(line: str, where: str) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise FwError(f"{where}: expected a JSON object; {error}") from error
 
 
 def _standard_input() -> str:

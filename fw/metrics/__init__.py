@@ -32,6 +32,7 @@ from fw.metrics.entities import (
     entity_types,
 )
 from fw.metrics.multi_label import THRESHOLD, label_counts, multi_label_report
+from fw.metrics.probabilities import one_label, sigmoid, softmax
 from fw.metrics.ranking import rank_means, ranks
 from fw.metrics.regression import regression_report
 from fw.metrics.report import Report, Row, to_dict, to_text
@@ -63,6 +64,7 @@ __all__ = [
     "mean_value",
     "merge",
     "multi_label_report",
+    "one_label",
     "rand_error",
     "rank_means",
     "ranks",
@@ -71,6 +73,8 @@ __all__ = [
     "roc_auc",
     "roc_curve",
     "segmentation_report",
+    "sigmoid",
+    "softmax",
     "squad_scores",
     "to_dict",
     "to_text",

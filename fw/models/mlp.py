@@ -1,6 +1,6 @@
 """A multilayer perceptron over the columns of a table (Gorishniy et al. 2021, arXiv:2106.11959).
 
-Numbers go in as they are or as `Waves`, categories as vectors; then layers of relu and dropout.
+Numbers go in as they are, categories as vectors; then layers of relu and dropout.
 """
 
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from flax import nnx
 
 from fw.model import Batch, Model, from_nnx
 from fw.models.layers import Dense, dropout
-from fw.models.tabular import Categories, Waves, check
+from fw.models.tabular import Categories, check
 from sharding import constrain
 
 ROWS = ("batch",)
@@ -31,9 +31,6 @@ class MLPConfig:
       num_hidden_layers: how many.
       dropout: after each.
       category_size: of a category's vector.
-      number_size: of a number's vector; 0 for the number itself.
-      waves: frequencies of a number's vector.
-      frequency: deviation of the frequencies before training, in waves a unit.
     """
 
     numbers: int = field(metadata={"signed": True})  # there may be none
@@ -44,16 +41,13 @@ class MLPConfig:
     num_hidden_layers: int = 2
     dropout: float = 0.1
     category_size: int = 8
-    number_size: int = field(default=0, metadata={"signed": True})
-    waves: int = 16
-    frequency: float = 0.1
 
     model_type: ClassVar[str] = "mlp"
 
     def __post_init__(self):
         """Checks what the arithmetic relies on."""
         object.__setattr__(self, "categories", tuple(self.categories))
-        check(self, "hidden_size", "num_hidden_layers", "category_size", "waves")
+        check(self, "hidden_size", "num_hidden_layers", "category_size")
 
 
 class MLP(nnx.Module):
@@ -61,18 +55,11 @@ class MLP(nnx.Module):
 
     def __init__(self, config: MLPConfig, rngs: nnx.Rngs):
         size, numbers = config.hidden_size, config.numbers
-        width = numbers * max(config.number_size, 1)
-        width += len(config.categories) * config.category_size
+        width = numbers + len(config.categories) * config.category_size
         std = (2 / width) ** 0.5  # of all that goes in: the inputs are one, their kernels are not
-        if numbers and config.number_size:
-            vector, waves = config.number_size, config.waves
-            self.waves = Waves(numbers, waves, vector, spread=config.frequency, rngs=rngs)
-            self.numbers = Dense(
-                numbers * vector, size, ("embed", "mlp"), std=std, bias=False, rngs=rngs
-            )
-        elif numbers:
+        if numbers:
             self.numbers = Dense(numbers, size, (None, "mlp"), std=std, bias=False, rngs=rngs)
-        if numbers:  # from 0: a column that never lacked a number has nothing to say if it does
+            # From 0: a column that never lacked a number has nothing to say if it does.
             self.missing = Dense(numbers, size, (None, "mlp"), std=0, bias=False, rngs=rngs)
         if config.categories:
             vector, many = config.category_size, len(config.categories)
@@ -91,15 +78,11 @@ class MLP(nnx.Module):
         last = (names[count % 2][0], "labels")
         self.classifier = Dense(size, config.num_labels, last, std=size**-0.5, rngs=rngs)
         self.rate = config.dropout
-        self.embedded = bool(config.number_size)
 
     def __call__(self, batch: Batch, key: jax.Array | None) -> jax.Array:
         x = self.bias[...]
         if "numbers" in batch:
-            numbers = batch["numbers"]
-            if self.embedded:
-                numbers = self.waves(numbers).reshape(len(numbers), -1)
-            x = x + self.numbers(numbers, ROWS) + self.missing(batch["missing"], ROWS)
+            x = x + self.numbers(batch["numbers"], ROWS) + self.missing(batch["missing"], ROWS)
         if "categories" in batch:
             vectors = self.vectors(batch["categories"])
             x = x + self.categories(vectors.reshape(vectors.shape[0], -1), ROWS)

@@ -1,4 +1,4 @@
-"""What models of tables share: columns of categories as vectors, columns of numbers as waves.
+"""What models of tables share: columns of categories as vectors, and what is checked.
 
 A batch is what `fw.data.Columns` makes: `numbers` and `missing` f32[B, N], `categories` i32[B, K],
 each where the table has such columns. The output is [B, labels], logits or numbers.
@@ -29,27 +29,6 @@ class Categories(nnx.Module):
     def __call__(self, ids: jax.Array) -> jax.Array:
         first = np.cumsum([0, *self.rows[:-1]])
         return self.table(ids + jnp.asarray(first, ids.dtype))
-
-
-class Waves(nnx.Module):
-    """A vector for each number: relu(W [sin 2πcx, cos 2πcx] + b), [B, N] → [B, N, size].
-
-    Every column has frequencies c, W and b of its own, all of them learnt. Gorishniy et al. 2022
-    (arXiv:2203.05556), there called PLR.
-    """
-
-    def __init__(self, columns: int, waves: int, size: int, *, spread: float, rngs: nnx.Rngs):
-        normal = jax.random.normal(rngs.params(), (columns, waves)) * spread
-        self.frequency = nnx.Param(normal, axes=(None, None))
-        shape, std = (columns, 2 * waves, size), waves**-0.5
-        normal = jax.random.normal(rngs.params(), shape) * std
-        self.kernel = nnx.Param(normal, axes=(None, None, "embed"))
-        self.bias = nnx.Param(jnp.zeros((columns, size)), axes=(None, "embed"))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        turn = np.asarray(2 * np.pi, x.dtype) * self.frequency[...] * x[..., None]
-        wave = jnp.concatenate([jnp.sin(turn), jnp.cos(turn)], -1)
-        return jax.nn.relu(jnp.einsum("bnw,nwe->bne", wave, self.kernel[...]) + self.bias[...])
 
 
 def check(config: Any, *sizes: str) -> None:

@@ -21,8 +21,8 @@ from fw.data.records import Labelled, Tagged
 from fw.data.tokenizer import Tokenizer
 from fw.metrics.entities import entity_spans
 from fw.metrics.multi_label import THRESHOLD
+from fw.metrics.probabilities import one_label, sigmoid, softmax
 from fw.processors.ask import ask
-from fw.processors.outputs import one_label, softmax
 from fw.processors.words import say_words
 
 if TYPE_CHECKING:
@@ -227,8 +227,7 @@ def say(answer: Mapping[str, Any]) -> str:
 
 
 def _many_labels(logits: np.ndarray, labels: Sequence[str]) -> dict[str, Any]:
-    # As 1 / (1 + exp(-x)), which overflows nowhere.
-    scores = 0.5 + 0.5 * np.tanh(0.5 * logits.astype(np.float64))
+    scores = sigmoid(logits)
     given = [name for name, score in zip(labels, scores, strict=True) if score > THRESHOLD]
     return {"labels": given, "scores": dict(zip(labels, scores.tolist(), strict=True))}
 

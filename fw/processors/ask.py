@@ -14,6 +14,7 @@ from fw.data.pack import Packed, pack, unpack_words
 from fw.data.questions import Question
 from fw.data.tokenizer import Tokenizer
 from fw.data.windows import encode_questions, passages
+from fw.metrics.probabilities import softmax
 
 if TYPE_CHECKING:
     from fw.processors.text import Text
@@ -45,8 +46,7 @@ def ask(
         records, passages(packed.windows, unpack_words(packed, run(packed))), strict=True
     ):
         sums = np.array([null, *(passage.score for passage in best)])
-        powers = np.exp(sums - sums.max())
-        scores = (powers / powers.sum()).tolist()
+        scores = softmax(sums).tolist()
         answer = None
         if best:
             start, end = best[0].start, best[0].end

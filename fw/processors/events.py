@@ -6,7 +6,6 @@ What either learns from and is asked is in `fw.data.recommend` and `fw.data.requ
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from fw.data.rows import Rows
 from fw.data.vocabulary import NONE, Vocabulary
 from fw.errors import FwError
 from fw.options import read_fields
-from fw.processors.outputs import outputs
+from fw.processors.outputs import outputs, parse_json
 from fw.processors.processor import Processor
 
 if TYPE_CHECKING:
@@ -238,14 +237,15 @@ class Retrieval(_OfEvents):
 
     def parse(self, line: str, where: str, task: str) -> Any:
         """A user's id, or a JSON object with "user" and whatever else is known of them."""
-        return _object(line, where) if line.lstrip().startswith("{") else {"user": line.strip()}
+        return parse_json(line, where) if line.lstrip().startswith("{") else {"user": line.strip()}
 
     def answer(
         self, artifact: Artifact, items: Sequence[Any], batch_size: int
     ) -> Iterator[dict[str, Any]]:
         """{"user", "items": [{"item", "score"}, …]}, best first, without what the user took."""
-        seen = requests.user_inputs(self.vocabulary, items)[SEEN]
-        scores = outputs(artifact, self.inputs(items), batch_size).astype(np.float64)
+        arrays = requests.user_inputs(self.vocabulary, items)
+        seen = arrays.pop(SEEN)
+        scores = outputs(artifact, arrays, batch_size).astype(np.float64)
         rows, columns = np.nonzero(seen != NONE)
         scores[rows, seen[rows, columns]] = -np.inf
         places = np.argsort(-scores, axis=1, kind="stable")[:, :BEST]
@@ -316,7 +316,7 @@ class Ranking(_OfEvents):
     def parse(self, line: str, where: str, task: str) -> Any:
         """A user's id and an item's, parted by a comma; or a JSON object."""
         if line.lstrip().startswith("{"):
-            return _object(line, where)
+            return parse_json(line, where)
         user, comma, item = line.partition(",")
         if not comma:
             raise FwError(f"{where}: expected USER,ITEM or a JSON object; got {line[:200]!r}")
@@ -333,10 +333,3 @@ class Ranking(_OfEvents):
     def say(self, answer: Mapping[str, Any]) -> str:
         """The probability, user and item."""
         return f"{answer['probability']:.3f}  {answer['user']} {answer['item']}"
-
-
-def _object(line: str, where: str) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise FwError(f"{where}: expected a JSON object; {error}") from error

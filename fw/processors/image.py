@@ -27,8 +27,9 @@ from fw.data.preprocess import Preprocessor
 from fw.data.records import label_names
 from fw.data.rows import Rows
 from fw.errors import FwError
+from fw.metrics.probabilities import one_label
 from fw.options import read_fields
-from fw.processors.outputs import one_label, outputs
+from fw.processors.outputs import outputs
 from fw.processors.processor import Change, Processor
 from fw.processors.records import with_dev
 

@@ -1,13 +1,15 @@
-"""What outputs say, whatever they were made of: a few rows at a time, classes, numbers."""
+"""What all kinds have in common: a few rows at a time through an artifact, and lines of JSON."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fw.data.batches import eval_batches
+from fw.errors import FwError
 
 if TYPE_CHECKING:
     from fw.export.load import Artifact
@@ -37,29 +39,13 @@ def outputs(
     return np.concatenate([artifact.logits(batch) for batch in batches])[:rows]
 
 
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """Probabilities along the last axis, in float64.
+def parse_json(line: str, where: str) -> Any:
+    """The value that a line spells.
 
-    >>> softmax(np.zeros((1, 4))).tolist()
-    [[0.25, 0.25, 0.25, 0.25]]
+    Raises:
+        FwError: it is no JSON.
     """
-    powers = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True, initial=-1e30))
-    return powers / powers.sum(axis=-1, keepdims=True)
-
-
-def one_label(logits: np.ndarray, labels: Sequence[str]) -> dict[str, Any]:
-    """The likeliest of several classes.
-
-    Args:
-        logits: [C].
-        labels: their names.
-
-    >>> one_label(np.array([0.0, 0.0, -np.inf]), ("a", "b", "c"))
-    {'label': 'a', 'score': 0.5, 'scores': {'a': 0.5, 'b': 0.5, 'c': 0.0}}
-    """
-    scores = softmax(logits)
-    return {
-        "label": labels[int(scores.argmax())],
-        "score": float(scores.max()),
-        "scores": dict(zip(labels, scores.tolist(), strict=True)),
-    }
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise FwError(f"{where}: expected a JSON object; {error}") from error

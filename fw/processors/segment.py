@@ -18,9 +18,9 @@ from fw.data.rows import Rows
 from fw.data.segments import Crops, Palette, Segmented
 from fw.errors import FwError
 from fw.labels import IGNORE
+from fw.metrics.probabilities import softmax
 from fw.options import read_fields
 from fw.processors.image import OfImages, fitted
-from fw.processors.outputs import softmax
 from fw.processors.processor import Change
 from fw.tiles import tiled
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from fw.data.splits import load_files
 from fw.data.table import SUFFIXES, TARGET, Entry, read_entries
 from fw.errors import FwError
 from fw.options import read_fields
-from fw.processors.outputs import outputs
+from fw.processors.outputs import outputs, parse_json
 from fw.processors.processor import Processor
 from fw.processors.records import with_dev
 
@@ -173,12 +172,7 @@ class Table(Processor):
 
     def parse(self, line: str, where: str, task: str) -> Any:
         """A JSON object."""
-        try:
-            return json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise FwError(
-                f"{where}: expected a JSON object of values by column; {error}"
-            ) from error
+        return parse_json(line, where)
 
     def from_json(self, value: Any, where: str, task: str) -> Any:
         """The object."""

@@ -36,8 +36,7 @@ def ranking(labels: tuple[str, ...] = ()) -> Task:
 
     def summarise(counts: dict[str, Any]) -> Summary:
         gold, logits = counts["pairs"].values.T
-        small = np.exp(-np.abs(logits))
-        report = metrics.binary_report(gold, np.where(logits < 0, small, 1) / (1 + small))
+        report = metrics.binary_report(gold, metrics.sigmoid(logits))
         figures = {name: report[name] for name in _FIGURES}
         # Of the logits: far out, different ones have one probability.
         figures["auc"] = metrics.roc_auc(gold, logits)
