@@ -194,7 +194,7 @@ def _rows_by_domain(opened: Opened, split: str, moved: str = "") -> dict[str, An
     }
 
 
-def _alone(command: str) -> None:
+def _one_process(command: str) -> None:
     """Refuses a stage that writes files which several processes would write over each other."""
     if jax.process_count() > 1:
         raise FwError(f"fw {command} is work for one process; start it without mpirun or srun")
@@ -225,7 +225,7 @@ def compress_run(
     Raises:
       FwError: as `evaluate_run` does; what was there stays.
     """
-    _alone("compress")
+    _one_process("compress")
     opened = open_run(folder, mesh)
     rows_by_domain = _rows_by_domain(opened, split, data)
     params = opened.loaded.variables["params"]
@@ -271,7 +271,7 @@ def export_run(folder: str | Path, *, name: str = "f32", output: str | Path | No
     Raises:
       FwError: as `open_run`, `variant` and `fw.export.save` do.
     """
-    _alone("export")
+    _one_process("export")
     opened = open_run(folder)
     variables, fn = variant(opened, name)
     model, variables = opened.processor.exported(opened.loaded.model, variables, fn)

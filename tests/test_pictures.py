@@ -17,7 +17,7 @@ from PIL import Image
 
 from fw.data import Batches, eval_batches, preprocess
 from fw.data.pictures import PIXELS, Decoded, decode, decode_labels, in_threads, read_all
-from fw.data.preprocess import FILE, PROCESSORS, Preprocessor, fit
+from fw.data.preprocess import FILE, PROCESSORS, Preprocessor, levels, of_levels
 from fw.errors import FwError
 from fw.model import Model
 from fw.models.pixels import normalised
@@ -366,7 +366,7 @@ def test_a_preprocessor_refuses_what_makes_no_sense():
 def test_the_device_normalises_as_numpy_does():
     images = picture(8, 9)[None]
     train = np.stack([picture(8, 9), 255 - picture(8, 9)])
-    made = fit(train)
+    made = of_levels(levels(train), train.shape[1:3])
     np.testing.assert_allclose(made.mean, (train / 255).mean((0, 1, 2)), rtol=1e-12)
     np.testing.assert_allclose(made.std, (train / 255).std((0, 1, 2)), rtol=1e-12)
     seen = Model(None, lambda key: {}, lambda v, batch, **_: (batch, v), {})

@@ -14,7 +14,7 @@ from sklearn.metrics.cluster import pair_confusion_matrix
 
 from fw import metrics
 from fw.data import Batches, prefetch
-from fw.data.preprocess import fit as fit_pixels
+from fw.data.preprocess import levels, of_levels
 from fw.data.segments import (
     Crops,
     Palette,
@@ -373,7 +373,8 @@ def test_a_small_unet_learns_membranes():
     palette = fit(splits["train"], names=("membrane", "cell"))
     train = read_pairs(splits["train"], palette, 1)
     held = whole_rows(read_pairs(splits["dev"] + splits["test"], palette, 1), 8)
-    pixels = fit_pixels(np.stack([item.image for item in train]))
+    images = np.stack([item.image for item in train])
+    pixels = of_levels(levels(images), images.shape[1:3])
     model = normalised(unet(UNetConfig(2, width=8, depth=3)), pixels.mean, pixels.std, pixels.scale)
     task, mesh, steps = segmentation(palette.names, dice=0.5), make_mesh("data=1"), 300
     crops = Crops(train, (128, 128), seed=0)

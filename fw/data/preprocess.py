@@ -228,20 +228,6 @@ def load(folder: str | Path) -> Preprocessor:
         raise FwError(f"{path}: {error}") from None
 
 
-def fit(images: np.ndarray, size: tuple[int, int] | None = None) -> Preprocessor:
-    """A preprocessor for a model that is trained from nothing: mean and spread are the data's own.
-
-    Args:
-        images: uint8 [R, H, W, C], those to train on.
-        size: (height, width); that of the images, if None.
-
-    >>> fit(np.array([0, 255], np.uint8).reshape(2, 1, 1, 1)).mean
-    (0.5,)
-    """
-    height, width = images.shape[1:3]
-    return of_levels(levels(images), size or (height, width))
-
-
 def levels(images: np.ndarray) -> np.ndarray:
     """How often each level occurs: of uint8 [..., C], int64 [C, 256]; those of parts add up.
 
@@ -253,11 +239,14 @@ def levels(images: np.ndarray) -> np.ndarray:
 
 
 def of_levels(counts: np.ndarray, size: tuple[int, int]) -> Preprocessor:
-    """The preprocessor of images of a size, whose mean and spread their `levels` tell.
+    """A preprocessor for a model that is trained from nothing: mean and spread are the data's own.
 
     Args:
-        counts: int [C, 256].
-        size: (height, width).
+        counts: int [C, 256], the `levels` of the images to train on.
+        size: (height, width) that they have or get.
+
+    >>> of_levels(levels(np.array([[0], [255]], np.uint8)), (1, 1)).mean
+    (0.5,)
     """
     values, shares = np.arange(256) / 255, counts / counts.sum(1, keepdims=True)
     means = shares @ values
