@@ -12,7 +12,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     >>> softmax(np.zeros((1, 4))).tolist()
     [[0.25, 0.25, 0.25, 0.25]]
     """
-    wide = logits.astype(np.float64)
+    wide = np.asarray(logits, np.float64)  # a jax.Array would stay float32
     powers = np.exp(wide - wide.max(axis=-1, keepdims=True, initial=-1e30))
     return powers / powers.sum(axis=-1, keepdims=True)
 
@@ -23,7 +23,7 @@ def sigmoid(logits: np.ndarray) -> np.ndarray:
     >>> sigmoid(np.array([-1000.0, 0.0, 1000.0])).tolist()
     [0.0, 0.5, 1.0]
     """
-    wide = logits.astype(np.float64)
+    wide = np.asarray(logits, np.float64)
     small = np.exp(-np.abs(wide))  # of -|x|: nothing overflows, and small ones keep their digits
     return np.where(wide < 0, small, 1) / (1 + small)
 
