@@ -1,15 +1,16 @@
 """Convolutions of images as each platform computes them fast, and their gradients.
 
 `fw.precision` puts `convolve` where a function has a convolution, as it does with its own products
-for dots. GPUs and TPUs get JAX's convolutions. So does the way forward on a CPU, which XLA gives to
-YNNPACK; the way back is another matter:
+for dots. GPUs and TPUs get JAX's convolutions. So does, as a rule, the way forward on a CPU, which
+XLA gives to YNNPACK; the way back is another matter:
 
 - a kernel's gradient is, to XLA, a convolution whose window is a whole image and whose output is as
   wide as the kernel, where YNNPACK likes wide outputs. Here channels take the place of columns: for
   each column of the kernel, the gradient, transposed, is convolved with the strip of x under it,
   row by row. A few images at a time, which stay in the cache;
 - an input's gradient under strides is, to XLA, a convolution of an image spread out by zeros. Here
-  each phase of the stride is a convolution with its own part of the kernel.
+  each phase of the stride is a convolution with its own part of the kernel;
+- small images of many channels go by `fw.winograd`, both ways.
 """
 
 import functools
@@ -23,6 +24,8 @@ import numpy as np
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from fw import winograd
+
 Pair = tuple[int, int]
 
 CHUNK = 2**19
@@ -33,6 +36,12 @@ NARROW = 8
 
 FEW = 4
 """Channels of an image, rather than of an activation."""
+
+SHORT = 9
+"""Places of a window of a grey image: too few for a dot."""
+
+MANY = 64
+"""Channels of which products, in and out, weigh more than copies of x."""
 
 
 class How(NamedTuple):
@@ -170,23 +179,64 @@ def _padded(x, padding):
 
 
 def _forward(x, kernel, how):
-    (rows, columns), (left, right) = kernel.shape[:2], how.padding[1]
-    if rows == columns == 1 and how.strides != (1, 1):
-        seen = _padded(x, how.padding)[:, :: how.strides[0], :: how.strides[1]]
-        return _plain(seen, kernel, how._replace(strides=(1, 1), padding=((0, 0), (0, 0))))
-    width = x.shape[2] + left + right - columns + 1
-    if how.groups > 1 or how.strides != (1, 1) or columns == 1 or width >= NARROW:
-        return _plain(x, kernel, how)
-    x = _padded(x, how.padding)
+    (rows, columns), padding = kernel.shape[:2], how.padding
+    strided, many = how.strides != (1, 1), min(kernel.shape[2:]) >= MANY
+    width = x.shape[2] + sum(padding[1]) - columns + 1
+    if rows == columns == 1 and strided:
+        seen = _padded(x, padding)[:, :: how.strides[0], :: how.strides[1]]
+        y = _plain(seen, kernel, how._replace(strides=(1, 1), padding=((0, 0), (0, 0))))
+    elif how.groups == 1 and kernel.shape[2] == 1 and rows * columns <= SHORT:
+        y = _sum_of_products(x, kernel, how)
+    elif how.groups == 1 and strided and many:
+        y = _dot_of_windows(x, kernel, how)
+    elif how.groups > 1 or strided or columns == 1 or width >= NARROW:
+        y = _plain(x, kernel, how)
+    elif _is_winograd(kernel, how, width):
+        y = winograd.convolution(x, kernel, padding, how.precision)
+    else:
+        y = _rows_end_to_end(x, kernel, how, width)
+    return y
+
+
+def _rows_end_to_end(x, kernel, how, width):
+    (rows, columns), x = kernel.shape[:2], _padded(x, how.padding)
     parts = []
     for j in range(columns):
-        # Rows end to end: the next row of the window is `width` places on.
+        # The next row of the window is `width` places on.
         flat = x[:, :, j : j + width].reshape(x.shape[0], 1, -1, x.shape[3])
         step = kernel[:, j].reshape(1, rows, *kernel.shape[2:])
         alone = how._replace(padding=((0, 0), (0, 0)))
         parts.append(_plain(flat, step, alone, rhs_dilation=(1, width)))
     y = functools.reduce(jnp.add, parts)
     return y.reshape(x.shape[0], -1, width, kernel.shape[3])
+
+
+def _is_winograd(kernel, how, width):
+    alike = kernel.shape[:2] == (3, 3) and how.groups == 1 and how.strides == (1, 1)
+    return alike and width < NARROW and min(kernel.shape[2:]) >= MANY
+
+
+def _windows(x, kernel, how):
+    """Of every place in the kernel, down and across, what it meets: [B, H', W', in] each."""
+    x, (down, across) = _padded(x, how.padding), how.strides
+    rows, columns = kernel.shape[:2]
+    high, wide = x.shape[1] - rows + 1, x.shape[2] - columns + 1
+    return [
+        x[:, i : i + high : down, j : j + wide : across]
+        for i in range(rows)
+        for j in range(columns)
+    ]
+
+
+def _dot_of_windows(x, kernel, how):
+    windows = jnp.concatenate(_windows(x, kernel, how), -1)
+    return jnp.dot(windows, kernel.reshape(-1, kernel.shape[3]), precision=how.precision)
+
+
+def _sum_of_products(x, kernel, how):
+    """Of one channel, without a dot: XLA makes one loop of it."""
+    parts = zip(_windows(x, kernel, how), kernel.reshape(-1, kernel.shape[3]), strict=True)
+    return functools.reduce(jnp.add, [part * k for part, k in parts])
 
 
 def _input_gradient(x, kernel, g, how):
@@ -247,6 +297,8 @@ def _chunk_gradient(x, g, kernel, how):
     rows, columns, size_in, size_out = kernel.shape
     batch, high, wide, _ = g.shape
     down, across = how.strides
+    if _is_winograd(kernel, how, wide):
+        return winograd.kernel_gradient(x, g, how.padding, _row_major, how.precision)
     x = _padded(x, _reached(x, kernel, g, how))
     if size_in <= FEW:  # the other way round: all windows of x, transposed, by g
         x = jnp.moveaxis(x, 3, 0)

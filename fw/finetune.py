@@ -37,7 +37,7 @@ from sharding import Rules, make_mesh, put
 from sharding import rules as make_rules
 
 MODEL = "model"
-"""The folder in a run with its best parameters, as Hugging Face transformers reads it."""
+"""The folder in a run with its best parameters, as transformers reads those it knows."""
 
 # What a resumed run may do differently: none of it changes a number but in its last digits.
 MAY_CHANGE = ("run", "mesh", "rules", "remat", "log_every", "keep_last", "keep_best")
@@ -183,6 +183,8 @@ def forward(model: Model, policy: str) -> Forward:
 def prepare(recipe: Finetune, dataset: Path, source: Path | None) -> Data:
     """Reads a data set and makes rows of it.
 
+    Those of the test are tried as well: a bad one should show before the training.
+
     Args:
       recipe: how.
       dataset: a file or folder.
@@ -195,22 +197,23 @@ def prepare(recipe: Finetune, dataset: Path, source: Path | None) -> Data:
     records, skipped = kind.read(recipe, dataset)
     for split in ("train", "dev"):
         if split not in records:
-            raise FwError(
-                f"{dataset}: no {kind.item} for {split}; without files of their own, dev and test "
-                f"get a tenth of the {kind.item}s each, by hash: give more {kind.item}s, or a "
-                f"folder with a file for {split}"
-            )
+            hint = f"dev and test get a tenth of the {kind.item}s each, by hash: give more"
+            if kind.item != "event":  # whose files know no splits
+                hint = f"without files of their own, {hint}, or a folder with a file for {split}"
+            raise FwError(f"{dataset}: no {kind.item} for {split}; {hint}")
     processor = kind.fit(recipe, records, source)
     labels = processor.labels(records["train"])
+    rows: dict[str, AnyRows] = {}
     worse: list[str] = []
     bad = worse.append if recipe.skip_bad_rows else None
-    made = {
-        split: processor.rows(recipe, items, labels, learn=split == "train", on_bad_row=bad)
-        for split, items in records.items()
-        if split != "test"  # which `fw eval` reads
-    }
-    rows = {split: rows for split, (rows, _) in made.items()}
-    cut = sum(cut for _, cut in made.values())
+    cut = 0
+    for split, items in records.items():
+        if split == "test":
+            more = processor.try_rows(recipe, items, labels, bad)
+        else:
+            learn = split == "train"
+            rows[split], more = processor.rows(recipe, items, labels, learn=learn, on_bad_row=bad)
+        cut += more
     change = processor.change(recipe, rows["train"])
     return Data(processor, records, rows, labels, (*skipped, *worse), cut, change)
 
@@ -221,7 +224,8 @@ def bring(
     """The model that a recipe begins with: a pretrained one with a head for the data, or a new one.
 
     Raises:
-      FwError: a folder that is broken, or a model that the data does not fit.
+      FwError: a folder that is broken, a model that the data does not fit, or microbatches for one
+        without stages.
       sharding.ShardingError: a mesh that it does not fit.
     """
     processor, labels = prepared.processor, prepared.labels
@@ -233,6 +237,8 @@ def bring(
         loaded = hub.load(
             source, task=recipe.long_task, labels=labels, key=key, **where, **computed
         )
+    if recipe.microbatches > 1 and not hasattr(loaded.model.config, "microbatches"):
+        raise FwError(f"microbatches: {recipe.model} has no layers of one kind to lay in stages")
     processor.check(recipe, prepared.rows, loaded.model.config)
     return loaded
 

@@ -9,6 +9,13 @@ from typing import Any, cast, get_args, get_origin
 
 from fw.errors import FwError
 
+COMPUTED: Mapping[str, str] = {
+    "microbatches": "give --microbatches",
+    "remat": "give --remat",
+    "scan": "the mesh decides",
+}
+"""Fields of a config that say how a model is computed, and who says it."""
+
 
 def add_options(
     parser: argparse.ArgumentParser, record: type, *, without: Collection[str] = ()
@@ -79,10 +86,11 @@ def read_fields[T](
       record: a dataclass whose other fields are str, int, float, bool or tuples of one of them.
       text: name=value, parted by commas; the values of a tuple by slashes.
       defaults: fields in place of the record's own defaults.
-      given: fields that the text may not change.
+      given: fields that the text may not change; nor may it change those in `COMPUTED`.
 
     Raises:
-      FwError: a field that is not there or is given, or a value of another type.
+      FwError: a field that is not there, is given or says how a model is computed, or a value of
+        another type.
 
     >>> @dataclasses.dataclass(frozen=True)
     ... class Net:
@@ -92,16 +100,21 @@ def read_fields[T](
     >>> read_fields(Net, "sizes=32/64,rate=0", inputs=3)
     Net(inputs=3, sizes=(32, 64), rate=0.0)
     """
-    own = {f.name: f.type for f in dataclasses.fields(record) if f.name not in given}  # type: ignore[arg-type]
+    fixed = {*given, *COMPUTED}
+    own = {f.name: f.type for f in dataclasses.fields(record) if f.name not in fixed}  # type: ignore[arg-type]
     found: dict[str, Any] = {}
     for part in filter(None, map(str.strip, text.split(","))):
         name, _, value = map(str.strip, part.partition("="))
+        if name in COMPUTED:
+            raise FwError(f"config: {name} is no part of the model; {COMPUTED[name]}")
         if name not in own:
             raise FwError(f"config: there is no field {name!r}; expected {', '.join(own)}")
         try:
             found[name] = _read_value(own[name], value)
         except (ValueError, TypeError) as error:
-            raise FwError(f"config: {part!r}: expected a value for {own[name]}") from error
+            kind = own[name]
+            kind = kind.__name__ if isinstance(kind, type) else kind
+            raise FwError(f"config: {part!r}: expected a value of type {kind}") from error
     return record(**{**(defaults or {}), **given, **found})
 
 

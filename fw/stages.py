@@ -6,7 +6,6 @@ functions; `fw.compare` times what they leave.
 """
 
 import dataclasses
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from fw.data.files import OnBadRow
 from fw.data.rows import AnyRows
 from fw.errors import FwError
 from fw.evaluate import Forward, count, make_counter
+from fw.export.save import replacing
 from fw.finetune import MODEL, forward, record
 from fw.hub.files import WEIGHTS
 from fw.metrics import merge
@@ -223,25 +223,21 @@ def compress_run(
       Lines for the terminal: bytes, error, quality before and after on `split`.
 
     Raises:
-      FwError: as `evaluate_run` does; what was there stays.
+      FwError: as `evaluate_run` does, or the folder cannot be written; what was there stays.
     """
     _one_process("compress")
     opened = open_run(folder, mesh)
-    rows_by_domain = _rows_by_domain(opened, split, data)
     params = opened.loaded.variables["params"]
-    try:
-        small, leaves = compress.quantize(params)
-    except ValueError as error:  # none of its parameters is a kernel
-        raise FwError(f"{opened.folder / MODEL}: nothing to make int8 of: {error}") from error
-    target, part = opened.folder / INT8, opened.folder / f"{INT8}.part"
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
-    arrays = {n: compress.to_arrays(gather(p)) for n, p in (("f32", params), (INT8, small))}
-    write_tensors(part / WEIGHTS, arrays[INT8])
-    cost = [{**dataclasses.asdict(leaf), "error": float(leaf.error)} for leaf in leaves]
-    run.write_json(part / REPORT, {"recipe": {"quantize": INT8}, "leaves": cost})
-    shutil.rmtree(target, ignore_errors=True)
-    part.rename(target)
+    with replacing(opened.folder / INT8) as part:
+        rows_by_domain = _rows_by_domain(opened, split, data)
+        try:
+            small, leaves = compress.quantize(params)
+        except ValueError as error:  # none of its parameters is a kernel
+            raise FwError(f"{opened.folder / MODEL}: nothing to make int8 of: {error}") from error
+        arrays = {n: compress.to_arrays(gather(p)) for n, p in (("f32", params), (INT8, small))}
+        write_tensors(part / WEIGHTS, arrays[INT8])
+        cost = [{**dataclasses.asdict(leaf), "error": float(leaf.error)} for leaf in leaves]
+        run.write_json(part / REPORT, {"recipe": {"quantize": INT8}, "leaves": cost})
 
     changed = [leaf for leaf in leaves if leaf.bytes_after != leaf.bytes_before]
     before, after = (sum(getattr(r, f"bytes_{k}") for r in changed) for k in ("before", "after"))

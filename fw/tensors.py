@@ -13,7 +13,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import safetensors
+import safetensors.numpy
 
+from fw import json_files
 from fw.errors import FwError
 
 DTYPES = {
@@ -73,6 +75,21 @@ def write_tensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     with tensor_file(path, arrays) as write:
         for name, array in arrays.items():
             write(name, array)
+
+
+def replace_tensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write arrays as `write_tensors` does, whole or not at all: beside the path, then renamed.
+
+    Args:
+        path: replaced if it is there. Only process 0 writes.
+        arrays: by name, bfloat16 apart; they are few, for their bytes are copied in memory.
+
+    Raises:
+        FwError: the file cannot be written.
+    """
+    if json_files.is_writer():
+        data = safetensors.numpy.save(dict(arrays), metadata={"format": "pt"})
+        json_files.replace(path, data)
 
 
 @contextmanager

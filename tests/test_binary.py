@@ -5,11 +5,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.special
 import sklearn.metrics
 from scipy import stats as scipy_stats
 from sklearn.calibration import calibration_curve
 
 from fw import metrics
+from fw.errors import FwError
 
 close = partial(pytest.approx, rel=1e-12, abs=1e-12)
 ZERO: Any = {"zero_division": 0}  # Any, since scikit-learn's inferred type is str
@@ -27,12 +29,14 @@ def sample(seed):
 
 @pytest.mark.parametrize("seed", range(12))
 def test_every_figure_is_that_of_scikit_learn_or_scipy(seed):
-    y, p = sample(seed)
-    found = metrics.binary_report(y, p)
+    y, share = sample(seed)
+    x = 200 * (share - 0.5)  # from about 37 on, the probability is 1
+    p = scipy.special.expit(x)
+    found = metrics.binary_report(y, x)
     theirs = {
-        "auc": sklearn.metrics.roc_auc_score(y, p),
-        "average_precision": sklearn.metrics.average_precision_score(y, p),
-        "ks": scipy_stats.ks_2samp(p[y == 1], p[y == 0])[0],
+        "auc": sklearn.metrics.roc_auc_score(y, x),
+        "average_precision": sklearn.metrics.average_precision_score(y, x),
+        "ks": scipy_stats.ks_2samp(x[y == 1], x[y == 0])[0],
         "log_loss": sklearn.metrics.log_loss(y, p),
         "brier": sklearn.metrics.brier_score_loss(y, p),
         "precision": sklearn.metrics.precision_score(y, p > 0.5, **ZERO),
@@ -44,7 +48,7 @@ def test_every_figure_is_that_of_scikit_learn_or_scipy(seed):
 
     every: Any = {"drop_intermediate": False}
     for ours, other in zip(
-        metrics.roc_curve(y, p), sklearn.metrics.roc_curve(y, p, **every), strict=True
+        metrics.roc_curve(y, x), sklearn.metrics.roc_curve(y, x, **every), strict=True
     ):
         np.testing.assert_allclose(ours, other, rtol=1e-12)
 
@@ -84,10 +88,13 @@ def test_what_cannot_be_scored_is_refused_or_said_to_be_no_number():
         (one, np.ones(2), "one vector each"),
         (np.array([]), np.array([]), "not empty"),
         (one * -1, one, "0 and 1 alone"),
-        (one, one * np.nan, "finite"),
-        (one, one * 2, "expected 0 … 1"),
+        (one, one, "all 3 rows are '1'"),
     ):
         with pytest.raises(ValueError, match=message):
             metrics.binary_report(labels, scores)
+    with pytest.raises(FwError, match=r"2 of 3 are NaN or infinite, .* lower --learning-rate"):
+        metrics.binary_report(np.array([0, 1, 1]), np.array([np.nan, np.inf, 0]))
+    with pytest.raises(ValueError, match="expected 0 … 1"):
+        metrics.log_loss(one, one * 2)
     with pytest.raises(ValueError, match="width or count"):
         metrics.reliability(one, one, by="rows")

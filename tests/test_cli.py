@@ -181,6 +181,9 @@ def test_data_that_a_run_cannot_use_is_named(world, tmp_path, capsys):
     (folder / "dev.csv").write_text("text,label\ngood,maybe\n")
     error = refused(capsys, command)
     assert "dev.csv:2: expected a label of the training data (no, yes); got 'maybe'" in error
+    (folder / "dev.csv").rename(folder / "test.csv")
+    (folder / "dev.csv").write_text("text,label\ngood,yes\n")
+    assert "test.csv:2: expected a label of the training data" in refused(capsys, command)
     single = finetune(world, tmp_path / "run", task="classify", data=folder / "train.csv")
     assert "no text for dev; " in refused(capsys, single)
     (folder / "train.csv").write_bytes(b"text,label\ncaf\xe9,yes\n")

@@ -22,6 +22,10 @@ few = settings(derandomize=True, deadline=None, max_examples=6, phases=[Phase.ge
 
 CASES = {  # batch, height, width, in, out, kernel, strides, padding, groups
     "3x3": (4, 9, 10, 3, 5, (3, 3), (1, 1), ((1, 1), (1, 1)), 1),
+    "grey": (4, 9, 10, 1, 5, (3, 3), (1, 2), ((1, 1), (0, 2)), 1),
+    "many channels": (6, 7, 4, 64, 72, (3, 3), (1, 1), ((1, 0), (2, 1)), 1),
+    "many channels in chunks": (40, 8, 7, 64, 64, (3, 3), (1, 1), ((1, 1), (1, 1)), 1),
+    "many channels, strided": (4, 9, 8, 64, 64, (3, 2), (2, 2), ((1, 1), (1, 1)), 1),
     "narrow": (16, 7, 5, 3, 5, (3, 3), (1, 1), ((1, 1), (1, 1)), 1),
     "strided": (4, 9, 12, 3, 5, (3, 3), (2, 2), ((1, 1), (1, 1)), 1),
     "rows that no window reaches": (2, 8, 9, 3, 4, (1, 1), (2, 2), ((0, 0), (0, 0)), 1),

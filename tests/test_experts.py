@@ -21,6 +21,7 @@ from sharding import ShardingError, create, gather, inspect, make_mesh, put, rul
 from sharding.parallel.experts import experts
 from sharding.parallel.routing import balance_loss, queue, route, z_loss
 from sharding.parallel.rows import grouped
+from tests.marks import slow
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -321,9 +322,9 @@ def assert_close(found, wanted, tolerance=1e-11):
         ("expert=8", "all"),
         ("expert=8", "group"),
         ("data=2,expert=2,tensor=2", "all"),
-        ("fsdp=2,expert=2,sequence=2", "all"),
+        slow("fsdp=2,expert=2,sequence=2", "all"),
         ("fsdp=2,expert=2,sequence=2", "row"),
-        ("fsdp=2,expert=2,tensor=2", "all"),
+        slow("fsdp=2,expert=2,tensor=2", "all"),
         ("data=2,sequence=2,tensor=2", "group"),
     ],
 )
@@ -368,7 +369,7 @@ def rows(f):
     return lambda p, x: jax.vmap(f, (None, 0))(p, jnp.stack([x, x])).mean()
 
 
-@pytest.mark.parametrize(("wrap", "mode"), [(turns, "all"), (rows, "all"), (rows, "row")])
+@pytest.mark.parametrize(("wrap", "mode"), [slow(turns, "all"), slow(rows, "all"), (rows, "row")])
 def test_under_transforms(wrap, mode):
     params, skew = parameters(0), 2.0
     with jax.enable_x64(True):
@@ -380,7 +381,7 @@ def test_under_transforms(wrap, mode):
         assert_close(found, (value, gradients[:2]))
 
 
-@pytest.mark.parametrize("mode", ["all", "row"])
+@pytest.mark.parametrize("mode", [slow("all"), "row"])
 def test_stages_of_a_pipeline(mode):
     """`vmap` over stages that lie on `pipe`, as the pipeline does it: each has its own experts."""
     stages = [parameters(10 * s) for s in range(2)]
@@ -575,7 +576,7 @@ def test_gelu_experts_chosen_one_a_token():
     assert_close(y, np.einsum("blf,blfd->bld", hidden, down[best]) * p.max(-1)[..., None], 1e-12)
 
 
-@pytest.mark.parametrize("capacity", [None, 1.0])
+@pytest.mark.parametrize("capacity", [slow(None), 1.0])
 def test_a_precision_policy_rounds_the_experts_and_not_the_router(capacity):
     """Mapped over experts, a product has a batch axis; rounded it is as that of one expert."""
     model = as_model(ExpertsConfig(**{**vars(CONFIG), "capacity": capacity}))
@@ -600,7 +601,7 @@ def test_a_precision_policy_rounds_the_experts_and_not_the_router(capacity):
     assert np.abs(low - y).max() > 1e-3
 
 
-@pytest.mark.parametrize("capacity", [None, 1.0])
+@pytest.mark.parametrize("capacity", [slow(None), 1.0])
 def test_what_is_rounded_travels_rounded(capacity):
     """To the experts, and its gradient from them; the result is what it is on one device."""
     model = as_model(ExpertsConfig(**{**vars(CONFIG), "capacity": capacity}))

@@ -34,6 +34,7 @@ from fw.tasks import Summary
 from fw.train import Progress, train
 from sharding import gather, make_mesh, paths, rules
 from tests import tiny
+from tests.marks import slow
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -103,7 +104,7 @@ def assert_same_bits(a, b):
 # --- a run ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("task", ["ner", "classify"])
+@pytest.mark.parametrize("task", [slow("ner"), "classify"])
 def test_a_run_explains_itself(runs, world, task):
     folder = runs(task)
     config, result = run.config(folder), run.read_json(folder / run.RESULT)

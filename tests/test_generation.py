@@ -14,6 +14,7 @@ from fw.generation import Decoder, Sampling, choose, controls, decode, speculate
 from fw.models.bert import BertConfig, bert
 from fw.models.llama import LlamaConfig, llama
 from sharding import create, make_mesh, rules, shardings
+from tests.marks import slow
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -127,7 +128,9 @@ def test_cached_as_uncached_token_for_token_in_a_batch_of_lengths(kind):
     assert [run(decoder, [p], [s])[0] for p, s in zip(PROMPTS, SETTINGS, strict=True)] == expected
 
 
-@pytest.mark.parametrize("spec", ["data=2", "fsdp=2,tensor=2", "data=2,fsdp=2,tensor=2"])
+@pytest.mark.parametrize(
+    "spec", [slow("data=2"), slow("fsdp=2,tensor=2"), "data=2,fsdp=2,tensor=2"]
+)
 def test_every_mesh_generates_the_same(spec):
     model, variables = make("llama")
     mesh, layout = make_mesh(spec), rules()
@@ -151,7 +154,7 @@ def test_a_text_ends_at_its_stop_and_the_others_go_on():
     assert any(len(a) < len(b) for a, b in zip(cut, whole, strict=True))
 
 
-@pytest.mark.parametrize("quality", ["itself", "near", "stranger"])
+@pytest.mark.parametrize("quality", [slow("itself"), "near", slow("stranger")])
 def test_speculation_changes_no_token(quality):
     model, variables = make("llama")
     draft_model, draft = make("mistral", seed=3)

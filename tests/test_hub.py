@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -18,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 from fw import hub
 from fw.data import Encoded, pack, unpack_texts, unpack_words
 from fw.errors import FwError
+from fw.hub.families import FAMILIES
 from fw.hub.files import Tensor, new_folder
 from fw.models.bert import BertConfig, bert
 from sharding import gather, make_mesh, paths, put, rules, scope
@@ -526,3 +528,39 @@ def test_a_folder_is_whole_or_not_there(tmp_path):
         (part / "config.json").write_text("{}")
         raise RuntimeError
     assert not list(tmp_path.iterdir())
+
+
+OF_OUR_OWN = {
+    "unet": {"num_labels": 2, "num_channels": 3, "width": 4, "depth": 2, "norm": "none",
+             "dropout": 0.2},
+    "mlp": {"numbers": 2, "categories": (3, 4), "num_labels": 2, "hidden_size": 8,
+            "num_hidden_layers": 3, "dropout": 0.2, "category_size": 5},
+    "ft_transformer": {"numbers": 2, "categories": (3, 4), "num_labels": 2, "hidden_size": 8,
+                       "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16,
+                       "dropout": 0.2, "attention_dropout": 0.1, "layer_norm_eps": 1e-3},
+    "dlrm": {"columns": ("user", "item"), "rows": (5, 7), "numbers": ("age",), "history": True,
+             "size": 4, "bottom": (6,), "top": (5,), "dropout": 0.2},
+    "two_tower": {"user_columns": ("user", "job"), "user_rows": (5, 7), "item_columns": ("item",),
+                  "item_rows": (6,), "user_numbers": ("age",), "item_numbers": ("cost",),
+                  "history": False, "size": 4, "hidden": (6,), "normalize": False,
+                  "temperature": 0.5, "dropout": 0.2, "initializer_range": 0.1},
+}  # fmt: skip
+"""Every field of every family without a home at Hugging Face, none as it is by default."""
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, family in FAMILIES.items() if isinstance(family.names, partial)]
+)
+def test_every_field_of_our_own_families_comes_back(tmp_path, name):
+    family = FAMILIES[name]
+    fields = [f for f in dataclasses.fields(family.config) if f.name not in family.own]  # type: ignore[arg-type]
+    given = OF_OUR_OWN[name]
+    assert all(given[f.name] != f.default for f in fields)
+    task, labels = next(iter(family.architectures)), ("a", "b")[: given.get("num_labels", 0)]
+    config = family.config(**given, task=task)
+    where = {"mesh": make_mesh(ONE), "rules": rules()}
+    made = hub.new(config, labels, key=jax.random.key(0), **where)
+    hub.save(tmp_path / "model", made)
+    again = load(tmp_path / "model")
+    assert again.model.config == config
+    assert_same(again.variables, made.variables)

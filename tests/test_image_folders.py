@@ -225,6 +225,9 @@ def test_the_digits_of_scikit_learn(tmp_path):
         path.write_bytes(gzip.compress(line.encode()))
         with pytest.raises(FwError, match=r"digits\.csv\.gz:1: expected"):
             read_digits(path)
+    path.write_bytes(gzip.compress(b"1," * 10**6))
+    with pytest.raises(FwError, match=r"digits\.csv\.gz:1: expected a line of under"):
+        read_digits(path)
 
 
 def test_fashion_mnist():

@@ -16,11 +16,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fw.data import Batches, eval_batches, preprocess
+from fw.data import pictures as decoding
 from fw.data.pictures import PIXELS, Decoded, decode, decode_labels, in_threads, read_all
 from fw.data.preprocess import FILE, PROCESSORS, Preprocessor, levels, of_levels
 from fw.errors import FwError
 from fw.model import Model
 from fw.models.pixels import normalised
+from fw.models.vit import vit
+from fw.models.vit_config import Dinov2Config, ViTConfig
+from fw.processors.image import Images, fitted
 
 fuzz = settings(
     derandomize=True,
@@ -122,6 +126,11 @@ def test_maps_of_classes_keep_their_numbers():
     np.testing.assert_array_equal(decode_labels(encoded(deep)), deep)
     with pytest.raises(FwError, match="bytes: expected a map of classes"):
         decode_labels(encoded(COLOUR))
+    for orientation in (1, 6):  # turned or not, it was a JPEG
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        with pytest.raises(FwError, match=r"bytes: .* a JPEG, .*; save maps as PNG"):
+            decode_labels(encoded(GREY, "JPEG", exif=exif))
 
 
 # Hostile files --------------------------------------------------------------------------------
@@ -178,6 +187,18 @@ def test_what_is_no_plain_file_is_refused_at_once(tmp_path):
         file.truncate(2**40)
     with pytest.raises(FwError, match=f"{path}: expected at most {2**29} bytes"):
         decode(path)
+
+
+def test_what_is_wrong_with_the_machine_is_no_corrupt_picture(monkeypatch):
+    with pytest.raises(FwError, match=r"^/proc/self/mem: cannot be read: Input/output error"):
+        decode("/proc/self/mem")
+
+    def full(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(decoding.Image, "open", full)
+    with pytest.raises(MemoryError):
+        list(read_all([FILES["colour"][0]] * 2, decode, on_bad=print))
 
 
 def readable(source):
@@ -356,7 +377,11 @@ def test_a_preprocessor_refuses_what_makes_no_sense():
         (lambda: Preprocessor(mean=(0.5,) * 2), "a number for grey or for each of three"),
         (lambda: Preprocessor(std=(0.0,) * 3), "std above 0"),
         (lambda: Preprocessor(size=224).shape, "different sizes; give crop"),
-        (lambda: Preprocessor(size=8000).pixels(picture(1, 4000)), "more than|at most"),
+        (lambda: Preprocessor(size=8000).pixels(picture(1, 4000)), "at most"),
+        (
+            lambda: Preprocessor((8, 2**14)).pixels(np.zeros((2**13, 1, 3), np.uint8)),
+            "pixels: 8192 × 1 pixels would be resized to 8192 × 16384, and then",
+        ),
         (lambda: Preprocessor().pixels(np.zeros((3, 3))), "pixels: expected uint8"),
     ):
         with pytest.raises(FwError, match=message):
@@ -376,3 +401,48 @@ def test_the_device_normalises_as_numpy_does():
     np.testing.assert_allclose(found["pixel_values"], expected, atol=5e-7)
     assert found["pixel_values"].dtype == np.float32 and set(found) == {"pixel_values", "x"}
     assert set(model.apply({}, {"x": images})[0]) == {"x"}
+
+
+# For models -----------------------------------------------------------------------------------
+
+
+def test_a_new_model_s_numbers_are_those_of_all_images_and_few_wait_in_memory(monkeypatch):
+    train = [picture(7, 9) // (i + 1) for i in range(99)]
+    expected = of_levels(levels(np.stack(train)), (7, 9))
+    made = fitted([encoded(pixels) for pixels in train], 0)
+    assert made == expected
+    assert fitted([GREY, GREY], 4).shape == (4, 4, 1)
+
+    whole = []
+    work = decoding.in_threads
+    monkeypatch.setattr(
+        decoding,
+        "in_threads",
+        lambda *given: (whole.append(max(map(np.size, found))) or found for found in work(*given)),
+    )
+    fitted([picture(64, 64)] * 9, 0)
+    assert max(whole) == 3 * 256  # levels, no pixels
+
+
+def test_images_none_of_which_is_good_are_told_of():
+    with pytest.raises(FwError, match="none of the training images is good; bytes: expected a pic"):
+        fitted([b"none"], 8, skip=True)
+
+
+@pytest.mark.parametrize("config", [ViTConfig, Dinov2Config])
+def test_only_some_models_take_images_of_another_size(config):
+    """Released DINOv2 have an image_size of 518 and are given 224 pixels."""
+    given: Any = {"intermediate_size": 8} if config is ViTConfig else {}
+    made = config(
+        image_size=12, patch_size=4, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+        num_labels=2, **given,
+    )  # fmt: skip
+    processor = Images(Preprocessor(9, (8, 8)))
+    if config is ViTConfig:
+        with pytest.raises(FwError, match=r"come out as \(8, 8\); the model takes \(12, 12\)"):
+            processor.fits(made, "image_classification")
+        return
+    processor.fits(made, "image_classification")
+    model = processor.adapt(vit(made))
+    variables = model.init(jax.random.key(0))
+    assert model.apply(variables, processor.golden("", [picture(20, 30)]))[0].shape == (1, 2)

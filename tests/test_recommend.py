@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import sklearn.metrics
+from flax import nnx
 
 from fw import metrics
 from fw.data import Batches, requests
@@ -24,9 +25,12 @@ from fw.data.vocabulary import fit_vocabulary, load
 from fw.errors import FwError
 from fw.evaluate import evaluate, make_counter
 from fw.models.dlrm import DLRMConfig, dlrm
+from fw.models.features import Features
 from fw.models.recommender import recommender
 from fw.models.two_tower import TwoTowerConfig, two_tower
 from fw.optimizer import AdamW, optimizer
+from fw.processors.events import Events, Ranking, Retrieval
+from fw.recipe import Finetune
 from fw.step import initial_state, make_step
 from fw.table_optimizer import TableOptions, row_optimizer, with_tables
 from fw.tasks import ranking, retrieval, sampled_softmax
@@ -135,6 +139,10 @@ def test_a_vocabulary_comes_back_and_is_not_believed(vocabulary, tmp_path):
         lambda v: v["columns"][1]["tokens"].pop(),
         lambda v: v["columns"][2].update(kind="date"),
         lambda v: v.update(history="many"),
+        lambda v: v.update(history=2**31 - 1),
+        lambda v: v["columns"][0].update(spare=2**31 - 1),
+        lambda v: v["columns"][2].update(width=2**31 - 1),
+        lambda v: v["columns"][2].update(mean=10**399),
         lambda v: v.pop("users"),
     ):
         value = json.loads(json.dumps(good))
@@ -142,6 +150,11 @@ def test_a_vocabulary_comes_back_and_is_not_believed(vocabulary, tmp_path):
         (tmp_path / "vocabulary.json").write_text(json.dumps(value))
         with pytest.raises(FwError, match="vocabulary"):
             load(tmp_path)
+    (tmp_path / "vocabulary.safetensors").unlink()
+    (tmp_path / "vocabulary.safetensors").mkdir()  # which no file replaces
+    with pytest.raises(FwError, match="cannot be written"):
+        vocabulary.save(tmp_path)
+    assert len([*tmp_path.iterdir()]) == 2
 
 
 @pytest.mark.parametrize(
@@ -153,6 +166,10 @@ def test_a_vocabulary_comes_back_and_is_not_believed(vocabulary, tmp_path):
         ("a.inter", "user_id:token\titem_id:token\n\ttea\n", r"a\.inter:2: expected a name"),
         ("a.csv", "user,film\nada,tea\n", r"a\.csv:1: expected a column 'item'"),
         ("a.csv", "user,item,x:date\nada,tea,1\n", r"a\.csv:1: column 'x:date'"),
+        ("a.csv", "user,item,label:token_seq\nada,tea,1\n", "'label:token_seq': .* label:float"),
+        ("a.csv", "user,item,rating:token_seq\nada,tea,1\n", "'rating:token_seq': .* rating:float"),
+        ("a.csv", "user:float,item\n1,tea\n", "'user:float': expected user:token"),
+        ("a.csv", "user,item,x:float\nada,tea,1e200\n", "number within ±1e30 in column 'x'"),
         ("a.txt", "user,item\n", r"a\.txt: expected \.csv"),
     ],
 )
@@ -160,6 +177,61 @@ def test_a_bad_row_is_named(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(FwError, match=message):
         load_interactions(tmp_path / name)
+
+
+def test_a_label_of_an_item_is_a_feature(tmp_path):
+    for name, text in (
+        ("a.inter", "user_id:token\titem_id:token\nada\ttea\nada\tmilk\n"),
+        ("a.item", "item_id:token\tlabel:token\trating:float\ntea\tSony\t\nmilk\tSony\t4\n"),
+    ):
+        (tmp_path / name).write_text(text)
+    found = fit_vocabulary(load_interactions(tmp_path))
+    assert [c.tokens for c in found.columns if c.name == "item.label"] == [("Sony",)]
+
+
+def test_what_is_seen_once_teaches_the_spare_rows(tmp_path):
+    (tmp_path / "a.csv").write_text(
+        "user,item,timestamp,x:float\nada,tea,1,1e29\nada,milk,2,-1e29\nbob,tea,3,\n"
+    )
+    train = load_interactions(tmp_path / "a.csv")
+    found = fit_vocabulary(train)
+    user, item = found.columns[:2]
+    assert (user.tokens, item.tokens) == (("ada",), ("tea",))
+    assert pairs(found, train).arrays["item"].tolist() == [0, item.id("milk"), 0]
+    assert item.id("milk") >= 1 and found.items == ("milk", "tea")  # it can be recommended
+    np.testing.assert_allclose(np.exp(found.arrays["log_q"]), [1 / 3, 2 / 3], rtol=1e-6)
+    found.save(tmp_path)
+    np.testing.assert_array_equal(load(tmp_path).columns[2].encode([1e29, np.nan]), [1, 0])
+
+
+@pytest.mark.parametrize("by", ["label", "rating"])
+def test_what_was_refused_is_no_history(tmp_path, by):
+    (tmp_path / "a.csv").write_text(
+        f"user,item,timestamp,{by}\nada,tea,1,1\nada,milk,2,0\nada,beer,3,1\nbob,tea,4,0\n"
+    )
+    train = load_interactions(tmp_path / "a.csv")
+    threshold = 1.0 if by == "rating" else 0.0
+    recipe = Finetune(task="rank", data="a.csv", run="r", threshold=threshold, history=2)
+    made = Ranking.fit(recipe, {"train": Events(train, train)}, None)
+    rows, _ = made.rows(recipe, Events(train, train), (), learn=True)
+    tea, beer = map(made.vocabulary.columns[1].id, ("tea", "beer"))
+    assert rows.arrays["history"].tolist() == [[-1, -1], [tea, -1], [tea, -1], [-1, -1]]
+    asked = made.inputs([{"user": user, "item": "tea"} for user in ("ada", "bob")])
+    assert asked["history"].tolist() == [[beer, tea], [-1, -1]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        ("a,x,1,5 b,x,2,4", {"threshold": 6.0}, "no rating is 6 or more; the largest is 5; give"),
+        ("a,x,1,5 a,y,2,4 b,x,3,4", {}, "no user has three events.*--split hash"),
+    ],
+)
+def test_events_that_cannot_be_parted_say_why(tmp_path, rows, options, message):
+    path = tmp_path / "a.csv"
+    path.write_text("\n".join(["user,item,timestamp,rating", *rows.split()]))
+    with pytest.raises(FwError, match=rf"a\.csv: {message}"):
+        Retrieval.read(Finetune(task="retrieve", data=str(path), run="r", **options), path)
 
 
 def test_requests_are_as_the_data_was_or_refused(parts, vocabulary):
@@ -181,11 +253,19 @@ def test_requests_are_as_the_data_was_or_refused(parts, vocabulary):
         ({}, "expected 'user'"),
         ({"user": ["u1"]}, "a name as 'user'"),
         ({"user": "u1", "age": 3}, "unknown 'age'; expected user, user.age, user.sex, history"),
-        ({"user": "u1", "user.age": "old"}, "a number as 'user.age'"),
+        ({"user": "u1", "user.age": "old"}, "a number within ±1e30 as 'user.age'"),
+        ({"user": "u1", "user.age": 10**20 * 10**20}, "a number within ±1e30 as 'user.age'"),
+        ({"user": "u1", "user.age": 10**400}, "a number within ±1e30 as 'user.age'"),
+        ({"user": "u1", "user.age": 1e300}, "a number within ±1e30 as 'user.age'"),
+        ({"user": "u1", "user.age": True}, "a number within ±1e30 as 'user.age'"),
         ({"user": "u1", "history": "i1"}, "a list of names as 'history'"),
     ):
-        with pytest.raises(FwError, match=message):
+        with pytest.raises(FwError, match=f"request 0: .*{message}"):
             requests.user_inputs(vocabulary, [bad])
+        assert message in Retrieval(vocabulary).problem(bad, "")
+    assert not Retrieval(vocabulary).problem({"user": "u1", "user.age": 10**20}, "")
+    found = requests.user_inputs(vocabulary, [{"user": "u1", "user.age": 10**20}])
+    assert np.isfinite(found["user.age"]).all()
 
 
 def test_ranks_are_those_of_sorting_and_of_scikit_learn():
@@ -248,6 +328,92 @@ def judge(model, task, variables, rows, mesh="data=1", layout="data"):
     counter = make_counter(lambda variables, batch: model.apply(variables, batch)[0], task)
     found = evaluate(counter, variables, rows, size=16, mesh=make_mesh(mesh), rules=rules(layout))
     return found.figures
+
+
+def small(**more):
+    """Towers of three users and five items."""
+    return two_tower(
+        TwoTowerConfig(("user",), (3,), ("item",), (5,), **{"history": False, "size": 4, **more})
+    )
+
+
+def test_a_user_of_whom_nothing_is_known_has_no_gradient():
+    model = small(hidden=(4,))
+    batch = {
+        "user": jnp.array([-1, 1]), "item": jnp.array([0, 1]),
+        "target": jnp.array([0, 1]), "log_q": jnp.zeros(2),
+    }  # fmt: skip
+    loss = lambda variables: sampled_softmax(model.apply(variables, batch)[0], batch)[0]  # noqa: E731
+    variables = model.init(jax.random.key(0))
+    for grad in jax.tree.leaves(jax.grad(loss)(variables)):
+        assert 0 < jnp.max(jnp.abs(grad)) < 1e3
+    users = model.apply(variables, batch)[0]["user"]
+    np.testing.assert_allclose(jnp.linalg.norm(users, axis=1), [0, 10], rtol=1e-5)
+
+
+def test_an_id_that_a_column_has_no_row_for_is_none():
+    features = Features(("user", "item"), (3, 5), 2, like=(("history", "item"),), rngs=nnx.Rngs(0))
+    known = {"user": jnp.array([2, -1]), "item": jnp.array([-1, 4])}
+    known["history"] = jnp.array([[0, -1, 4], [-1, -1, -1]])
+    far = {"user": jnp.array([2, 3]), "item": jnp.array([2**31 - 1, 4])}
+    far["history"] = jnp.array([[0, 5, 4], [5, 6, -1]])
+    for name, vectors in features(known).items():
+        np.testing.assert_array_equal(features(far)[name], vectors)
+        assert not vectors[int(name != "item")].any()
+
+
+@pytest.mark.parametrize(
+    ("columns", "more"),
+    [((), {"numbers": ("a", "b")}), (("item",), {}), (("item",), {"top": ()})],
+)
+def test_a_dlrm_without_a_product_is_refused(columns, more):
+    with pytest.raises(FwError, match="expected a column of ids, and another"):
+        DLRMConfig(columns, (3,) * len(columns), **more)
+
+
+def test_products_of_users_and_items_are_in_float32_and_the_items_tower_stays_behind(vocabulary):
+    outputs = {"user": jnp.ones((2, 4)), "item": jnp.ones((2, 4))}
+    batch = {
+        "target": jnp.arange(2), "log_q": jnp.zeros(2), "seen": jnp.full((2, 1), -1),
+        "catalogue": {"item": outputs["item"], "ranked": jnp.ones(2, bool)},
+    }  # fmt: skip
+    for function in (sampled_softmax, retrieval().count):
+        text = str(jax.make_jaxpr(function)(outputs, batch))
+        assert text.count("dot_general") == text.count("precision=(Precision.HIGHEST") == 1
+
+    model, said = towers(vocabulary, hidden=(8,)), []
+
+    def apply(variables, batch, **more):
+        said.append(jax.config.jax_default_matmul_precision)
+        return model.apply(variables, batch, **more)
+
+    variables = model.init(jax.random.key(0))
+    answers, kept = recommender(
+        replace(model, apply=apply), variables, catalogue(vocabulary), k=3, size=10
+    )
+    assert {*said} == {"highest"}
+    assert {*variables["params"]} - {*kept["params"]} == {"item"}
+    shapes = jax.eval_shape(answers.init, jax.random.key(0))
+    assert jax.tree.map(jnp.shape, kept) == jax.tree.map(jnp.shape, shapes)
+    is_axes = lambda x: isinstance(x, tuple)  # noqa: E731
+    assert jax.tree.structure(answers.axes, is_leaf=is_axes) == jax.tree.structure(kept)
+    inputs = requests.user_inputs(vocabulary, [{"user": "u3"}])
+    found = answers.apply(kept, inputs)[0]
+    items = model.apply(variables, catalogue(vocabulary).arrays)[0]["item"]
+    scores, seen = np.array(model.apply(variables, inputs)[0]["user"] @ items.T), inputs["seen"]
+    scores[0, seen[seen >= 0]] = -np.inf
+    np.testing.assert_array_equal(found["items"], np.argsort(-scores)[:, :3])
+
+
+def test_a_split_of_one_class_and_a_model_that_diverged_are_told_apart():
+    task, loss = ranking(), metrics.Mean(np.array(1.0), np.array(2.0))
+    for labels, logits, message in (
+        ([1, 1], [0.0, 1.0], "all 2 rows are '1': AUC compares"),
+        ([0, 1], [0.0, np.nan], "1 of 2 are NaN or infinite, so the model has diverged"),
+    ):
+        pairs = metrics.Sample(np.stack([labels, logits], -1))
+        with pytest.raises(FwError, match=message):
+            task.summarise({"pairs": pairs, "loss": loss})
 
 
 MESHES = (("data=8", "data"), ("data=2,fsdp=2,tensor=2", "fsdp_tensor"))

@@ -11,6 +11,7 @@ import sysconfig
 import time
 import tomllib
 import zipfile
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ SCRIPTS = ROOT / "scripts"
 REAL = Path(sys.base_prefix, "bin", "python{}.{}".format(*sys.version_info))
 BROKEN = "#!/bin/sh\necho 'pyenv: command not found' >&2\nexit 127\n"
 SILENT = "#!/bin/sh\nexit 0\n"
+STEPS = '{"ms": 1, "rows": 1, "peak": 0, "loss": 1}'
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
@@ -132,6 +134,30 @@ def locked(name: str) -> dict[str, set[str]]:
         requirement, *hashes = line.split("--hash=")
         pins[requirement.strip()] = {value.strip() for value in hashes}
     return pins
+
+
+@pytest.mark.parametrize(
+    ("goldens", "steps", "status"),
+    [
+        ('{"goldens": {"bert": 7e-7}}', STEPS, 0),
+        ('{"goldens": {"bert": 1e-3}}', STEPS, 1),
+        ('{"goldens": {"bert": NaN}}', STEPS, 1),
+        ("{}", STEPS, 1),
+        ('{"goldens": {"bert": 7e-7}}', "{}", 1),
+    ],
+)
+def test_a_bad_side_of_the_accelerator_benchmark_is_its_status(
+    goldens: str, steps: str, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`{}` stands for a side that did not end well."""
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # which the program sets
+    spec = spec_from_file_location("accelerator", SCRIPTS / "bench" / "accelerator.py")
+    assert spec is not None and spec.loader is not None
+    spec.loader.exec_module(bench := module_from_spec(spec))
+    said = {"checks:": goldens}
+    monkeypatch.setattr(bench, "run", lambda side, _: said.get(side, steps))
+    monkeypatch.setattr("sys.argv", ["accelerator.py", "--goldens", "x", "--models", "bert"])
+    assert bench.main() == status
 
 
 @pytest.mark.parametrize("name", ["build.lock", "run.lock", "dev.lock", "bench/peer.lock"])

@@ -1,6 +1,7 @@
 """Segmentation: figures against scikit-learn and brute force, tiles against whole images, data."""
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ from fw.model import Model
 from fw.models.pixels import normalised
 from fw.models.unet import UNetConfig, unet
 from fw.optimizer import AdamW, optimizer
+from fw.processors import Segments
+from fw.recipe import Finetune
 from fw.step import initial_state, make_step
 from fw.tasks import make_task, pixel_loss, segmentation, soft_dice
 from fw.tiles import shares, starts, tiled
@@ -275,6 +278,7 @@ def test_pairs_are_split_by_their_names_and_read_by_the_palette(tmp_path):
     palette.save(tmp_path)
     assert load(tmp_path) == palette
     items = read_pairs(splits["test"], palette, 1)
+    assert {item.labels.dtype.name for item in items} == {"int16"}
     for item, pair in zip(items, splits["test"], strict=True):
         values = np.asarray(Image.open(pair.label))
         np.testing.assert_array_equal(item.image[..., 0], values // 2)
@@ -284,7 +288,33 @@ def test_pairs_are_split_by_their_names_and_read_by_the_palette(tmp_path):
         )
     rows = whole_rows(items, 16)
     assert rows.arrays["images"].shape[1:] == (32, 32, 1)
-    assert (rows.arrays["labels"] != IGNORE).sum() == sum((i.labels >= 0).sum() for i in items)
+    assert (rows.arrays["labels"][:] != IGNORE).sum() == sum((i.labels >= 0).sum() for i in items)
+
+
+def test_whole_pictures_are_padded_when_they_are_asked_for():
+    rng = np.random.default_rng(0)
+    items = []
+    for size in ((20, 24), (9, 30), (16, 16)):
+        labels = rng.integers(0, 200, size).astype(np.int16)
+        items.append(Segmented(labels[..., None].astype(np.uint8), labels))
+    arrays: Any = whole_rows(items, 16).arrays
+    assert not any(isinstance(array, np.ndarray) for array in arrays.values())
+    edges = [[(0, 32 - side) for side in item.labels.shape] for item in items]
+    whole = {
+        "images": np.stack([
+            np.pad(item.image, [*edge, (0, 0)], mode="reflect")
+            for item, edge in zip(items, edges, strict=True)
+        ]),
+        "labels": np.stack([
+            np.pad(item.labels.astype(np.int32), edge, constant_values=IGNORE)
+            for item, edge in zip(items, edges, strict=True)
+        ]),
+    }  # fmt: skip
+    for name, array in arrays.items():
+        assert (array.shape, array.dtype) == (whole[name].shape, whole[name].dtype)
+        for index in (1, -1, slice(1, 9), np.array([2, 0, 0]), np.array([], np.int64)):
+            np.testing.assert_array_equal(array[index], whole[name][index])
+            assert array[index].dtype == whole[name].dtype
 
 
 def test_folders_of_splits_are_taken_as_they_are(tmp_path):
@@ -297,11 +327,46 @@ def test_folders_of_splits_are_taken_as_they_are(tmp_path):
     assert [len(find_pairs(tmp_path)[split]) for split in ("train", "dev", "test")] == [30, 3, 2]
 
 
+def test_names_pair_whatever_they_end_in(tmp_path):
+    draw(tmp_path, 20)
+    before = {split: [p.label for p in pairs] for split, pairs in find_pairs(tmp_path).items()}
+    for path in (tmp_path / "label").iterdir():
+        path.rename(path.with_suffix(".bmp"))
+    after = {split: [p.label for p in pairs] for split, pairs in find_pairs(tmp_path).items()}
+    assert after == {s: [p.with_suffix(".bmp") for p in labels] for s, labels in before.items()}
+    Image.new("L", (3, 3)).save(tmp_path / "label" / "7.png")
+    with pytest.raises(FwError, match=r"7\.png: expected one file 7\.\*; .*7\.bmp is another"):
+        find_pairs(tmp_path)
+
+
+def test_maps_that_are_none_are_left_out_within_a_tolerance(tmp_path):
+    draw(tmp_path, 40)
+    pairs = [pair for split in find_pairs(tmp_path).values() for pair in split]
+    whole, bad = fit(pairs), []
+    for pair in pairs[:2]:
+        Image.new("RGB", (24, 20)).save(pair.label)
+    with pytest.raises(FwError, match=f"{pairs[0].label}: expected a map .* got mode RGB"):
+        fit(pairs)
+    assert fit(pairs, on_bad=bad.append) == whole
+    assert [message.split(":")[0] for message in bad] == [str(p.label) for p in pairs[:2]]
+    with pytest.raises(FwError, match=r"mode RGB; 2 of the first 2 pictures are bad"):
+        fit(pairs[:3], on_bad=bad.append)
+    with pytest.raises(FwError, match=r"none of the training maps is good; .*mode RGB"):
+        fit(pairs[:1], on_bad=bad.append)
+    recipe = Finetune(task="segment", data=str(tmp_path), skip_bad_rows=True)
+    with pytest.raises(FwError, match=r"mode RGB; 2 of the first 2 pictures are bad"):
+        Segments.fit(recipe, {"train": pairs[:2]}, None)
+    found, told = Segments.fit(recipe, {"train": pairs}, None), []
+    assert found.palette == whole
+    found.rows(recipe, pairs, whole.names, learn=False, on_bad_row=told.append)
+    assert told == bad[:2]
+
+
 def test_crops_are_a_function_of_seed_and_place():
     rng = np.random.default_rng(0)
     items = []
     for size in ((20, 24), (9, 30), (16, 16)):
-        labels = rng.integers(0, 200, size).astype(np.int32)
+        labels = rng.integers(0, 200, size).astype(np.int16)
         items.append(Segmented(labels[..., None].astype(np.uint8), labels))
     crops = Crops(items, (12, 16), seed=3)
     batches = Batches(crops.arrays, size=4, seed=3, change=crops)
@@ -345,7 +410,7 @@ def test_data_that_does_not_fit_is_refused(tmp_path):
     with pytest.raises(FwError, match="more than 256 values"):
         fit(pairs)
     (tmp_path / "label" / pairs[0].label.name).unlink()
-    with pytest.raises(FwError, match="has no label of that name; 1 such files"):
+    with pytest.raises(FwError, match=r"expected a file .+\.\* in .*label; there is none; 1 such"):
         find_pairs(tmp_path)
 
 
@@ -356,6 +421,7 @@ def test_data_that_does_not_fit_is_refused(tmp_path):
     ('{"values": [1, 1e99], "names": ["a", "b"], "ignore": null}', "expected different values"),
     ('{"values": [1, 2], "names": ["a"], "ignore": null}', "expected 2 different names"),
     ('{"values": [1, 2], "names": ["a", "b"], "ignore": 2}', "expected different values"),
+    (json.dumps({"values": [*range(2**15 + 1)], "names": [], "ignore": None}), "at most 32768"),
 ])  # fmt: skip
 def test_a_damaged_palette_is_refused(tmp_path, text, said):
     (tmp_path / "palette.json").write_text(text)

@@ -20,6 +20,7 @@ from fw.step import initial_state
 from fw.tasks import cross_entropy
 from sharding import gather, make_mesh, paths, rules, shardings
 from sharding.parallel.pipeline import REMAT
+from tests.marks import slow
 from tests.test_encoders import CONFIGS, make
 from tests.texts import ROWS, batch_of, outputs
 from tests.tiny import make_model, make_ner
@@ -99,7 +100,7 @@ APART = [(False, remat) for _, remat in STACKED]
 @pytest.mark.parametrize(
     ("family", "ways"),
     [
-        pytest.param("bert", STACKED + APART, marks=pytest.mark.slow),
+        slow("bert", STACKED + APART),
         ("modernbert", STACKED + APART[:1]),
     ],
 )

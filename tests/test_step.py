@@ -26,6 +26,7 @@ from fw.optimizer import SCHEDULES, AdamW, learning_rate, optimizer
 from fw.step import abstract_state, initial_state, make_step
 from fw.tasks import cross_entropy, make_task
 from sharding import ContractError, contract, create, make_mesh, put, rules, shardings
+from tests.marks import slow
 
 RULES = rules()
 
@@ -334,9 +335,9 @@ def quickly_compiled(quick):
     ("task", "x64", "layers", "meshes"),
     [
         ("token_classification", True, 1, MESHES[-2:]),
-        ("sequence_classification", False, 1, MESHES[-1:]),
+        slow("sequence_classification", False, 1, MESHES[-1:]),
         *[
-            pytest.param(task, x64, 2, MESHES, marks=pytest.mark.slow)
+            slow(task, x64, 2, MESHES)
             for task in ("token_classification", "sequence_classification")
             for x64 in (True, False)
         ],
@@ -399,8 +400,10 @@ def test_the_step_keeps_its_contract():
     careless, mesh = rules(embed=None), make_mesh("data=2,fsdp=2,tensor=2")
     step = make_step(model, cross_entropy, tx, mesh=mesh, rules=careless)
     lowered = step.lower(abstract_state(model, tx, mesh, careless), put(batch, mesh, careless))
+    with quickly_compiled(True):
+        compiled = lowered.compile()
     with pytest.raises(ContractError, match=r"up/kernel .*over fsdp.*map it with rules\(embed="):
-        contract(lowered.compile(), axes=model.axes["params"], rules=careless, **limits)
+        contract(compiled, axes=model.axes["params"], rules=careless, **limits)
 
 
 # --- evaluation -----------------------------------------------------------------------------------

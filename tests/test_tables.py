@@ -13,6 +13,7 @@ import optax
 import pytest
 from flax import nnx
 
+from fw import metrics
 from fw.checkpoint import Checkpoints
 from fw.errors import FwError
 from fw.model import Model, from_nnx
@@ -41,6 +42,7 @@ from sharding import (
     top_k,
 )
 from sharding.layout import fit
+from tests.marks import slow
 
 RULES = rules()
 CUTS = {"rows": tables.BY_ROWS, "columns": tables.BY_COLUMNS, "whole": tables.WHOLE}
@@ -107,9 +109,9 @@ def caller(names):
     ("mesh", "cut"),
     [
         ("", "rows"),
-        ("data=8", "rows"), ("data=8", "columns"), ("data=8", "whole"),
+        slow("data=8", "rows"), ("data=8", "columns"), ("data=8", "whole"),
         ("data=2,fsdp=4", "rows"),
-        ("data=4,tensor=2", "rows"), ("data=4,tensor=2", "columns"),
+        slow("data=4,tensor=2", "rows"), ("data=4,tensor=2", "columns"),
     ],
 )  # fmt: skip
 @pytest.mark.usefixtures("quickly_compiled")
@@ -136,6 +138,19 @@ def test_rows_are_fetched_and_changed_as_in_numpy(mesh, cut):
             np.testing.assert_allclose(table, expected, rtol=1e-6, atol=1e-6, err_msg=load)
             for name, value in state.items():
                 np.testing.assert_allclose(value, remembered[name], rtol=1e-6, atol=1e-6)
+
+
+def test_rows_that_ids_cannot_number_are_refused():
+    def shape(count, names):
+        make = lambda: Table(count, 1, lambda batch: batch["ids"], names=names, rngs=nnx.Rngs(0))  # noqa: E731
+        return nnx.eval_shape(make).table.shape
+
+    most = 2**31 - 1 - tables.MULTIPLE
+    assert shape(most, tables.WHOLE) == (most, 1)
+    with pytest.raises(FwError, match=f"expected at most {most}; hash the ids"):
+        shape(most + 1, tables.WHOLE)
+    with pytest.raises(FwError, match=f"a table of {2**31 - 1024} rows"):
+        shape(most - 1, tables.BY_ROWS)  # rounded up
 
 
 def test_how_a_table_is_cut():
@@ -198,6 +213,20 @@ def test_a_catalogue_that_ends():
     np.testing.assert_array_equal(scores, [[1, -np.inf, -np.inf]] * 8)
     with pytest.raises(ShardingError, match="k=4 of 3 items in 16 rows"):
         top_k(jnp.ones((8, 1)), jnp.ones((16, 1)), 4, count=3)
+    for one, other in ((jnp.bfloat16, jnp.float32), (jnp.int32, jnp.int32)):
+        with pytest.raises(ShardingError, match="one floating dtype"):
+            top_k(jnp.ones((8, 1), one), jnp.ones((8, 1), other), 4)
+
+
+def test_an_item_without_a_score_does_not_come_up():
+    """As `fw.metrics.ranks` has it behind all others."""
+    items = jnp.array([1.0, jnp.nan, 3.0, 2.0, -jnp.nan])[:, None]
+    scores, ids = top_k(jnp.ones((1, 1)), items, 5)
+    np.testing.assert_array_equal(ids, [[2, 3, 0, -1, -1]])
+    np.testing.assert_array_equal(scores, [[3, 2, 1, -np.inf, -np.inf]])
+    nobody, ones = jnp.full((3, 1), -1), jnp.ones((3, 1))
+    ranks = metrics.ranks(ones @ items.T, jnp.array([2, 3, 0]), nobody)
+    np.testing.assert_array_equal(ranks, [0, 1, 2])
 
 
 # --- the step -------------------------------------------------------------------------------------
@@ -291,7 +320,7 @@ def _where(here, new, old):
 
 
 @pytest.mark.usefixtures("quickly_compiled")
-@pytest.mark.parametrize(("kind", "parts"), [("rowwise_adagrad", 4), ("lazy_adam", 1)])
+@pytest.mark.parametrize(("kind", "parts"), [slow("rowwise_adagrad", 4), ("lazy_adam", 1)])
 def test_a_step_is_that_of_autodiff_over_whole_tables(kind, parts):
     """Of three steps, in microbatches or not; optax's clipping and moments know no table."""
     model, steps = pairs(), 3

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.preprocessing import QuantileTransformer
 
+from fw import metrics
 from fw.data import columns as saved
 from fw.data.batches import Batches
 from fw.data.columns import ABSENT, RESERVED, UNSEEN
@@ -30,6 +31,7 @@ from fw.step import initial_state, make_step
 from fw.tasks import make_task
 from fw.tasks.tabular_regression import tabular_regression
 from sharding import create, make_mesh, put, rules, shardings
+from tests.marks import slow
 
 few = settings(derandomize=True, deadline=None, max_examples=30)
 
@@ -165,6 +167,22 @@ def test_columns_are_told_apart_by_the_rule_or_as_stated(tmp_path):
     assert text.answers(np.array([[2.0, 0.0]]))[0]["label"] == "yes"
 
 
+def test_a_value_is_the_same_however_it_is_spelt():
+    """As pandas writes whole numbers, or truth, in a column with a gap; and as JSON does."""
+    rows = [("1.0", "True", "0.0"), ("2.0", "False", "1.0"), ("", "", "1"), ("-3", "true", "0")]
+    names = "n", "told", "y"
+    columns = fit_columns(
+        [Entry(dict(zip(names, row, strict=True))) for row in rows * 2], "y", missing=["-3.0"]
+    )
+    assert columns.categories == {"n": ("1", "2"), "told": ("false", "true")}
+    assert columns.classes == ("0", "1")
+    for spelling in ((1, True), (1.0, "true"), ("1", "TRUE"), ("1.00", " True ")):
+        found = columns.inputs([dict(zip(names, spelling, strict=False))])["categories"]
+        assert found.tolist() == [[RESERVED, RESERVED + 1]], spelling
+    assert columns.inputs([{"n": -3}])["categories"].tolist() == [[ABSENT, ABSENT]]
+    assert columns.inputs([{"n": "v1.0"}])["categories"].tolist() == [[UNSEEN, ABSENT]]
+
+
 def test_rows_of_test_never_reach_what_is_learnt(tmp_path):
     train, test = people(0, 300), people(1, 100, shift=500.0)
     columns = fit_columns(train, "good", drop=["score"])
@@ -199,7 +217,7 @@ def test_columns_that_are_saved_and_loaded_encode_alike(tmp_path_factory, table,
     try:
         columns = fit_columns(rows, "y", transform=transform)
     except FwError as error:
-        assert re.search("two classes|but a number in most rows", str(error))
+        assert re.search("two classes|but a number in most rows|no row has a value", str(error))
         return
     folder = tmp_path_factory.mktemp("columns")
     columns.save(folder)
@@ -240,17 +258,28 @@ def test_what_no_columns_can_be_made_of_is_refused():
     columns = fit_columns(slip, "good", numeric=["age"], on_bad_row=bad.append)
     assert len(bad) == 1 and columns.encode(slip, on_bad_row=bad.append).rows == 100
     empty = [Entry({**e.cells, "age": ""}) for e in train]
-    with pytest.raises(FwError, match="no row has a number"):
-        fit_columns(empty, "good", numeric=["age"])
+    for numeric in (["age"], []):
+        with pytest.raises(FwError, match=r"'age': no row has a value; .* --drop age"):
+            fit_columns(empty, "good", numeric=numeric)
+    assert "age" not in fit_columns(empty, "good", drop=["age"]).names
     for cells, message in (
         ({"good": ""}, "it is missing"),
         ({"good": "maybe"}, "'good': expected no, yes; got 'maybe'"),
         ({"height": "1"}, "no column 'height'; expected age, score, rooms, job"),
     ):
         with pytest.raises(FwError, match=f"x.csv:9: .*{message}"):
-            columns.encode([Entry({**train[0].cells, **cells}, "x.csv:9")])
+            columns.encode([train[0], Entry({**train[0].cells, **cells}, "x.csv:9")])
     with pytest.raises(FwError, match="no row has a column 'age'"):
         columns.encode([Entry({"good": "yes", "job": "cook"}, "x.csv:2")])
+    for good in ({}, {"good": ""}):
+        asked = [Entry({"age": "4", "score": "1", "rooms": "1", "job": "", **good}, "t.csv:2")] * 2
+        for on_bad_row in (None, bad.append):
+            with pytest.raises(FwError, match=r"t\.csv: no row has a value in 'good'.*fw predict"):
+                columns.encode(asked, on_bad_row=on_bad_row)
+    with pytest.raises(FwError, match=r"t\.csv:2: 'good': expected no, yes.*no other row"):
+        columns.encode(
+            [Entry({**asked[0].cells, "good": "so so"}, "t.csv:2")], on_bad_row=bad.append
+        )
     wrong: Any = "cook"
     for item, message in (
         (wrong, "row 2: expected values by column; got str"),
@@ -286,6 +315,10 @@ def test_a_hostile_folder_is_refused(tmp_path):
     (tmp_path / saved.TENSORS).unlink()
     with pytest.raises(FwError, match="found nothing"):
         saved.load(tmp_path)
+    (tmp_path / saved.TENSORS).mkdir()  # which no file replaces
+    with pytest.raises(FwError, match="cannot be written"):
+        columns.save(tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {saved.FILE, saved.TENSORS}
     (tmp_path / saved.FILE).write_text("[]")
     with pytest.raises(FwError, match="expected an object"):
         saved.load(tmp_path)
@@ -388,10 +421,8 @@ def test_a_forward_pass_is_that_of_plain_numpy(kind, numbers, cardinalities, qui
     np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize(
-    "mesh", [pytest.param("data=8", marks=pytest.mark.slow), "data=2,fsdp=2,tensor=2"]
-)
-@pytest.mark.parametrize("kind", ["mlp", "ft"])
+@pytest.mark.parametrize("mesh", [slow("data=8"), "data=2,fsdp=2,tensor=2"])
+@pytest.mark.parametrize("kind", ["mlp", slow("ft")])
 def test_meshes_take_the_steps_of_one_device(kind, mesh, quickly_compiled):
     model, found = MODELS[kind](3, (4, 5, 3), saved.CLASSES, 2), []
     task, batch = make_task(saved.CLASSES, TWO), batch_of(3, (4, 5, 3), 3)
@@ -418,6 +449,16 @@ def test_a_missing_number_is_the_median_until_one_was_missing_in_training(kind, 
     np.testing.assert_array_equal(
         model.apply(variables, batch)[0], model.apply(variables, present)[0]
     )
+
+
+@pytest.mark.parametrize("column", ["numbers", "categories"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_batch_without_a_column_is_no_batch(kind, column):
+    model, batch = MODELS[kind](1, (4,), saved.NUMBER, 1), batch_of(1, (4,), 5)
+    variables = jax.eval_shape(model.init, jax.random.key(0))
+    del batch[column]
+    with pytest.raises(KeyError, match=column):
+        jax.eval_shape(model.apply, variables, batch)
 
 
 def test_configs_that_cannot_be_are_refused():
@@ -454,7 +495,7 @@ def learn(model, task, train, test, steps=60):
     )
 
 
-@pytest.mark.parametrize("kind", ["mlp", "ft"])
+@pytest.mark.parametrize("kind", ["mlp", slow("ft")])
 def test_two_classes_are_learnt_and_judged_as_scikit_learn_does(kind, quickly_compiled):
     train, test = people(0, 400), people(1, 150)
     columns = fit_columns(train, "good", drop=["score"])
@@ -474,6 +515,12 @@ def test_two_classes_are_learnt_and_judged_as_scikit_learn_does(kind, quickly_co
     curves = summary.figures["curves"]
     assert curves["roc"][0][:2] == [0, 0] and curves["roc"][-1][:2] == [1, 1]
     assert sum(count for *_, count in curves["reliability"]) == len(test)
+    # Far out, both have the probability 1.
+    counts = task.count(jnp.zeros((3, 2)), {"labels": jnp.array([0, 1, 0])})
+    certain = metrics.Sample(np.array([[0, 40.0], [1, 50.0], [0, -1.0]]))
+    figures = task.summarise({**jax.device_get(counts), "pairs": certain}).figures
+    assert [figures[name] for name in ("auc", "average_precision", "ks")] == [1, 1, 1]
+    assert [row[1] for row in figures["curves"]["roc"]] == [0, 1, 1, 1]
     with pytest.raises(FwError, match="all 2 rows are 'yes'"):
         ones = columns.encode([e for e in test if e.cells["good"] == "yes"][:2])
         counts = jax.device_get(task.count(jnp.array(logits[:2]), ones.arrays))

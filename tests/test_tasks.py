@@ -22,6 +22,7 @@ from fw.recipe import TASKS, Finetune
 from fw.tasks import make_task, sigmoid_cross_entropy, span_loss, squared_error
 from sharding import make_mesh, rules
 from tests import tiny
+from tests.marks import fast_are, slow
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -95,7 +96,7 @@ def answers(folder, world, task, capsys, variant="f32"):
 # --- regression -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", ["f32", "int8"])
+@pytest.mark.parametrize("variant", ["f32", slow("int8")])
 def test_numbers_are_learnt_and_judged_as_numpy_and_scipy_do(runs, world, capsys, variant):
     folder = runs("regress")
     records, said = answers(folder, world, "regress", capsys, variant)
@@ -121,6 +122,10 @@ def test_numbers_are_learnt_and_judged_as_numpy_and_scipy_do(runs, world, capsys
 
 
 def test_regression_report_equals_scipy_on_random_numbers_with_ties():
+    for labels in ([3.0, 3.0, 3.0], [1.0, 2.0, 3.0]):
+        for predictions in (labels, [1.0, 3.0, 5.0]):
+            found = regression_report(np.array(labels), np.array(predictions))
+            assert found["r2"] == pytest.approx(sk.r2_score(labels, predictions))
     rng = np.random.default_rng(0)
     for scale, mean in ((1.0, 0.0), (1e-3, 1e4)):
         y = mean + scale * np.round(rng.normal(size=200), 1)
@@ -135,7 +140,7 @@ def test_regression_report_equals_scipy_on_random_numbers_with_ties():
 # --- many labels ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", ["f32", "int8"])
+@pytest.mark.parametrize("variant", ["f32", slow("int8")])
 def test_labels_are_learnt_and_judged_as_scikit_learn_does(runs, world, capsys, variant):
     folder = runs("multilabel")
     records, said = answers(folder, world, "multilabel", capsys, variant)
@@ -424,7 +429,7 @@ def test_masking_is_a_function_of_seed_and_step_with_the_shares_of_the_paper():
 # --- next words -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", ["f32", "bf16", "int8"])
+@pytest.mark.parametrize("variant", [slow("f32"), slow("bf16"), "int8"])
 def test_next_words_are_learnt_and_judged_as_plain_numpy_does(
     runs, world, capsys, monkeypatch, variant
 ):
@@ -497,10 +502,7 @@ def test_one_book_is_cut_at_ends_of_lines_into_all_its_splits(tmp_path):
 # --- every task -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "task",
-    [t if t in ("qa", "lm") else pytest.param(t, marks=pytest.mark.slow) for t in OPTIONS],
-)
+@pytest.mark.parametrize("task", fast_are(["lm"], OPTIONS))
 def test_eight_devices_give_the_losses_and_figures_of_one(world, tmp_path, task):
     found = []
     for mesh in (ONE, EIGHT):

@@ -4,6 +4,7 @@ import collections
 import io
 import os
 import pickle
+import struct
 import sys
 import types
 import zipfile
@@ -153,6 +154,10 @@ BODIES = {
     "a list": (b"\x80\x02].", "expected a state dict, got 'list'"),
     "numbers": (b"\x80\x02}X\x01\x00\x00\x00aK\x01s.", "expected a tensor, got 'int'"),
     "a long text": (b"\x80\x02X\xff\xff\xff\xffa.", "broken, or no file of torch"),
+    "a text beyond all memory": (
+        b"\x80\x02\x8d" + (2**62).to_bytes(8, "little"),
+        "broken, or no file of torch",
+    ),
     "many": (b"\x80\x02" + b"N" * 300 + b".", "more than 200 instructions"),
 }
 
@@ -201,8 +206,47 @@ def test_files_that_are_none(tmp_path):
     refused("not little-endian")
     write(path, {"x": Stored(kernel(), "0", count=2**61)}, True)
     refused("longer than the file")
+    write(path, {"x": Stored(kernel(), "0", count=2**61 + 1)}, False)
+    refused("storage '0' is longer than the file")
     write(path, state(), True, compression=zipfile.ZIP_DEFLATED)
     refused("its members are compressed")
     write(path, state(), True)
     os.truncate(path, path.stat().st_size - 30)
     refused("broken, or no archive of torch")
+
+
+def encrypted(whole, entry, _):
+    whole[entry + 8] |= 1
+
+
+def no_text(whole, entry, _):
+    whole[entry + 9] |= 8  # its name is UTF-8
+    whole[entry + 46] = 0xFF
+
+
+def beyond(whole, entry, end):
+    whole[entry + 42 : entry + 46] = b"\xff" * 4  # where it begins says a field of Zip64's
+    whole[entry + 30] = 12
+    whole[end:end] = struct.pack("<HHQ", 1, 8, 2**63)
+    whole[-10] += 12
+
+
+@pytest.mark.parametrize(
+    ("member", "damage"), [("data.pkl", encrypted), ("data/0", no_text), ("data/0", beyond)]
+)
+def test_odd_directories_are_refused(tmp_path, member, damage):
+    path = tmp_path / "model.pth"
+    write(path, state(), True)
+    whole, name = bytearray(path.read_bytes()), f"archive/{member}".encode()
+    at = whole.rindex(name)
+    damage(whole, at - 46, at + len(name))  # the directory's entry: 46 bytes, and the name
+    path.write_bytes(whole)
+    with pytest.raises(FwError, match="broken, or no archive of torch"), open_torch(path):
+        pass
+
+
+def test_a_folder_holds_one(tmp_path):
+    for name in ("a.pth", "b.pth"):
+        write(tmp_path / name, state(), True)
+    with pytest.raises(FwError, match=r"holds 2 \.pth files; keep one"):
+        hub.load(tmp_path, mesh=make_mesh("data=1"), rules=rules())

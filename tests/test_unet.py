@@ -196,9 +196,9 @@ def test_images_that_do_not_halve_are_refused():
 
 
 @pytest.mark.parametrize(("change", "said"), [
-    ({"depth": 0}, "depth 0: expected at least 1"),
-    ({"norm": "layer"}, "norm 'layer' is not supported; choose one of batch, none"),
-    ({"dropout": 1.0}, "dropout 1.0"),
+    ({"depth": 0}, "depth is 0; expected 1 or more"),
+    ({"norm": "layer"}, "norm 'layer' is unknown; choose one of batch, none"),
+    ({"dropout": 1.0}, "dropout 1.0 is no rate"),
 ])  # fmt: skip
 def test_configs_that_make_no_unet_are_refused(change, said):
     with pytest.raises(FwError, match=said):

@@ -2,7 +2,8 @@
 
 import functools
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,6 +22,8 @@ from fw.model import Model
 from fw.models import efficientnet as lite
 from fw.models.resnet import ResNetConfig, resnet
 from fw.models.vision import BatchNorm, batch_norm
+from fw.models.vit import vit
+from fw.models.vit_config import Dinov2Config, ViTConfig
 from fw.step import initial_state, make_step
 from fw.tasks import make_task
 from fw.tasks.image_classification import image_classification
@@ -269,7 +272,7 @@ def test_a_family_of_our_own_in_a_folder(tmp_path, monkeypatch):
 
 
 REFUSED = {
-    "hidden_act": ({"hidden_act": "silu"}, "hidden_act 'silu' is not supported"),
+    "hidden_act": ({"hidden_act": "silu"}, "hidden_act 'silu' is unknown"),
     "other stages": ({"depths": [1, 2, 1]}, "3 depths for 4 hidden_sizes"),
     "deeper": ({"depths": [1, 2, 1, 60]}, "missing, which config.json calls for"),
     "a flood": (
@@ -277,8 +280,44 @@ REFUSED = {
         r"depths is \[.*\]; expected a list, each an integer",
     ),
     "no list": ({"hidden_sizes": 8}, "hidden_sizes is 8; expected a list"),
-    "a layer": ({"layer_type": "wide"}, "layer_type 'wide' is not supported"),
+    "a layer": ({"layer_type": "wide"}, "layer_type 'wide' is unknown"),
 }
+
+
+DINO = partial(
+    Dinov2Config, image_size=8, patch_size=4, hidden_size=8, num_hidden_layers=1,
+    num_attention_heads=2, num_labels=3,
+)  # fmt: skip
+VIT = partial(ViTConfig, **DINO.keywords, intermediate_size=16)
+RES = partial(replace, SMALL)
+
+
+@pytest.mark.parametrize(
+    ("make", "change"),
+    [
+        (DINO, {"patch_size": 0}), (DINO, {"num_attention_heads": 0}), (DINO, {"mlp_ratio": 0}),
+        (DINO, {"drop_path_rate": 1.0}), (DINO, {"image_size": (8, -8)}),
+        (VIT, {"hidden_size": 0}), (VIT, {"intermediate_size": 0}), (VIT, {"num_labels": 0}),
+        (RES, {"embedding_size": 0}), (RES, {"hidden_sizes": (8, 0)}), (RES, {"depths": (1, -1)}),
+        (lite.EfficientNetConfig, {"num_labels": 0}),
+        (partial(lite.EfficientNetConfig, 3), {"image_size": 0}),
+    ],
+)  # fmt: skip
+def test_sizes_that_make_no_model_are_refused(make, change):
+    [name] = change
+    with pytest.raises(FwError, match=rf"{name} .* expected [01] or more"):
+        make(**change)
+
+
+def test_images_of_another_size_have_at_least_a_patch():
+    model = vit(DINO())
+    variables = jax.eval_shape(model.init, jax.random.key(0))
+    call = lambda *size: jax.eval_shape(  # noqa: E731
+        model.apply, variables, {"pixel_values": jnp.zeros((1, *size, 3))}
+    )[0]
+    assert call(4, 12).shape == (1, 3)
+    with pytest.raises(FwError, match="images of 3 x 12; expected at least a patch, 4 x 4"):
+        call(3, 12)
 
 
 @pytest.fixture

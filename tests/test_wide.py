@@ -34,6 +34,7 @@ from sharding import (
     rules,
     shardings,
 )
+from tests.marks import slow
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -152,7 +153,7 @@ def test_initial_parameters_are_those_of_one_device():
         jax.tree.map(lambda a, b: np.testing.assert_array_max_ulp(a, b, 4), born, gather(alone))
 
 
-@pytest.mark.parametrize("spec", ["expert=2,sequence=2,fsdp=2", "pipe=2,expert=2,fsdp=2"])
+@pytest.mark.parametrize("spec", [slow("expert=2,sequence=2,fsdp=2"), "pipe=2,expert=2,fsdp=2"])
 def test_the_compiled_step_keeps_its_contract(spec):
     """Every collective where its axis should have one: tokens and kernels travel, nothing else."""
     start = MODEL.init(jax.random.key(0))

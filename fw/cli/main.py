@@ -21,8 +21,8 @@ From a pretrained checkpoint to a small, verified artifact:
   fw predict RUN/artifact "some text"            answers
   fw generate MODEL "some text"                  goes on with it
 
-A run is a folder: config.json, metrics.jsonl, checkpoints/, model/ (for transformers, too),
-result.json, report.html, artifact/.
+A run is a folder: config.json, metrics.jsonl, checkpoints/, model/ (as transformers reads those it
+knows), result.json, report.html, artifact/.
 """
 
 

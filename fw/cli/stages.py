@@ -36,9 +36,9 @@ def add_compress(subparsers: Any) -> argparse.ArgumentParser:
     """Adds `fw compress`."""
     parser = _run_parser(
         subparsers, "compress", "make the int8 variant",
-        "Quantise the kernels of a run's best model to int8, symmetric, a scale per output "
-        "channel; activations are quantised row by row as they come. Writes RUN/int8/ and prints "
-        "bytes, error and quality before and after.",
+        "Quantise the dense kernels of a run's best model to int8, symmetric, a scale per output "
+        "channel; convolutions and tables stay. Activations are quantised row by row as they come. "
+        "Writes RUN/int8/ and prints bytes, error and quality before and after.",
     )  # fmt: skip
     _options(parser, "dev")
 

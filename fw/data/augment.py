@@ -28,7 +28,7 @@ from fw.errors import FwError
 from fw.labels import IGNORE
 
 _FORMS: Mapping[str, tuple[type, ...]] = {
-    "resized": (float,), "crop": (int,), "tile": (int,), "flip": (), "turn": (),
+    "resized": (float,), "crop": (int,), "flip": (), "turn": (),
     "elastic": (float, float), "jitter": (float,) * 4, "randaugment": (int, int),
     "mixup": (float,), "cutmix": (float,),
 }  # fmt: skip
@@ -39,7 +39,7 @@ MOST = 8
 
 # How many random numbers a row has for each, used or not: none moves what another gets.
 _NEEDS = {
-    "resized": 4 * crops.TRIES, "crop": 2, "tile": 2, "flip": 1, "turn": 1, "jitter": 4,
+    "resized": 4 * crops.TRIES, "crop": 2, "flip": 1, "turn": 1, "jitter": 4,
     "randaugment": 2 * MOST, "mix": 4, "share": 2 * mixing.TRIES,
 }  # fmt: skip
 _ENDS = dict(zip(_NEEDS, accumulate(_NEEDS.values()), strict=True))
@@ -53,7 +53,6 @@ class Augment:
         resized: a part of the picture, of at least this share of its area and with sides in the
             proportion 3/4 … 4/3, is resized to the whole; 1 for none.
         crop: pixels of black around the picture before one of its size is cut out.
-        tile: the side of a square that is cut out instead of the whole, to segment.
         flip: every other picture is mirrored.
         turn: to one of the eight places of a square, where no side is up.
         elastic: how far pixels are displaced (root mean square), and how smoothly, in pixels.
@@ -75,7 +74,6 @@ class Augment:
 
     resized: float = 1.0
     crop: int = 0
-    tile: int = 0
     flip: bool = False
     turn: bool = False
     elastic: tuple[float, float] = (0.0, 0.0)
@@ -89,7 +87,6 @@ class Augment:
         for name, good, wanted in (
             ("resized", 0 < self.resized <= 1, "a share above 0, up to 1"),
             ("crop", 0 <= self.crop <= 1024, "0 … 1024 pixels"),
-            ("tile", 0 <= self.tile <= 2**14, "a side of at most 16384 pixels"),
             (
                 "elastic",
                 self.elastic == (0, 0) or all(0 < x <= 1000 for x in self.elastic),
@@ -148,7 +145,7 @@ class Augment:
             value = getattr(self, field.name)
             if value != field.default:
                 values = value if isinstance(value, tuple) else (value,)
-                spelt = "/".join(f"{x:g}" for x in values)
+                spelt = "/".join(str(x).removesuffix(".0") for x in values)
                 parts.append(field.name if value is True else f"{field.name}={spelt}")
         return ",".join(parts)
 
@@ -168,7 +165,7 @@ class Augment:
         for bad, why in (
             (channels not in MODES, f"pictures of {channels} channels; expected 1 or 3"),
             (self.turn and high != wide, f"turn: expected squares; got {high} × {wide}"),
-            (self.tile > min(high, wide), f"tile: expected at most {min(high, wide)} pixels"),
+            (self.crop > min(high, wide), f"crop: expected at most {min(high, wide)} pixels"),
             (
                 maps and (self.mixup or self.cutmix or self.randaugment[0]),
                 "maps of classes cannot have mixup, cutmix or randaugment; elastic can bend them",
@@ -257,9 +254,6 @@ class Augmenting:
             shifts = (draws["crop"] * (2 * o.crop + 1)).astype(int) - o.crop
             images = crops.shifted(images, shifts, 0)
             maps = maps if maps is None else crops.shifted(maps, shifts, IGNORE)
-        if o.tile:
-            images = crops.tiles(images, draws["tile"], o.tile)
-            maps = maps if maps is None else crops.tiles(maps, draws["tile"], o.tile)
         for array in (images,) if maps is None else (images, maps):
             if o.flip:
                 crops.mirror(array, draws["flip"][:, 0] < 0.5)
@@ -302,7 +296,7 @@ def augment_pairs(
     Args:
         images: uint8 [B, H, W, C].
         labels: int32 [B, H, W].
-        augment: how; `tile` makes both smaller.
+        augment: how.
         seed: of the choices.
         places: [B], of which the choices are a function.
 

@@ -4,6 +4,7 @@
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -19,7 +20,18 @@ WANTED = "a text, a finite number, true, false or null"
 FEW = 8
 """Whole numbers of so many different values or less are categories: ratings, codes, yes and no."""
 
+LEAST = 2
+"""A value that fewer rows have is as one never seen, and teaches what to make of those."""
+
+BOUND = 1e30
+"""Numbers of users, items and events are nearer to 0: float32 holds them, float64 their squares."""
+
+IN_BOUND = "a number within ±1e30"
+"""What `as_bounded` takes, for messages."""
+
 _MOSTLY = 0.9  # a share of values from which the others must be slips of the pen
+
+_WHOLE = re.compile(r"(-?[0-9]+)\.0+")  # as pandas writes a column of whole numbers with gaps
 
 
 def is_cell(value: object) -> bool:
@@ -46,10 +58,20 @@ def as_cell(value: str | float | bool | None) -> Cell:
 
 
 def as_text(cell: Cell) -> str:
-    """A cell as a category: a whole number from JSON is its digits; nothing is the empty text."""
+    """A cell as a category, however it is spelt.
+
+    A whole number is its digits, from JSON or as a text; true and false are in small letters;
+    nothing is the empty text.
+
+    >>> as_text(1.0), as_text(" 1.0"), as_text("1.5"), as_text("True"), as_text(None)
+    ('1', '1', '1.5', 'true', '')
+    """
     if isinstance(cell, float) and cell.is_integer():
         cell = int(cell)
-    return "" if cell is None else str(cell).strip()
+    text = "" if cell is None else str(cell).strip()
+    if whole := _WHOLE.fullmatch(text):
+        return whole[1]
+    return text.lower() if text.lower() in ("true", "false") else text
 
 
 def as_number(cell: Cell) -> float | None:
@@ -62,9 +84,19 @@ def as_number(cell: Cell) -> float | None:
         return None
     try:
         value = float(cell)
-    except ValueError:
+    except (ValueError, OverflowError):  # an integer that no float holds
         return None
     return value if math.isfinite(value) else None
+
+
+def as_bounded(cell: Cell) -> float | None:
+    """The number within `BOUND` that a cell is, or None.
+
+    >>> as_bounded("2.5"), as_bounded(1e300), as_bounded(10**400)
+    (2.5, None, None)
+    """
+    value = as_number(cell)
+    return value if value is not None and abs(value) < BOUND else None
 
 
 def number_table(

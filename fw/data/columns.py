@@ -14,9 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
 
-from fw import json_files
 from fw.data.cells import (
     WANTED,
     Cell,
@@ -31,10 +29,10 @@ from fw.data.rows import Rows
 from fw.data.scaling import TRANSFORMS, scaled
 from fw.data.table import Entry
 from fw.errors import FwError
-from fw.json_files import is_writer, plain, read_json, write_json
+from fw.json_files import plain, read_json, write_json
 from fw.labels import IGNORE
 from fw.metrics.probabilities import one_label
-from fw.tensors import read_tensors
+from fw.tensors import read_tensors, replace_tensors
 
 FILE, TENSORS = "columns.json", "columns.safetensors"
 """What `Columns.save` writes."""
@@ -103,8 +101,9 @@ class Columns:
 
         Raises:
             FwError: a column that was not there in training, or none of an entry's where one was;
-                a cell that is no number in a column of numbers, a target that is missing, no
-                number, or a class that train does not have.
+                no value of the target in any; a cell that is no number in a column of numbers, a
+                target that is missing, no number, or a class that train does not have; no entry
+                left.
         """
         present = set[str]().union(*(entry.cells for entry in entries))
         if entries and (lost := [name for name in self.names if name not in present]):
@@ -112,7 +111,16 @@ class Columns:
                 f"{entries[0].source}: no row has a column {lost[0]!r}, from which the model "
                 "learnt; is it another table?"
             )
+        if entries and all(as_text(e.cells.get(self.target)) in self.missing for e in entries):
+            file = entries[0].source.rpartition(":")[0]
+            raise FwError(
+                f"{file}: no row has a value in {self.target!r}, the target, with which answers "
+                "are compared; add the column, or leave the file out and answer it with: fw predict"
+            )
         kept = [entry.cells for entry in self.fitting(entries, on_bad_row)]
+        if entries and not kept:
+            why = self._row_fault(entries[0].cells)
+            raise FwError(f"{entries[0].source}: {why}; no other row of the file is a good one")
         arrays, labels = self._arrays(kept), [self._label(row[self.target]) for row in kept]
         if self.classes:
             arrays["labels"] = np.array(labels, np.int32)
@@ -125,7 +133,7 @@ class Columns:
         """The entries that `encode` can read; the others are refused as it says."""
         kept = []
         for entry in entries:
-            if why := self._fault(entry.cells) or self._target_fault(entry.cells):
+            if why := self._row_fault(entry.cells):
                 refuse(f"{entry.source}: {why}", on_bad_row)
             else:
                 kept.append(entry)
@@ -155,19 +163,18 @@ class Columns:
         >>> found["numbers"].round(1).tolist(), found["categories"].tolist()
         ([[0.0], [0.0]], [[3], [0]])
         """
-        rows: list[Mapping[str, Cell]] = []
         for number, item in enumerate(items, 1):
-            where = f"row {number}"
-            if not isinstance(item, Mapping):
-                raise FwError(f"{where}: expected values by column; got {type(item).__name__}")
-            if odd := [name for name, value in item.items() if not is_cell(value)]:
-                kind = type(item[odd[0]]).__name__
-                raise FwError(f"{where}: {odd[0]!r}: expected {WANTED}; got {kind}")
-            cells = {name: as_cell(value) for name, value in item.items()}
-            if why := self._fault(cells):
-                raise FwError(f"{where}: {why}")
-            rows.append(cells)
-        return self._arrays(rows)
+            if why := self.problem(item):
+                raise FwError(f"row {number}: {why}")
+        return self._arrays([_cells(item) for item in items])
+
+    def problem(self, item: Any) -> str:
+        """Why `inputs` refuses an item; nothing if it does not."""
+        if not isinstance(item, Mapping):
+            return f"expected values by column; got {type(item).__name__}"
+        if odd := [name for name, value in item.items() if not is_cell(value)]:
+            return f"{odd[0]!r}: expected {WANTED}; got {type(item[odd[0]]).__name__}"
+        return self._fault(_cells(item))
 
     def answers(self, outputs: np.ndarray) -> list[dict[str, Any]]:
         """What a model says of rows.
@@ -185,9 +192,8 @@ class Columns:
     def save(self, folder: str | Path) -> None:
         """Write `FILE` and `TENSORS`; `FwError` if they cannot be."""
         told = {name: getattr(self, name) for name in _TOLD}
-        if is_writer():
-            arrays = {"medians": self.medians, "scales": self.scales}
-            json_files.replace(Path(folder) / TENSORS, safetensors.numpy.save(arrays))
+        arrays = {"medians": self.medians, "scales": self.scales}
+        replace_tensors(Path(folder) / TENSORS, arrays)
         write_json(Path(folder) / FILE, told)
 
     @property
@@ -199,6 +205,19 @@ class Columns:
     def _known(self) -> frozenset[str]:
         return frozenset((*self.names, *self.dropped, self.target))
 
+    @cached_property
+    def _ids(self) -> dict[str, dict[str, int]]:
+        """The rows of each category's table by value."""
+        gone = dict.fromkeys(self.missing, ABSENT)
+        return {
+            name: {as_text(value): RESERVED + at for at, value in enumerate(values)} | gone
+            for name, values in self.categories.items()
+        }
+
+    @cached_property
+    def _class_ids(self) -> dict[str, int]:
+        return {as_text(name): at for at, name in enumerate(self.classes)}
+
     def _fault(self, cells: Mapping[str, Cell]) -> str:
         """What is wrong with a row, its target apart; nothing if it is fine."""
         if odd := [name for name in cells if name not in self._known]:
@@ -209,11 +228,14 @@ class Columns:
                 return f"{name!r}: expected a number; got {cell!r}"
         return ""
 
+    def _row_fault(self, cells: Mapping[str, Cell]) -> str:
+        return self._fault(cells) or self._target_fault(cells)
+
     def _target_fault(self, cells: Mapping[str, Cell]) -> str:
         cell = cells.get(self.target)
         if as_text(cell) in self.missing:
             return f"{self.target!r}: expected what is to be predicted; it is missing"
-        if self.classes and as_text(cell) not in self.classes:
+        if self.classes and as_text(cell) not in self._class_ids:
             return f"{self.target!r}: expected {', '.join(self.classes)}; got {cell!r}"
         if not self.classes and as_number(cell) is None:
             return f"{self.target!r}: expected a number; got {cell!r}"
@@ -221,7 +243,7 @@ class Columns:
 
     def _label(self, cell: Cell) -> float:
         if self.classes:
-            return self.classes.index(as_text(cell))
+            return self._class_ids[as_text(cell)]
         return (float(cell or 0) - self.mean) / self.spread  # `_target_fault` saw that it is one
 
     def _arrays(self, rows: Sequence[Mapping[str, Cell]]) -> dict[str, np.ndarray]:
@@ -235,12 +257,14 @@ class Columns:
             arrays["missing"] = absent.astype(np.float32)
         if self.categories:
             ids = np.empty((len(rows), len(self.categories)), np.int32)
-            for i, (name, values) in enumerate(self.categories.items()):
-                known = {value: RESERVED + at for at, value in enumerate(values)}
-                known |= dict.fromkeys(self.missing, ABSENT)
+            for i, (name, known) in enumerate(self._ids.items()):
                 ids[:, i] = [known.get(as_text(row.get(name)), UNSEEN) for row in rows]
             arrays["categories"] = ids
         return arrays
+
+
+def _cells(item: Mapping[str, Any]) -> dict[str, Cell]:
+    return {name: as_cell(value) for name, value in item.items()}
 
 
 _TOLD = [

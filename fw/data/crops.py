@@ -88,17 +88,6 @@ def shifted(arrays: np.ndarray, shifts: np.ndarray, empty: int) -> np.ndarray:
     return out
 
 
-def tiles(arrays: np.ndarray, numbers: np.ndarray, side: int) -> np.ndarray:
-    """A square cut out of each: [B, side, side, ...], anywhere, by two numbers in [0, 1).
-
-    >>> tiles(np.array([[[1, 2], [3, 4]]]), np.array([[0.9, 0.0]]), 1).tolist()
-    [[[3]]]
-    """
-    corners = (numbers * (np.array(arrays.shape[1:3]) - side + 1)).astype(int).tolist()
-    parts = zip(arrays, corners, strict=True)
-    return np.stack([array[y : y + side, x : x + side] for array, (y, x) in parts])
-
-
 def mirror(arrays: np.ndarray, which: np.ndarray) -> None:
     """Mirrors some, bool [B], in place: left becomes right.
 

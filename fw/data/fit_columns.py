@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from fw.data.cells import as_text, holds_numbers, number_table, vocabulary
+from fw.data.cells import LEAST, as_text, holds_numbers, number_table, vocabulary
 from fw.data.columns import CLASSES, NUMBER, TASKS, Columns
 from fw.data.files import OnBadRow
 from fw.data.scaling import TRANSFORMS, learn_scales
@@ -30,7 +30,7 @@ def fit_columns(
     classes: Iterable[str] = (),
     transform: str = TRANSFORMS[0],
     missing: Iterable[str] = MISSING,
-    least: int = 2,
+    least: int = LEAST,
     on_bad_row: OnBadRow = None,
 ) -> Columns:
     """Learn the columns of a table from its training rows.
@@ -52,8 +52,8 @@ def fit_columns(
         transform: of numbers, "quantile" (Gorishniy et al. 2021, arXiv:2106.11959; without their
             noise, so that a row is the same each time) or "standard".
         missing: cells that count as missing, beside empty ones.
-        least: a category that fewer rows have is as one never seen, and teaches what to make of
-            those.
+        least: how many rows must have a category for it to get a row of its own: see
+            `fw.data.cells.LEAST`.
         on_bad_row: gets the message of each row left out; None raises instead.
 
     Raises:
@@ -66,7 +66,7 @@ def fit_columns(
     (('age',), {'job': ('clerk',)}, ('no', 'yes'))
     """
     drop, numeric, categorical = tuple(drop), tuple(numeric), tuple(categorical)
-    missing = tuple(dict.fromkeys(["", *missing]))
+    missing = tuple(dict.fromkeys(map(as_text, ["", *missing])))
     if task not in TASKS or transform not in TRANSFORMS:
         known = f"{', '.join(TASKS)}, and of {', '.join(TRANSFORMS)}"
         raise FwError(f"task {task!r} with transform {transform!r}: expected one of {known}")
@@ -87,7 +87,7 @@ def fit_columns(
     )
     others = [name for name in read if name not in numbers]
     found = {as_text(row.get(target)) for row in rows} - {*missing}
-    names = (tuple(classes) or tuple(sorted(found))) if task == CLASSES else ()
+    names = (tuple(map(as_text, classes)) or tuple(sorted(found))) if task == CLASSES else ()
     if task == CLASSES and not 1 < len(names) == len(set(names)):
         shown = ", ".join(names) or "none"
         raise FwError(f"{target!r}: expected two classes or more to tell apart; got {shown}")
@@ -99,6 +99,9 @@ def fit_columns(
     rows = [entry.cells for entry in kept]
     if not rows:
         raise FwError("there are no rows to learn from")
+    for name in read:
+        if all(as_text(row.get(name)) in missing for row in rows):
+            raise FwError(f"{name!r}: no row has a value; leave the column out: --drop {name}")
 
     vocabularies = {name: vocabulary(rows, name, missing, least) for name in others}
     columns = replace(columns, categories=vocabularies)
@@ -109,8 +112,6 @@ def fit_columns(
         columns = replace(columns, mean=float(np.mean(y)), spread=float(np.std(y)))
     if numbers:
         table = number_table(rows, numbers, missing)
-        if empty := [n for n, gone in zip(numbers, np.isnan(table).all(0), strict=True) if gone]:
-            raise FwError(f"{empty[0]!r}: no row has a number; drop the column")
         scales = learn_scales(table, transform)
         columns = replace(columns, medians=np.nanmedian(table, 0), scales=scales)
     return columns

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fw.data.cells import IN_BOUND, as_bounded
 from fw.data.files import TABBED, OnBadRow, refuse, separated_rows
 from fw.data.splits import SPLITS, split_by_hash
 from fw.errors import FwError
@@ -20,8 +21,10 @@ KINDS = ("token", "token_seq", "float")
 """Of a column: one name of many, several of them parted by spaces, a number."""
 
 NUMBERS = ("rating", "timestamp", "label")
-"""The numbers that an interaction may have and that are no features."""
+"""The numbers that an interaction may have and that are no features of it; a user's or an item's
+columns of these names are features."""
 
+_EVENT = {"user": "token", "item": "token", **dict.fromkeys(NUMBERS, "float")}
 _NAMES = {"user_id": "user", "item_id": "item"}
 _FILES = {
     "events": ("*.inter", "interactions.csv", "interactions.tsv"),
@@ -111,9 +114,9 @@ def load_interactions(path: str | Path, *, on_bad_row: OnBadRow = None) -> Inter
         files = {what: file for what, file in found.items() if file is not None}
         if "events" not in files:
             raise FwError(f"{path}: expected a file {' or '.join(_FILES['events'])}; found none")
-    events = _read(files["events"], ("user", "item"), on_bad_row)
-    users = _read(files["users"], ("user",), on_bad_row) if "users" in files else None
-    items = _read(files["items"], ("item",), on_bad_row) if "items" in files else None
+    events = _read(files["events"], _EVENT, on_bad_row)
+    users = _read(files["users"], {"user": "token"}, on_bad_row) if "users" in files else None
+    items = _read(files["items"], {"item": "token"}, on_bad_row) if "items" in files else None
     times = events.columns.get("timestamp", np.zeros(events.rows))
     order = np.empty(events.rows, np.int64)
     order[np.argsort(times, kind="stable")] = np.arange(events.rows)
@@ -176,17 +179,20 @@ def _one(folder: Path, what: str, patterns: Sequence[str]) -> Path | None:
     return found[0] if found else None
 
 
-def _read(path: Path, keys: tuple[str, ...], on_bad_row: OnBadRow) -> Table:
-    """A table in which `keys` are names; one key is of one row alone."""
+def _read(path: Path, fixed: Mapping[str, str], on_bad_row: OnBadRow) -> Table:
+    """A table, in which some kinds are fixed: their tokens are there, and one alone is a key."""
     if path.suffix.lower() not in (".csv", *TABBED):
         raise FwError(f"{path}: expected .csv {' '.join(TABBED)}")
     table = separated_rows(path, on_bad_row)
     _, header = next(table, (1, []))
-    names, kinds = _header(path, header, keys)
+    names, kinds = _header(path, header, fixed)
+    keys = [name for name, kind in fixed.items() if kind == "token"]
+    if missing := [key for key in keys if key not in names]:
+        raise FwError(f"{path}:1: expected a column {missing[0]!r}; got {', '.join(header)}")
     seen: dict[str, int] = {}
     rows = []
     for line, row in table:
-        if fault := _fault(row, names, kinds, keys):
+        if fault := _fault(row, names, kinds, fixed):
             refuse(f"{path}:{line}: {fault}", on_bad_row)
             continue
         one = row[names.index(keys[0])]
@@ -202,55 +208,44 @@ def _read(path: Path, keys: tuple[str, ...], on_bad_row: OnBadRow) -> Table:
 
 
 def _header(
-    path: Path, header: list[str], keys: tuple[str, ...]
+    path: Path, header: list[str], fixed: Mapping[str, str]
 ) -> tuple[list[str], list[str | None]]:
-    """Names and kinds of the columns; None for a kind that the cells will tell."""
+    """Names and kinds of the columns, some `fixed`; None for a kind that the cells will tell."""
     names, kinds = [], []
     for cell in header:
         name, _, kind = cell.strip().partition(":")
         name = _NAMES.get(name, name)
-        if name in ("user", "item") and kind in ("", "token"):
-            kind = "token"
-        elif name in NUMBERS and kind in ("", "float", "token"):
-            kind = "float"
-        elif kind not in ("", *KINDS):
+        if kind not in ("", *KINDS):
             raise FwError(f"{path}:1: column {cell!r}: expected name:kind of {', '.join(KINDS)}")
+        want = fixed.get(name)
+        if want and kind not in ("", "token", want):
+            raise FwError(f"{path}:1: column {cell!r}: expected {name}:{want}, which it is to be")
         names.append(name)
-        kinds.append(kind or None)
-    if missing := [key for key in keys if key not in names]:
-        raise FwError(f"{path}:1: expected a column {missing[0]!r}; got {', '.join(header)}")
+        kinds.append(want or kind or None)
     if len(set(names)) < len(names) or "" in names:
         raise FwError(f"{path}:1: expected different names of columns; got {', '.join(header)}")
     return names, kinds
 
 
 def _fault(
-    row: list[str], names: list[str], kinds: list[str | None], keys: tuple[str, ...]
+    row: list[str], names: list[str], kinds: list[str | None], fixed: Mapping[str, str]
 ) -> str | None:
     if len(row) != len(names):
         return f"expected {len(names)} cells; got {len(row)}"
     for name, kind, cell in zip(names, kinds, row, strict=True):
-        if name in keys and not cell:
+        if fixed.get(name) == "token" and not cell:
             return f"expected a name in column {name!r}; got none"
-        if kind == "float" and not (cell == "" and name not in NUMBERS) and _number(cell) is None:
-            return f"expected a number in column {name!r}; got {cell!r}"
-        if name == "label" and float(cell) not in (0, 1):
+        if kind == "float" and (cell or name in fixed) and as_bounded(cell) is None:
+            return f"expected {IN_BOUND} in column {name!r}; got {cell!r}"
+        if name == "label" and name in fixed and float(cell) not in (0, 1):
             return f"expected 1 or 0 in column 'label'; got {cell!r}"
     return None
 
 
-def _number(cell: str) -> float | None:
-    try:
-        value = float(cell)
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None
-
-
 def _kind(cells: Sequence[str]) -> str:
-    """Numbers are what reads as such in every row that has something."""
+    """Numbers are what reads as such, within bounds, in every row that has something."""
     given = [cell for cell in cells if cell]
-    return "float" if given and all(_number(cell) is not None for cell in given) else "token"
+    return "float" if given and all(as_bounded(cell) is not None for cell in given) else "token"
 
 
 def _column(cells: Sequence[str], kind: str) -> np.ndarray:

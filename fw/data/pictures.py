@@ -9,6 +9,7 @@ it is asked for, in threads, for Pillow lets go of the interpreter.
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import BytesIO
 from itertools import batched
@@ -47,6 +48,7 @@ MODES = {1: "L", 3: "RGB"}
 """Pillow's name for so many channels."""
 
 _DEEP = ("I", "I;16", "I;16L", "I;16B", "I;16N")
+_LOSSY = ("JPEG", "MPO")  # as Pillow calls a JPEG that holds several
 
 
 def decode(source: Source, channels: int = 3) -> np.ndarray:
@@ -63,7 +65,8 @@ def decode(source: Source, channels: int = 3) -> np.ndarray:
         uint8 [H, W, channels].
 
     Raises:
-        FwError: no picture, one of another format, a giant, or one that is cut off or corrupt.
+        FwError: a file that cannot be read, no picture, one of another format, a giant, or one that
+            is cut off or corrupt.
 
     >>> file = BytesIO()
     >>> Image.new("L", (3, 2), 7).save(file, "PNG")
@@ -81,15 +84,13 @@ def decode(source: Source, channels: int = 3) -> np.ndarray:
     image = _open(source)
     if image.mode == "F":
         raise FwError(f"{name(source)}: expected a picture of 8 or 16 bits; got floating point")
-    try:
+    with _named(source):
         if image.mode in _DEEP:
             image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         pixels = np.array(image.convert(MODES[channels]))
-    except Exception as error:
-        raise _corrupt(source, error) from error
     return pixels.reshape(*pixels.shape[:2], channels)
 
 
@@ -103,7 +104,8 @@ def decode_labels(source: Source) -> np.ndarray:
         int32 [H, W].
 
     Raises:
-        FwError: as for `decode`, or the picture has colours.
+        FwError: as for `decode`, or the picture has colours, or is a JPEG, which does not keep
+            numbers.
 
     >>> file = BytesIO()
     >>> Image.fromarray(np.array([[0, 3]], np.uint8)).save(file, "PNG")
@@ -113,6 +115,11 @@ def decode_labels(source: Source) -> np.ndarray:
     if isinstance(source, np.ndarray):
         return _pixels(source, 1)[..., 0].astype(np.int32)
     image = _open(source)
+    if image.format in _LOSSY:
+        raise FwError(
+            f"{name(source)}: expected a map of classes; got a JPEG, which does not keep numbers; "
+            "save maps as PNG"
+        )
     if image.mode not in ("1", "L", "P", *_DEEP):
         raise FwError(
             f"{name(source)}: expected a map of classes, grey or with a palette; got mode "
@@ -136,14 +143,14 @@ def in_threads[S, T](work: Callable[[S], T], items: Sequence[S], threads: int = 
             yield from pool.map(work, chunk)
 
 
-def read_all(
-    sources: Sequence[Source],
-    make: Callable[[Source], np.ndarray],
+def read_all[S, T](
+    sources: Sequence[S],
+    make: Callable[[S], T],
     *,
     on_bad: OnBadRow = None,
     most: float = BAD,
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Make an array of every picture, and leave bad ones out.
+) -> Iterator[tuple[int, T]]:
+    """Make something of every picture, in threads, and leave bad ones out.
 
     Args:
         sources: of the pictures.
@@ -152,7 +159,7 @@ def read_all(
         most: the share of all that may be left out; of a few pictures always one.
 
     Yields:
-        its place in `sources` and the array, in order.
+        its place in `sources` and what was made, in order.
 
     Raises:
         FwError: a bad picture, or more than may be.
@@ -162,7 +169,7 @@ def read_all(
     [1]
     """
 
-    def attempt(source: Source) -> np.ndarray | FwError:
+    def attempt(source: S) -> T | FwError:
         try:
             return make(source)
         except FwError as error:
@@ -262,19 +269,34 @@ class Decoded:
 
 
 def _open(source: str | os.PathLike[str] | bytes) -> Image.Image:
-    """A decoded picture in its file's mode, the right way up."""
+    """A decoded picture in its file's mode and with its format, the right way up."""
+    data = source if isinstance(source, bytes) else _read(Path(source))
+    with _named(source):
+        image = Image.open(BytesIO(data), formats=FORMATS)
+        if image.width * image.height > PIXELS:
+            raise _giant(source, f"{image.width} × {image.height}")
+        upright = ImageOps.exif_transpose(image)  # which decodes it
+    upright.format = image.format
+    return upright
+
+
+def _read(path: Path) -> bytes:
     try:
-        if not isinstance(source, bytes):
-            path = Path(source)
-            if not path.is_file():  # a device or a pipe would be read for ever
-                raise FwError(f"{path}: expected a picture; there is no such file")
-            if path.stat().st_size > BYTES:
-                raise FwError(f"{path}: expected at most {BYTES} bytes; it has more")
-            source_bytes = path.read_bytes()
-        else:
-            source_bytes = source
-        image = Image.open(BytesIO(source_bytes), formats=FORMATS)
-    except FwError:
+        if not path.is_file():  # a device or a pipe would be read for ever
+            raise FwError(f"{path}: expected a picture; there is no such file")
+        if path.stat().st_size > BYTES:
+            raise FwError(f"{path}: expected at most {BYTES} bytes; it has more")
+        return path.read_bytes()
+    except OSError as error:
+        raise FwError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+@contextmanager
+def _named(source: Source) -> Iterator[None]:
+    """Whatever Pillow raises of a file, names it."""
+    try:
+        yield
+    except (FwError, MemoryError):
         raise
     except Image.UnidentifiedImageError as error:
         raise FwError(
@@ -282,20 +304,10 @@ def _open(source: str | os.PathLike[str] | bytes) -> Image.Image:
         ) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _giant(source, "more") from error
+    # Decoders meet corrupt bytes with OSError, SyntaxError, ValueError, struct.error and more.
     except Exception as error:
-        raise _corrupt(source, error) from error
-    if image.width * image.height > PIXELS:
-        raise _giant(source, f"{image.width} × {image.height}")
-    try:
-        return ImageOps.exif_transpose(image)  # which decodes it
-    except Exception as error:
-        raise _corrupt(source, error) from error
-
-
-# Pillow's decoders meet corrupt bytes with OSError, SyntaxError, ValueError, struct.error and more.
-def _corrupt(source: Source, error: Exception) -> FwError:
-    text = " ".join(str(error).split())[:200] or type(error).__name__
-    return FwError(f"{name(source)}: expected a whole picture; {text}")
+        text = " ".join(str(error).split())[:200] or type(error).__name__
+        raise FwError(f"{name(source)}: expected a whole picture; {text}") from error
 
 
 def _giant(source: Source, size: str) -> FwError:

@@ -24,6 +24,7 @@ DIGITS = "digits.csv.gz"
 
 _MOST = 1032  # deflate makes at most so much of a byte
 _BYTES = 2**33  # of an array
+_LINE = 1024  # characters of a table's line, which needs a quarter
 
 
 def read_idx(path: str | Path) -> np.ndarray:
@@ -102,7 +103,9 @@ def read_digits(path: str | Path) -> list[Picture]:
     try:
         with gzip.open(path, "rt", encoding="ascii") as file:
             rows = []
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(iter(lambda: file.readline(_LINE), ""), 1):
+                if len(line) == _LINE:
+                    raise FwError(f"{path}:{number}: expected a line of under {_LINE} characters")
                 cells = line.strip().split(",")
                 if len(cells) != 65 or not all(c.isdigit() and len(c) < 4 for c in cells):
                     raise FwError(f"{path}:{number}: expected 64 levels and a digit")

@@ -126,7 +126,8 @@ class Preprocessor:
             uint8 [H, W, C].
 
         Raises:
-            FwError: no whole picture, or one so long that resizing makes a giant of it.
+            FwError: no whole picture, or one so long that resizing makes a giant of it, if only on
+                the way.
         """
         pixels = decode(source, self.channels)
         if self.size is not None:
@@ -194,10 +195,10 @@ class Preprocessor:
             high, wide = self.size or (height, width)
         if (high, wide) == (height, width):
             return pixels
-        if high * wide > PIXELS:
+        if max(height, high) * wide > PIXELS:
             raise FwError(
-                f"{name(source)}: {height} × {width} pixels would be resized to {high} × {wide}, "
-                f"and at most {PIXELS} pixels may be"
+                f"{name(source)}: {height} × {width} pixels would be resized to {height} × {wide}, "
+                f"and then to {high} × {wide}, and at most {PIXELS} pixels may be"
             )
         image = Image.fromarray(pixels[..., 0] if self.channels == 1 else pixels)
         # Width first, as Pillow did until 13, which begins with the height where that is cheaper.

@@ -1,9 +1,9 @@
 """From interactions to the rows that a recommender is trained and evaluated on.
 
 A two-tower model trains on `pairs` and is judged by `queries`, which hold the catalogue; a model
-of clicks has `clicks` for both. What a user took later is in no feature: a row's history, and what
-`seen` leaves out of a ranking, come before the event in time, and from events that the caller
-gives. `requests` has the same for answers.
+of clicks has `clicks` for both. What a user took later is in no feature: a row's history comes
+before the event in time. What `seen` leaves out of a ranking the user may have taken at any time.
+Both are from events that the caller gives. `requests` has the same for answers.
 """
 
 from collections.abc import Sequence
@@ -76,14 +76,16 @@ def clicks(
     Args:
         vocabulary: of the model.
         part: the events.
-        earlier: the events that are known, of which those before an event are its history.
+        earlier: the events that are known, of which the positive ones before an event are its
+            history.
         threshold: see `fw.data.interactions.is_positive`.
 
     Returns:
         Arrays of all columns, `history` as in `pairs`, and `labels` i32[R], 1 or 0.
     """
+    taken = earlier.take(is_positive(earlier.events, threshold))
     arrays = {
-        **_users(vocabulary, part, earlier),
+        **_users(vocabulary, part, taken),
         **_items(vocabulary, part),
         "labels": is_positive(part.events, threshold).astype(np.int32),
     }

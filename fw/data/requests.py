@@ -9,12 +9,15 @@ from typing import Any
 
 import numpy as np
 
+from fw.data.cells import IN_BOUND, as_bounded
 from fw.data.recommend import HISTORY, SEEN, history_of
 from fw.data.vocabulary import NONE, Column, Vocabulary, bags
 from fw.errors import FwError
 from fw.metrics.probabilities import sigmoid
 
 Request = Mapping[str, Any]
+
+_WANTED = {"token": "a name", "token_seq": "a list of names", "float": IN_BOUND}
 
 
 def user_inputs(vocabulary: Vocabulary, requests: Sequence[Request]) -> dict[str, np.ndarray]:
@@ -33,7 +36,7 @@ def user_inputs(vocabulary: Vocabulary, requests: Sequence[Request]) -> dict[str
     Raises:
         FwError: no user, an unknown key, or a value of another kind.
     """
-    requests = _checked(vocabulary, requests, ("user",), ("user",))
+    requests = _checked(vocabulary, requests, pair=False)
     latest = [_latest(vocabulary, request) for request in requests]
     longest = max(map(len, latest), default=1) or 1
     return {
@@ -57,15 +60,36 @@ def pair_inputs(vocabulary: Vocabulary, requests: Sequence[Request]) -> dict[str
     Raises:
         FwError: as `user_inputs`.
     """
+    requests = _checked(vocabulary, requests, pair=True)
     events = vocabulary.of("event")
-    needed = ("user", "item", *(column.name for column in events))
-    requests = _checked(vocabulary, requests, needed, ("user", "item", "event"))
     return {
         **_entities(vocabulary, "user", requests),
         **_entities(vocabulary, "item", requests),
         **history_of(vocabulary, [_latest(vocabulary, request) for request in requests]),
         **{c.name: c.encode([request[c.name] for request in requests]) for c in events},
     }
+
+
+def problem(vocabulary: Vocabulary, request: Any, *, pair: bool) -> str:
+    """Why a request is refused; nothing if it is fine.
+
+    Args:
+        vocabulary: of the model.
+        request: for `pair_inputs` if it is of a pair, else for `user_inputs`.
+        pair: which.
+    """
+    if not isinstance(request, Mapping):
+        return f"expected an object; got {request!r}"
+    allowed = _allowed(vocabulary, pair)
+    needed = ("user", "item", *(c.name for c in vocabulary.of("event"))) if pair else ("user",)
+    if missing := [name for name in needed if name not in request]:
+        return f"expected {missing[0]!r}; got {', '.join(map(str, request))}"
+    if odd := [name for name in request if name not in allowed]:
+        return f"unknown {odd[0]!r}; expected {', '.join(allowed)}"
+    for name, value in request.items():
+        if _value(allowed[name], value) is None:
+            return f"expected {_WANTED[allowed[name].kind]} as {name!r}; got {value!r}"
+    return ""
 
 
 def best_items(
@@ -128,43 +152,32 @@ def _entities(
     return found
 
 
+def _allowed(vocabulary: Vocabulary, pair: bool) -> dict[str, Column]:
+    """What a request may have."""
+    owners = ("user", "item", "event") if pair else ("user",)
+    allowed = {column.name: column for owner in owners for column in vocabulary.of(owner)}
+    return allowed | ({HISTORY: Column(HISTORY, "token_seq")} if vocabulary.history else {})
+
+
 def _checked(
-    vocabulary: Vocabulary,
-    requests: Sequence[Request],
-    needed: Sequence[str],
-    owners: Sequence[str],
+    vocabulary: Vocabulary, requests: Sequence[Request], *, pair: bool
 ) -> list[dict[str, Any]]:
     """Requests whose every value is as a table has it."""
-    columns = {c.name: c for owner in owners for c in vocabulary.of(owner)}
-    allowed = {name: c for name, c in columns.items() if name != "item" or name in needed}
-    if vocabulary.history:
-        allowed[HISTORY] = Column(HISTORY, "token_seq")
     for i, request in enumerate(requests):
-        if not isinstance(request, Mapping):
-            raise FwError(f"request {i}: expected an object; got {request!r}")
-        if missing := [name for name in needed if name not in request]:
-            raise FwError(f"request {i}: expected {missing[0]!r}; got {', '.join(request)}")
-        if odd := [name for name in request if name not in allowed]:
-            raise FwError(f"request {i}: unknown {odd[0]!r}; expected {', '.join(allowed)}")
-    return [
-        {name: _value(allowed[name], value, i) for name, value in request.items()}
-        for i, request in enumerate(requests)
-    ]
+        if why := problem(vocabulary, request, pair=pair):
+            raise FwError(f"request {i}: {why}")
+    allowed = _allowed(vocabulary, pair)
+    return [{name: _value(allowed[name], value) for name, value in r.items()} for r in requests]
 
 
-def _value(column: Column, value: Any, number: int) -> Any:
-    if column.kind == "float" and type(value) in (int, float) and np.isfinite(value):
-        return float(value)
-    if column.kind == "token" and (name := _name(value)):
-        return name
-    if column.kind == "token_seq" and isinstance(value, list):
-        names = tuple(map(_name, value))
-        if all(names):
-            return names
-    wanted = {"token": "a name", "token_seq": "a list of names", "float": "a number"}
-    raise FwError(
-        f"request {number}: expected {wanted[column.kind]} as {column.name!r}; got {value!r}"
-    )
+def _value(column: Column, value: Any) -> Any:
+    """A value as a table has it; None for one of another kind."""
+    if column.kind == "float":
+        return as_bounded(value) if type(value) in (int, float) else None
+    if column.kind == "token":
+        return _name(value) or None
+    names = tuple(map(_name, value)) if isinstance(value, list) else ("",)
+    return names if all(names) else None
 
 
 def _name(value: Any) -> str:

@@ -1,9 +1,10 @@
 """Pictures with a map of classes each: folders `image` and `label` with the same names in them.
 
-Pictures may differ in size. To learn from, `Crops` cuts a window out of each, anew for every place
-in the stream of rows; to be judged by, `whole_rows` lays all of them out in one size, where what is
-added is not counted. `pictures` decodes, `preprocess` knows the numbers that normalise, and a
-`Palette` says which value of a map is which class.
+Names are the same whatever they end in: `image/1.jpg` goes with `label/1.png`. Pictures may differ
+in size. To learn from, `Crops` cuts a window out of each, anew for every place in the stream of
+rows; to be judged by, `whole_rows` lays those of a batch out in one size, where what is added is
+not counted. `pictures` decodes, `preprocess` knows the numbers that normalise, and a `Palette` says
+which value of a map is which class.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fw.data.draws import uniform
-from fw.data.files import OnBadRow
+from fw.data.files import OnBadRow, refuse
 from fw.data.pictures import BAD, decode, decode_labels, read_all
 from fw.data.rows import Rows
 from fw.data.splits import SPLITS, split_by_hash, split_named
@@ -43,7 +44,7 @@ class Pair(NamedTuple):
 
 
 class Segmented(NamedTuple):
-    """A picture, uint8 [H, W, C], and the classes of its pixels, int32 [H, W]."""
+    """A picture, uint8 [H, W, C], and the classes of its pixels, int16 [H, W]."""
 
     image: np.ndarray
     labels: np.ndarray
@@ -63,8 +64,8 @@ def find_pairs(folder: str | Path) -> dict[str, list[Pair]]:
         the pairs of each split, in the order of their names.
 
     Raises:
-        FwError: no such folders, a picture without a map or the other way round, or nothing to
-            train on.
+        FwError: no such folders, a picture without a map or the other way round, two files of one
+            name, or nothing to train on.
 
     >>> find_pairs("nowhere")
     Traceback (most recent call last):
@@ -87,8 +88,10 @@ def find_pairs(folder: str | Path) -> dict[str, list[Pair]]:
             found[split] = pairs
         if "train" in found and "dev" not in found:
             everyone = found["train"]
-            dev = [pair for pair in everyone if split_by_hash(pair.image.name) == "dev"]
-            found |= {"train": [p for p in everyone if p not in dev], "dev": dev}
+            found |= {"train": [], "dev": []}
+            for pair in everyone:
+                split = "dev" if split_by_hash(pair.image.name) == "dev" else "train"
+                found[split].append(pair)
     if not found:
         raise FwError(
             f"{folder}: expected a folder 'image' and a folder 'label' in it, or in folders for "
@@ -120,17 +123,14 @@ def read_pairs(
         FwError: as `fw.data.pictures.read_all`; a map of another size than its picture, or with a
             value that the palette lacks.
     """
-    by_path = {str(pair.image): pair for pair in pairs}
 
-    def make(source: Any) -> Any:
-        pair = by_path[str(source)]
+    def make(pair: Pair) -> Segmented:
         image, values = decode(pair.image, channels), decode_labels(pair.label)
         if image.shape[:2] != values.shape:
             raise FwError(f"{pair.label}: {values.shape}, and its picture is {image.shape[:2]}")
         return Segmented(image, palette.classes(values, str(pair.label)))
 
-    sources = [str(pair.image) for pair in pairs]
-    return [made for _, made in read_all(sources, make, on_bad=on_bad, most=most)]  # pyright: ignore[reportReturnType]
+    return [made for _, made in read_all(pairs, make, on_bad=on_bad, most=most)]
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class Palette:
         ignore: the value of pixels that are not counted, such as 255 in PASCAL VOC; None for none.
 
     Raises:
-        FwError: no class, one value for two, or another number of names.
+        FwError: no class, more than int16 counts, one value for two, or another number of names.
 
     >>> palette = Palette((0, 255), ("membrane", "cell"))
     >>> palette.classes(np.array([[255, 0]])).tolist()
@@ -156,6 +156,8 @@ class Palette:
 
     def __post_init__(self) -> None:
         """Check what the look-up relies on."""
+        if len(self.values) > 2**15:
+            raise FwError(f"palette: expected at most {2**15} classes; got {len(self.values)}")
         numbers = [*self.values, *([] if self.ignore is None else [self.ignore])]
         whole = all(type(v) is int and 0 <= v < 2**16 for v in numbers)
         if not self.values or not whole or len(set(numbers)) < len(numbers):
@@ -180,12 +182,12 @@ class Palette:
             path: what an error calls it.
 
         Returns:
-            int32[H, W], `IGNORE` where none is counted.
+            int16[H, W], `IGNORE` where none is counted.
 
         Raises:
             FwError: a value that is no class.
         """
-        table = np.full(max(*self.values, self.ignore or 0, int(values.max())) + 1, -2, np.int32)
+        table = np.full(max(*self.values, self.ignore or 0, int(values.max())) + 1, -2, np.int16)
         table[list(self.values)] = np.arange(len(self.values))
         if self.ignore is not None:
             table[self.ignore] = IGNORE
@@ -243,7 +245,12 @@ def load(folder: str | Path) -> Palette:
 
 
 def fit(
-    pairs: Sequence[Pair], names: Sequence[str] | None = None, ignore: int | None = None
+    pairs: Sequence[Pair],
+    names: Sequence[str] | None = None,
+    ignore: int | None = None,
+    *,
+    on_bad: OnBadRow = None,
+    most: float = BAD,
 ) -> Palette:
     """The palette of maps: their distinct values, in order.
 
@@ -251,18 +258,32 @@ def fit(
         pairs: those to learn from.
         names: of the classes; the values themselves, if None.
         ignore: as for `Palette`.
+        on_bad: gets the message of each map left out; None raises instead.
+        most: the share of all that may be left out.
 
     Raises:
-        FwError: more than `MOST` values, or what `Palette` refuses.
+        FwError: as `fw.data.pictures.read_all`; no good map, more than `MOST` values, or what
+            `Palette` refuses.
     """
     values: set[int] = set()
-    for pair in pairs:
-        values.update(np.unique(decode_labels(pair.label)).tolist())
+    bad: list[str] = []
+
+    def tell(message: str) -> None:
+        bad.append(message)
+        refuse(message, on_bad)
+
+    def look(pair: Pair) -> np.ndarray:
+        return np.unique(decode_labels(pair.label))
+
+    for at, found in read_all(pairs, look, on_bad=tell, most=most):
+        values.update(found.tolist())
         if len(values) > MOST:
             raise FwError(
-                f"{pair.label}: expected the number of a class in each pixel; the maps have more "
-                f"than {MOST} values"
+                f"{pairs[at].label}: expected the number of a class in each pixel; the maps have "
+                f"more than {MOST} values"
             )
+    if not values:
+        raise FwError(f"maps: none of the training maps is good; {''.join(bad[:1])}")
     known = tuple(sorted(values - {ignore}))
     return Palette(known, tuple(map(str, known)) if names is None else tuple(names), ignore)
 
@@ -286,6 +307,22 @@ class _Uncut:
 
 
 @dataclass(frozen=True, eq=False)
+class _Padded(_Uncut):
+    """Arrays of several sizes as one, whose rows are padded when they are asked for."""
+
+    make: Callable[[int], np.ndarray]
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        chosen = super().__getitem__(rows)
+        if chosen.ndim == 0:
+            return self.make(int(chosen)).astype(self.dtype)
+        out = np.empty((len(chosen), *self.shape[1:]), self.dtype)
+        for at, row in enumerate(chosen.tolist()):
+            out[at] = self.make(row)
+        return out
+
+
+@dataclass(frozen=True, eq=False)
 class Crops:
     """Windows of pictures, each at a place of its own; `Batches(crops.arrays, ..., change=crops)`.
 
@@ -302,7 +339,7 @@ class Crops:
         FwError: no picture, or a size below 1.
 
     >>> from fw.data.batches import Batches
-    >>> picture = Segmented(np.zeros((5, 9, 1), np.uint8), np.zeros((5, 9), np.int32))
+    >>> picture = Segmented(np.zeros((5, 9, 1), np.uint8), np.zeros((5, 9), np.int16))
     >>> crops = Crops([picture], (4, 4))
     >>> batch = Batches(crops.arrays, 2, change=crops)(0)
     >>> batch["images"].shape, batch["labels"].shape
@@ -349,12 +386,12 @@ class Crops:
             for row, where in zip(taken["images"].tolist(), numbers, strict=True)
         ]
         made = {"images": np.stack([c.image for c in cut])}
-        made["labels"] = np.stack([c.labels for c in cut])
+        made["labels"] = np.stack([c.labels for c in cut], dtype=np.int32)
         return made if self.then is None else self.then(made, places)
 
     def _cut(self, item: Segmented, where: np.ndarray) -> Segmented:
         least = [max(n, s) for n, s in zip(item.labels.shape, self.size, strict=True)]
-        image, labels = _grown(item, least)
+        image, labels = _reflected(item.image, least), _uncounted(item.labels, least)
         room = np.array(labels.shape) - self.size + 1
         top, left = (where * room).astype(int).tolist()
         window = slice(top, top + self.size[0]), slice(left, left + self.size[1])
@@ -362,7 +399,7 @@ class Crops:
 
 
 def whole_rows(items: Sequence[Segmented], multiple: int = 1) -> Rows:
-    """Whole pictures in one size, the least that all fit in.
+    """Whole pictures in one size, the least that all fit in; each is padded when it is asked for.
 
     Args:
         items: from `read_pairs`.
@@ -370,33 +407,43 @@ def whole_rows(items: Sequence[Segmented], multiple: int = 1) -> Rows:
 
     Returns:
         `images` uint8 [R, H, W, C], reflected at their lower and right edges, and `labels` int32
-        [R, H, W], `IGNORE` there.
+        [R, H, W], `IGNORE` there; both to be indexed, as `fw.data.pictures.Decoded` is.
 
     Raises:
         FwError: no picture.
 
-    >>> small = Segmented(np.zeros((3, 4, 1), np.uint8), np.zeros((3, 4), np.int32))
-    >>> whole_rows([small], 4).arrays["labels"][0, :, 0].tolist()
+    >>> small = Segmented(np.zeros((3, 4, 1), np.uint8), np.zeros((3, 4), np.int16))
+    >>> whole_rows([small], 4).arrays["labels"][0][:, 0].tolist()
     [0, 0, 0, -1]
     """
     if not items:
         raise FwError("segmentation: expected at least one picture; found none")
     sides = [max(item.labels.shape[i] for item in items) for i in range(2)]
     size = [-(-side // multiple) * multiple for side in sides]
-    grown = [_grown(item, size) for item in items]
-    arrays = {
-        "images": np.stack([one.image for one in grown]),
-        "labels": np.stack([one.labels for one in grown]),
+    shape = (len(items), *size)
+    arrays: dict[str, Any] = {
+        "images": _Padded(
+            (*shape, items[0].image.shape[2]),
+            np.dtype(np.uint8),
+            lambda row: _reflected(items[row].image, size),
+        ),
+        "labels": _Padded(
+            shape, np.dtype(np.int32), lambda row: _uncounted(items[row].labels, size)
+        ),
     }
     return Rows(arrays, {"images": 0, "labels": IGNORE})
 
 
-def _grown(item: Segmented, size: Sequence[int]) -> Segmented:
-    more = [(0, n - old) for n, old in zip(size, item.labels.shape, strict=True)]
-    return Segmented(
-        np.pad(item.image, [*more, (0, 0)], mode="reflect"),
-        np.pad(item.labels, more, constant_values=IGNORE),
-    )
+def _reflected(image: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    return np.pad(image, [*_more(image, size), (0, 0)], mode="reflect")
+
+
+def _uncounted(labels: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    return np.pad(labels, _more(labels, size), constant_values=IGNORE)
+
+
+def _more(array: np.ndarray, size: Sequence[int]) -> list[tuple[int, int]]:
+    return [(0, new - old) for new, old in zip(size, array.shape[:2], strict=True)]
 
 
 def _pairs(folder: Path) -> list[Pair] | None:
@@ -407,11 +454,24 @@ def _pairs(folder: Path) -> list[Pair] | None:
     )
     if images is None or labels is None:
         return None
-    ours, theirs = (
-        {path.name: path for path in sorted(inner.iterdir()) if not path.name.startswith(".")}
-        for inner in (images, labels)
-    )
+    ours, theirs = _by_stem(images), _by_stem(labels)
     if alone := sorted(ours.keys() ^ theirs.keys()):
-        lacks, at = ("label", ours[alone[0]]) if alone[0] in ours else ("image", theirs[alone[0]])
-        raise FwError(f"{at}: has no {lacks} of that name; {len(alone)} such files in {folder}")
-    return [Pair(ours[name], theirs[name]) for name in ours]
+        stem = alone[0]
+        at, other = (ours[stem], labels) if stem in ours else (theirs[stem], images)
+        raise FwError(
+            f"{at}: expected a file {stem}.* in {other}; there is none; {len(alone)} such files in "
+            f"{folder}"
+        )
+    return [Pair(ours[stem], theirs[stem]) for stem in ours]
+
+
+def _by_stem(folder: Path) -> dict[str, Path]:
+    """The files of a folder by their names up to the last dot."""
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.stem in found:
+            raise FwError(f"{path}: expected one file {path.stem}.*; {found[path.stem]} is another")
+        found[path.stem] = path
+    return found

@@ -1,7 +1,7 @@
 """The vocabulary of a recommender: what its ids and features are as numbers, fitted on train only.
 
 A name that training did not know is hashed into one of a few spare rows; so is one that it saw too
-seldom, which is how the spare rows learn. `recommend` makes rows and answers with it.
+seldom (see `LEAST`), which is how the spare rows learn. `recommend` makes rows and answers with it.
 """
 
 import hashlib
@@ -15,14 +15,18 @@ from typing import Any
 
 import numpy as np
 
-from fw.data.interactions import KINDS, NUMBERS, Interactions, Table
+from fw.data.cells import BOUND, LEAST, is_cell
+from fw.data.interactions import KINDS, NUMBERS, Interactions, Table, is_positive
 from fw.errors import FwError
-from fw.json_files import is_writer, read_json, write_json
-from fw.tensors import read_tensors, write_tensors
+from fw.json_files import read_json, write_json
+from fw.tensors import read_tensors, replace_tensors
 
 FILE, TENSORS = "vocabulary.json", "vocabulary.safetensors"
 NONE = -1
 """An id that is not there: the rest of a bag, a feature without a value."""
+
+WIDEST = 2**16
+"""The most names that a bag or a history holds: arrays are as wide as a vocabulary says."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,8 @@ class Column:
         tokens: the known names, by id.
         spare: rows for all others, after the known.
         width: the most that a bag of a `token_seq` holds; 1 for a token, 0 for a number.
-        mean, scale: a number x becomes (x - mean) / scale; one that is not there 0.
+        mean, scale: a number x becomes (x - mean) / scale, at most `BOUND`; one that is not there
+            0.
 
     >>> column = Column("item", "token", ("tea", "milk"), spare=3)
     >>> column.rows, column.encode(["milk", "", "beer"]).tolist()
@@ -73,14 +78,14 @@ class Column:
         """Int32 [n] of tokens, int32 [n, width] of bags, float32 [n] of numbers."""
         if self.kind == "float":
             numbers = (np.fromiter(values, np.float64) - self.mean) / self.scale
-            return np.nan_to_num(numbers).astype(np.float32)
+            return np.nan_to_num(numbers).clip(-BOUND, BOUND).astype(np.float32)
         if self.kind == "token":
             return np.fromiter(map(self.id, values), np.int32)
         return bags([[self.id(token) for token in tokens] for tokens in values], self.width)
 
 
 def fit_column(
-    name: str, kind: str, values: Sequence[Any] | np.ndarray, *, spare: int, min_count: int = 1
+    name: str, kind: str, values: Sequence[Any] | np.ndarray, *, spare: int, min_count: int = LEAST
 ) -> Column:
     """The column of these values of training.
 
@@ -98,7 +103,7 @@ def fit_column(
     counts = Counter(token for value in values for token in (value if bag else (value,)) if token)
     tokens = sorted(token for token, count in counts.items() if count >= min_count)
     width = max(map(len, values), default=1) if bag else 1
-    return Column(name, kind, tuple(tokens), spare, max(width, 1))
+    return Column(name, kind, tuple(tokens), spare, min(max(width, 1), WIDEST))
 
 
 def bags(lists: Sequence[Sequence[int]] | Sequence[np.ndarray], width: int) -> np.ndarray:
@@ -123,9 +128,9 @@ class Vocabulary:
         users: those of training, and of the table of users if there was one.
         items: the catalogue: those of training, and of the table of items if there was one.
         arrays: "NAME" [users, ...] of "user" and "user.*", [items, ...] of "item" and "item.*";
-            "taken" int32, the places in `items` of what each user took, in order of time, and
-            "begins" int32 [users + 1], where each user's begin; "log_q" float32 [items], the
-            logarithm of an item's share of the events.
+            "taken" int32, the places in `items` of what each user took (not of what he refused),
+            in order of time, and "begins" int32 [users + 1], where each user's begin; "log_q"
+            float32 [items], the logarithm of an item's share of the events.
     """
 
     columns: tuple[Column, ...]
@@ -179,14 +184,10 @@ class Vocabulary:
 
     def save(self, folder: str | Path) -> None:
         """Write `vocabulary.json` and `vocabulary.safetensors`, which `load` reads."""
-        folder = Path(folder)
         value = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "arrays"}
         value["columns"] = [asdict(column) for column in self.columns]
-        if is_writer():
-            part = folder / f".{TENSORS}.part"
-            write_tensors(part, dict(self.arrays))
-            part.replace(folder / TENSORS)
-        write_json(folder / FILE, value)
+        replace_tensors(Path(folder) / TENSORS, self.arrays)
+        write_json(Path(folder) / FILE, value)
 
 
 def fit_vocabulary(
@@ -195,7 +196,8 @@ def fit_vocabulary(
     features: Sequence[str] | None = None,
     history: int = 50,
     spare: int = 16,
-    min_count: int = 1,
+    min_count: int = LEAST,
+    threshold: float | None = None,
 ) -> Vocabulary:
     """Learn names, means and deviations from the events of training and from nothing else.
 
@@ -203,16 +205,18 @@ def fit_vocabulary(
         train: its tables of users and items may have others, too: these get places, but no name
             and no number of theirs is learnt from.
         features: the columns to use, such as "user.age"; None for all.
-        history: as in `Vocabulary`.
+        history: as in `Vocabulary`, at most `WIDEST`.
         spare: rows of each table for unknown names.
         min_count: how often a user, an item or a feature must come to get a row of its own.
+        threshold: says which items were taken and which refused: see
+            `fw.data.interactions.is_positive`.
 
     Raises:
         FwError: no such feature, or numbers out of range.
     """
-    if spare < 1 or min_count < 1 or history < 0:
+    if spare < 1 or min_count < 1 or not 0 <= history <= WIDEST:
         raise FwError(
-            f"vocabulary: expected spare and min_count from 1 and history from 0; "
+            f"vocabulary: expected spare and min_count from 1 and history from 0 to {WIDEST}; "
             f"got {spare}, {min_count}, {history}"
         )
     events, tables = train.events, {"user": train.users, "item": train.items}
@@ -246,11 +250,11 @@ def fit_vocabulary(
     item = np.array([bare.item_places[name] for name in events.columns["item"]], np.int32)
     counts = np.bincount(item, minlength=len(bare.items))
     share = np.maximum(counts, 1) / max(len(item), 1)
+    took = is_positive(events, threshold)
+    by_user = np.bincount(user[took], minlength=len(bare.users))
     arrays |= {
-        "taken": item[np.lexsort((train.order, user))],
-        "begins": np.append(0, np.cumsum(np.bincount(user, minlength=len(bare.users)))).astype(
-            np.int32
-        ),
+        "taken": item[took][np.lexsort((train.order[took], user[took]))],
+        "begins": np.append(0, np.cumsum(by_user)).astype(np.int32),
         "log_q": np.log(share).astype(np.float32),
     }
     return Vocabulary(bare.columns, history, bare.users, bare.items, arrays)
@@ -269,7 +273,7 @@ def load(folder: str | Path) -> Vocabulary:
             Column(**{**column, "tokens": tuple(column["tokens"])}) for column in value["columns"]
         )
         users, items, history = tuple(value["users"]), tuple(value["items"]), value["history"]
-        checked = _is_count(history) and _are_names(users) and _are_names(items)
+        checked = _is_count(history, WIDEST) and _are_names(users) and _are_names(items)
         checked &= [column.name for column in columns[:2]] == ["user", "item"]
         checked &= len({column.name for column in columns}) == len(columns)
         checked &= all(map(_is_column, columns))
@@ -282,8 +286,8 @@ def load(folder: str | Path) -> Vocabulary:
     return found
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**31
+def _is_count(value: Any, most: int = 2**31 - 1) -> bool:
+    return type(value) is int and 0 <= value <= most
 
 
 def _are_names(values: tuple[Any, ...]) -> bool:
@@ -295,8 +299,8 @@ def _is_column(column: Column) -> bool:
     named = column.name in ("user", "item") or (
         owner in ("user", "item", "event") and bool(dot and feature)
     )
-    numbers = all(type(x) in (int, float) and math.isfinite(x) for x in (column.mean, column.scale))
-    whole = all(map(_is_count, (column.spare, column.width)))
+    numbers = all(type(x) in (int, float) and is_cell(x) for x in (column.mean, column.scale))
+    whole = all(map(_is_count, (column.spare, column.rows))) and _is_count(column.width, WIDEST)
     sized = column.kind == "float" or (whole and column.spare > 0 and column.width > 0)
     return (
         named and numbers and whole and sized and column.scale > 0

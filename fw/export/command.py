@@ -74,10 +74,13 @@ def run(arguments: argparse.Namespace) -> int:
     """Do what the parsed arguments of `predict` ask for.
 
     Raises:
-        FwError: as `fw.export.load` does; a bad row, with file and line; no texts.
+        FwError: as `fw.export.load` does; a bad row, with file and line; no texts; an output that
+            cannot be written.
     """
     if bool(arguments.item) == bool(arguments.file):
         raise FwError("predict: give either things to answer or --file (- for standard input)")
+    if arguments.output and (not arguments.output.name or arguments.output.is_dir()):
+        raise FwError(f"{arguments.output}: is a folder; give --output the file to write")
     artifact = load(arguments.artifact)
     if arguments.file:
         items = read_items(artifact.processor, arguments.file, artifact.task, arguments.read)
@@ -110,27 +113,30 @@ def read_items(processor: Processor, file: str, task: str, form: str | None = No
         FwError: it cannot be read, has a bad row (with its line), or no row.
     """
     name = "standard input" if file == "-" else file
-    if file != "-" and form is None and (own := processor.from_file(Path(file))) is not None:
-        for number, item in enumerate(own, 1):
-            if why := processor.problem(item, task):
-                raise FwError(f"{name}: {processor.item} {number}: {why}")
-        return own
-    lines = (_standard_input() if file == "-" else read_text(file)).split("\n")
+    own = processor.from_file(Path(file)) if file != "-" and form is None else None
     items: list[Any] = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{name}:{number}"
-        if form == "jsonl" or (form is None and Path(file).suffix in JSON_LINES):
-            item = processor.from_json(parse_json(line, where), where, task)
-        else:
-            item = processor.parse(line.rstrip("\r"), where, task)
+    for where, item in _lines(processor, file, name, task, form) if own is None else own:
         if why := processor.problem(item, task):
             raise FwError(f"{where}: {why}")
         items.append(item)
     if not items:
         raise FwError(f"{name}: expected a {processor.item} a line; found none")
     return items
+
+
+def _lines(
+    processor: Processor, file: str, name: str, task: str, form: str | None
+) -> Iterator[tuple[str, Any]]:
+    """Of each line that is not blank, where it stands and the thing that it spells."""
+    lines = (_standard_input() if file == "-" else read_text(file)).split("\n")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{name}:{number}"
+        if form == "jsonl" or (form is None and Path(file).suffix in JSON_LINES):
+            yield where, processor.from_json(parse_json(line, where), where, task)
+        else:
+            yield where, processor.parse(line.rstrip("\r"), where, task)
 
 
 def _standard_input() -> str:
@@ -148,16 +154,23 @@ def _open(path: Path | None) -> Iterator[TextIO]:
         yield sys.stdout
         return
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
+    with _errors(path):
         file = part.open("x", encoding="utf-8")
-    except OSError as error:
-        raise FwError(f"{path}: cannot be written: {error.strerror}") from error
     try:
         with file:
             yield file
-        part.replace(path)
+        with _errors(path):
+            part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def _errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise FwError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def _progress(answers: Iterable[Any], total: int, item: str, *, quiet: bool) -> Iterable[Any]:

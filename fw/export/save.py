@@ -12,7 +12,8 @@ import importlib.metadata
 import platform
 import secrets
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,8 +71,8 @@ def save(
         The folder.
 
     Raises:
-        FwError: arguments that do not fit each other, a folder that is something else, or a
-            function that does not give the model's own outputs once exported.
+        FwError: arguments that do not fit each other, a folder that is something else or cannot
+            be written, or a function that does not give the model's own outputs once exported.
 
     >>> import tempfile
     >>> from fw.export import Text
@@ -87,59 +88,75 @@ def save(
     """
     folder = Path(folder)
     _check_arguments(model, task, labels, processor)
-    _check_target(folder)
-
-    variables = jax.device_get(dict(variables))
-    weights, function, forward, kind = functional(model, variables, precision)
-    specs = processor.specs(task)
-    exported = trace(function, weights, specs)
-    check_function(exported, "the model")
-    if labels and exported.out_avals[0].shape[-1] != len(labels):
-        raise FwError(
-            f"labels: the model has {exported.out_avals[0].shape[-1]} classes; got {len(labels)}"
-        )
-    batch = processor.golden(task, examples)
-    logits = np.asarray(jax.jit(forward)(variables, batch))
-    if not np.isfinite(logits).all():
-        raise FwError("variables: the model gives NaN or infinity; not exported")
-    manifest = {
-        "task": task,
-        "labels": list(labels),
-        "precision": precision,
-        "run": _how_to_run(folder.name),
-        "platforms": list(exported.platforms),
-        "versions": {
-            "fw": _version(),
-            "jax": jax.__version__,
-            "python": platform.python_version(),
-            "calling_convention": exported.calling_convention_version,
-        },
-        "provenance": dict(provenance or {}),
-        "model": _describe(model),
-        "compression": _compression(weights, report),
-        "processor": processor.notes(),
-        "golden": {"tolerance": tolerance(kind, logits)},
-        "signature": {
-            "function": "logits = call(weights, batch)",
-            "batch": form(specs),
-            "logits": form({"": exported.out_avals[0]})[""],
-            "weights": form(weights),
-        },
-    }
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
-    part.mkdir()
-    try:
+    with replacing(folder) as part:
+        _check_target(folder)
+        variables = jax.device_get(dict(variables))
+        weights, function, forward, kind = functional(model, variables, precision)
+        specs = processor.specs(task)
+        exported = trace(function, weights, specs)
+        check_function(exported, "the model")
+        classes = exported.out_avals[0].shape[-1]
+        if labels and classes != len(labels):
+            raise FwError(f"labels: the model has {classes} classes; got {len(labels)}")
+        batch = processor.golden(task, examples)
+        logits = np.asarray(jax.jit(forward)(variables, batch))
+        if not np.isfinite(logits).all():
+            raise FwError("variables: the model gives NaN or infinity; not exported")
+        manifest = {
+            "task": task,
+            "labels": list(labels),
+            "precision": precision,
+            "run": _how_to_run(folder.name),
+            "platforms": list(exported.platforms),
+            "versions": {
+                "fw": _version(),
+                "jax": jax.__version__,
+                "python": platform.python_version(),
+                "calling_convention": exported.calling_convention_version,
+            },
+            "provenance": dict(provenance or {}),
+            "model": _describe(model),
+            "compression": _compression(weights, report),
+            "processor": processor.notes(),
+            "golden": {"tolerance": tolerance(kind, logits)},
+            "signature": {
+                "function": "logits = call(weights, batch)",
+                "batch": form(specs),
+                "logits": form({"": exported.out_avals[0]})[""],
+                "weights": form(weights),
+            },
+        }
         (part / files.STABLEHLO).write_bytes(exported.serialize())
         write_tensors(part / files.WEIGHTS, weights)
         processor.save(part)
         write_tensors(part / files.GOLDEN, batch | {"logits": logits})
         files.write(part, manifest)
         load(part)
-        _put(part, folder)
+    return folder
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A folder to fill, beside the final one, whose place it takes if the body succeeds.
+
+    Raises:
+        FwError: it cannot be written, which shows at once.
+    """
+    folder = folder.resolve()
+    part = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+    try:
+        part.mkdir(parents=True)
+        yield part
+        old = None
+        if folder.exists():  # goes away after it has a successor, not before
+            old = folder.rename(folder.with_name(f"{part.name}.old"))
+        part.rename(folder)
+        if old is not None:
+            shutil.rmtree(old)
+    except OSError as error:
+        raise FwError(f"{folder}: cannot be written: {error}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return folder
 
 
 def load_variables(folder: str | Path) -> dict[str, Any]:
@@ -190,17 +207,6 @@ def _check_target(folder: Path) -> None:
         folder.is_dir() and ((folder / files.NAME).is_file() or not any(folder.iterdir()))
     ):
         raise FwError(f"{folder}: is there and no artifact, so it is not replaced; give another")
-
-
-def _put(part: Path, folder: Path) -> None:
-    """Give the finished folder its name; one that had it goes away after, not before."""
-    old = None
-    if folder.exists():
-        old = folder.with_name(f"{part.name}.old")
-        folder.rename(old)
-    part.rename(folder)
-    if old is not None:
-        shutil.rmtree(old)
 
 
 def _describe(model: "Model") -> dict[str, Any]:

@@ -15,7 +15,7 @@ from reprlib import repr as shown  # a hostile file may hold a long value
 from typing import Any, get_args, get_origin
 
 from fw.errors import FwError
-from fw.hub.families import FAMILIES, OWN, Family
+from fw.hub.families import FAMILIES, Family
 from fw.hub.files import CONFIG, read_json, read_small
 from fw.hub.header import parse_json
 from fw.labels import LABELLED, PROBLEMS
@@ -145,7 +145,7 @@ def read_config(
     except FwError as error:
         raise FwError(f"{where}: {error}") from None
     for field in fields:
-        if field.name in given or field.name in OWN:
+        if field.name in given or field.name in family.own:
             continue
         if field.name in source:
             given[field.name] = _checked(field, source[field.name], where, limit)
@@ -181,7 +181,7 @@ def write_config(
         }
     if config.task in ("multi_label_classification", "regression"):
         named["problem_type"] = PROBLEMS[config.task]
-    fields = {k: v for k, v in family.writes(config).items() if k not in OWN}
+    fields = {k: v for k, v in family.writes(config).items() if k not in family.own}
     return {
         **{key: value for key, value in source.items() if key not in SUPERSEDED},
         "architectures": [family.architectures[config.task]],

@@ -36,6 +36,7 @@ from fw.models import (
     vit_config,
 )
 from fw.models.names import Name
+from fw.options import COMPUTED
 from sharding import paths
 
 
@@ -44,8 +45,7 @@ class Family:
     """A family of models, as transformers stores it.
 
     Attributes:
-      config: a dataclass with a `model_type`; its fields are keys of `config.json`, but for those
-        that say what the model is for (`OWN`).
+      config: a dataclass with a `model_type`; its fields are keys of `config.json`, but for `own`.
       model: makes the model of a config.
       names: how a config's parameters are called.
       architectures: transformers' class by task.
@@ -73,6 +73,11 @@ class Family:
     reads: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
     writes: Callable[[Any], Mapping[str, Any]] = dataclasses.asdict
     stacked: bool = False
+
+    @property
+    def own(self) -> tuple[str, ...]:
+        """Fields of the config that are no keys of `config.json`."""
+        return (*OWN, *(EMBEDDED if "embedding" in self.architectures else ()))
 
     def stored(self, config: Any) -> Iterator[Name]:
         """`names` as a folder of this config has them: without the prefix, if it has no head."""
@@ -114,8 +119,11 @@ class Family:
         )
 
 
-OWN = ("task", "num_labels", "pooling", "normalize", "microbatches", "remat", "scan")
-"""Fields of a config that are no keys of `config.json`."""
+OWN = ("task", "num_labels", *COMPUTED)
+"""Fields of a config that say what a model is for and how it is computed."""
+
+EMBEDDED = ("pooling", "normalize")
+"""Fields that sentence-transformers' files say, of a family that makes embeddings."""
 
 
 def own_family(

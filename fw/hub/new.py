@@ -29,7 +29,7 @@ def new(
       labels: names of the classes by id.
       key: of the parameters.
       mesh, rules: where they go.
-      microbatches, remat: as in `load`.
+      microbatches, remat: as in `load`; whatever the config has.
 
     Raises:
       FwError: a `remat` for a model that has nothing to compute again.

@@ -77,13 +77,19 @@ class _Mark:
 
 
 def torch_file(place: Path) -> Path | None:
-    """The `.pth` that a path is, or that a folder without a `config.json` holds as its only one."""
+    """The `.pth` that a path is, or that a folder without a `config.json` holds.
+
+    Raises:
+      FwError: the folder holds several.
+    """
     if place.suffix == SUFFIX and place.is_file():
         return place
     if not place.is_dir() or (place / "config.json").exists():
         return None
     found = [file for file in place.iterdir() if file.suffix == SUFFIX]
-    return found[0] if len(found) == 1 else None
+    if len(found) > 1:
+        raise FwError(f"{place}: holds {len(found)} {SUFFIX} files; keep one")
+    return found[0] if found else None
 
 
 @contextmanager
@@ -135,6 +141,7 @@ def _tensor(
 def _zipped(file: Path, opened: BinaryIO) -> tuple[dict[str, _View], Places]:
     """The views and places of an archive, whose members must lie there as they are."""
     broken = f"{file}: broken, or no archive of torch"
+    places = {}
     try:
         with zipfile.ZipFile(opened) as archive:
             members = {info.filename: info for info in archive.infolist()}
@@ -148,17 +155,26 @@ def _zipped(file: Path, opened: BinaryIO) -> tuple[dict[str, _View], Places]:
             if order and (order.file_size > 9 or archive.read(order) != b"little"):
                 raise FwError(f"{broken}: its numbers are not little-endian")
             found = _Reader(BytesIO(archive.read(pickled[0])), file).result()
-    except (zipfile.BadZipFile, NotImplementedError, struct.error, EOFError) as error:
+        for name, info in members.items():
+            if name.startswith(f"{root}data/"):
+                # The local header's own lengths, which need not be those of the directory.
+                head = os.pread(opened.fileno(), 30, info.header_offset)
+                if len(head) != 30 or head[:4] != b"PK\x03\x04":
+                    raise FwError(f"{broken}: {shown_name(name)} is not where the directory says")
+                start = info.header_offset + 30 + sum(struct.unpack("<HH", head[26:]))
+                places[name.removeprefix(f"{root}data/")] = (start, info.file_size)
+    except FwError:
+        raise
+    # RuntimeError: of a member that is encrypted; ValueError: of a name that is no UTF-8.
+    except (
+        zipfile.BadZipFile,
+        RuntimeError,
+        ValueError,
+        OverflowError,
+        struct.error,
+        EOFError,
+    ) as error:
         raise FwError(f"{broken}: {error}") from error
-    places = {}
-    for name, info in members.items():
-        if name.startswith(f"{root}data/"):
-            # The local header's own lengths, which need not be those of the directory.
-            head = os.pread(opened.fileno(), 30, info.header_offset)
-            if len(head) != 30 or head[:4] != b"PK\x03\x04":
-                raise FwError(f"{broken}: {shown_name(name)} is not where the directory says")
-            start = info.header_offset + 30 + sum(struct.unpack("<HH", head[26:]))
-            places[name.removeprefix(f"{root}data/")] = (start, info.file_size)
     return _state_dict(found, file), places
 
 
@@ -174,13 +190,15 @@ def _legacy(file: Path, opened: BinaryIO) -> tuple[dict[str, _View], Places]:
     views, keys = _state_dict(reader.result(), file), _Reader(opened, file).result()
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
         raise FwError(f"{file}: expected a list of the storages' keys, got {shown(keys)}")
-    places = {}
+    places, size = {}, os.fstat(opened.fileno()).st_size
     for key in keys:
         stated, storage = opened.read(8), reader.storages.get(key)
         if storage is None or stated != storage.count.to_bytes(8, "little"):
             raise FwError(f"{file}: storage {shown(key)} is not as long as its tensors say")
-        room = storage.count * BITS[storage.dtype] // 8
-        places[key] = (opened.tell(), room)
+        begin, room = opened.tell(), storage.count * BITS[storage.dtype] // 8
+        if begin + room > size:
+            raise FwError(f"{file}: storage {shown(key)} is longer than the file")
+        places[key] = (begin, room)
         opened.seek(room, os.SEEK_CUR)
     return views, places
 
@@ -242,8 +260,9 @@ class _Reader:
                     self._change(code.name, argument)
         except FwError:
             raise
-        # IndexError, KeyError: of a stack or memo that lacks what an instruction takes.
-        except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
+        # LookupError: of a stack or memo that lacks what an instruction takes; MemoryError: of a
+        # text that states a length beyond all memory.
+        except (ValueError, LookupError, TypeError, OverflowError, MemoryError) as error:
             raise FwError(f"{self.file}: broken, or no file of torch: {error!r}") from error
         raise FwError(f"{self.file}: broken, or no file of torch: its pickle has no end")
 

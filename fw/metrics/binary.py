@@ -7,22 +7,30 @@ alone.
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
+from fw.errors import FwError
 from fw.metrics.classification import classification_report
 from fw.metrics.multi_label import THRESHOLD
+from fw.metrics.probabilities import sigmoid
 
 BINS = 10
 """Of a reliability curve, if nothing else is said."""
 
 
-def binary_report(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, float]:
-    """Score the probability of class 1.
+def binary_report(
+    labels: np.ndarray, logits: np.ndarray, names: Sequence[str] = ("0", "1")
+) -> dict[str, float]:
+    """Score the logit of class 1, whose probability is its sigmoid.
+
+    Far out, different logits have one probability, so the order is that of the logits.
 
     Args:
         labels: [n], 0 or 1.
-        probabilities: [n], in 0…1.
+        logits: [n].
+        names: of the classes, for the error.
 
     Returns:
         Of the order: "auc", "average_precision", "ks". Of the probabilities: "log_loss", "brier",
@@ -30,20 +38,27 @@ def binary_report(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, fl
         as many of equal count. Above `THRESHOLD`: "precision", "recall", "f1", "accuracy".
 
     Raises:
-        ValueError: see `roc_curve`, or a probability outside of 0…1.
+        FwError: all rows are of one class, or as `roc_curve`.
+        ValueError: as `roc_curve`.
 
-    >>> report = binary_report(np.array([0, 0, 1, 1]), np.array([0.1, 0.4, 0.35, 0.8]))
+    >>> report = binary_report(np.array([0, 0, 1, 1]), np.array([-2.0, -0.3, -0.5, 50.0]))
     >>> round(report["auc"], 4), round(report["ks"], 4), report["recall"]
     (0.75, 0.5, 0.5)
     """
-    y, p = _checked(labels, probabilities)
+    y, x = _vectors(labels, logits)
+    if y.min() == y.max():
+        raise FwError(
+            f"all {len(y)} rows are {names[int(y[0])]!r}: AUC compares rows of two classes; "
+            "give some of both to judge by"
+        )
+    p = sigmoid(x)
     given, matrix = (p > THRESHOLD).astype(np.int64), np.zeros((2, 2), np.int64)
     np.add.at(matrix, (y.astype(np.int64), given), 1)
     scores = classification_report(matrix, ("0", "1"), absent=True)
     return {
-        "auc": roc_auc(y, p),
-        "average_precision": average_precision(y, p),
-        "ks": ks_statistic(y, p),
+        "auc": roc_auc(y, x),
+        "average_precision": average_precision(y, x),
+        "ks": ks_statistic(y, x),
         "log_loss": log_loss(y, p),
         "brier": float(np.mean((p - y) ** 2)),
         "calibration_error": calibration_error(reliability(y, p)),
@@ -67,7 +82,8 @@ def roc_curve(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.nd
         the first is (0, 0) at infinity. A rate is NaN where its class is absent.
 
     Raises:
-        ValueError: none, or unequal numbers of them, another label, or a score that is not finite.
+        FwError: a score that is not finite.
+        ValueError: none, or unequal numbers of them, or another label.
 
     >>> [x.tolist() for x in roc_curve(np.array([0, 1, 1]), np.array([0.5, 0.5, 0.9]))]
     [[0.0, 0.0, 1.0], [0.0, 0.5, 1.0], [inf, 0.9, 0.5]]
@@ -198,5 +214,8 @@ def _vectors(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.nda
     if not np.isin(y, (0, 1)).all():
         raise ValueError("labels: expected 0 and 1 alone; leave ignored rows out")
     if not np.isfinite(x).all():
-        raise ValueError("scores: expected finite numbers; has the model diverged?")
+        raise FwError(
+            f"scores: {np.sum(~np.isfinite(x))} of {len(x)} are NaN or infinite, so the model has "
+            "diverged; train it with a lower --learning-rate, with --clip 1 or --precision f32"
+        )
     return y, x

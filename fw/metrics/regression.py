@@ -16,8 +16,8 @@ def regression_report(labels: np.ndarray, predictions: np.ndarray) -> dict[str, 
         predictions: [n].
 
     Returns:
-        "mse", "rmse", "mae", "r2" (1 - Σ (x - y)² / Σ (y - ȳ)², 0 where all labels are one
-        number), "pearson" and "spearman".
+        "mse", "rmse", "mae", "r2" (1 - Σ (x - y)² / Σ (y - ȳ)²; where all labels are one number,
+        1 if all predictions are it, too, and 0 otherwise), "pearson" and "spearman".
 
     Raises:
         ValueError: none, or unequal numbers of them.
@@ -37,7 +37,7 @@ def regression_report(labels: np.ndarray, predictions: np.ndarray) -> dict[str, 
         "mse": mse,
         "rmse": mse**0.5,
         "mae": float(np.mean(np.abs(x - y))),
-        "r2": 1 - mse / variance if variance > 0 else 0.0,
+        "r2": 1 - mse / variance if variance > 0 else float(mse == 0),
         "pearson": pearson(y, x),
         "spearman": pearson(ranks(y), ranks(x)),
     }

@@ -50,12 +50,22 @@ class DLRMConfig:
     def __post_init__(self):
         """Checks what the arithmetic relies on."""
         check_columns("dlrm", self.columns, self.rows)
+        if not self.columns or self.features < 2:
+            raise FwError(
+                f"dlrm: columns {self.columns}, numbers {self.numbers}: expected a column of ids, "
+                "and another, numbers or a history to take its product with"
+            )
         if min((self.size, *self.bottom, *self.top)) < 1 or not 0 <= self.dropout < 1:
             raise FwError("dlrm: expected sizes from 1, and dropout in [0, 1)")
         if self.history and "item" not in self.columns:
             raise FwError("dlrm: a history shares the rows of a column 'item', which is missing")
         if self.task != "ranking":
             raise FwError(f"dlrm: task {self.task!r} is unknown; expected 'ranking'")
+
+    @property
+    def features(self) -> int:
+        """The vectors whose products are taken."""
+        return len(self.columns) + self.history + bool(self.numbers)
 
 
 class DLRM(nnx.Module):
@@ -65,8 +75,7 @@ class DLRM(nnx.Module):
         self.config = config
         like = (("history", "item"),) if config.history else ()
         self.features = Features(config.columns, config.rows, config.size, like=like, rngs=rngs)
-        count = len(config.columns) + config.history + bool(config.numbers)
-        own = config.size if config.numbers else 0
+        own, count = config.size if config.numbers else 0, config.features
         if config.numbers:
             sizes = (*config.bottom, config.size)
             self.bottom = MLP(len(config.numbers), sizes, last_relu=True, rngs=rngs)

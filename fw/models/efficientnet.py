@@ -17,6 +17,7 @@ from flax import nnx
 from fw.errors import FwError
 from fw.model import Batch, Model, from_nnx
 from fw.models import names
+from fw.models.checks import at_least, one_of, rates
 from fw.models.convolution import Padding, global_mean
 from fw.models.layers import Dense, dropout
 from fw.models.names import Name
@@ -78,17 +79,13 @@ class EfficientNetConfig:
 
     def __post_init__(self):
         """Checks what the arithmetic relies on."""
-        if self.task != "image_classification":
-            raise FwError(f"task {self.task!r} is unknown; expected 'image_classification'")
+        one_of(self, task=("image_classification",))
+        at_least(self, 1, "num_labels", "image_size", "num_channels")
+        rates(self, "dropout", "drop_path")
         for name in ("width", "depth"):
             if not 0 < getattr(self, name) <= MOST_TIMES:
                 raise FwError(
                     f"{name} {getattr(self, name)}: expected more than 0, to {MOST_TIMES}"
-                )
-        for name in ("dropout", "drop_path"):
-            if not 0 <= getattr(self, name) < 1:
-                raise FwError(
-                    f"{name} {getattr(self, name)} is no rate; expected 0 or more, and less than 1"
                 )
 
     def channels(self, count: int) -> int:

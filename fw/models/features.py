@@ -1,9 +1,9 @@
 """The categorical and numeric columns of a batch, for recommenders: embeddings, and numbers.
 
 All columns have their rows in one table, each after the other, so one exchange serves them all
-(see `table`). A column is ids int32 [B], or bags int32 [B, M], -1 for none: its embedding is the
-mean of those there, and 0 if none is. A column that the batch lacks is left out, so that users and
-items can be computed apart.
+(see `table`). A column is ids int32 [B], or bags int32 [B, M], -1 for none, as is any id that the
+column has no row for: its embedding is the mean of those there, and 0 if none is. A column that the
+batch lacks is left out, so that users and items can be computed apart.
 """
 
 from collections.abc import Sequence
@@ -46,30 +46,33 @@ class Features(nnx.Module):
           init: as in `Table`.
           rngs: of the table.
         """
-        starts = dict(zip(columns, accumulate(rows, initial=0), strict=False))
-        starts |= {name: starts[other] for name, other in like}
-        self.starts = tuple(starts.items())
+        starts = accumulate(rows[:-1], initial=0)
+        places = dict(zip(columns, zip(starts, rows, strict=True), strict=True))
+        places |= {name: places[other] for name, other in like}
+        self.places = tuple(places.items())
         self.table = Table(sum(rows), size, self._ids, init=init, rngs=rngs)
 
-    def _ids(self, batch: Batch) -> jax.Array:
-        found = []
-        for name, start in self.starts:
+    def _columns(self, batch: Batch) -> dict[str, jax.Array]:
+        """The rows of each column of the batch, int32 [B, M]; -1 for none."""
+        found = {}
+        for name, (start, rows) in self.places:
             if name in batch:
                 ids = batch[name].reshape(batch[name].shape[0], -1)
-                found.append(jnp.where(ids >= 0, ids + start, -1))
-        return jnp.concatenate(found, axis=1)
+                found[name] = jnp.where((ids >= 0) & (ids < rows), ids + start, -1)
+        return found
+
+    def _ids(self, batch: Batch) -> jax.Array:
+        return jnp.concatenate([*self._columns(batch).values()], axis=1)
 
     def __call__(self, batch: Batch) -> dict[str, jax.Array]:
         """The embedding of each column of the batch, [B, size]."""
         rows, done, found = self.table(batch), 0, {}
-        for name, _ in self.starts:
-            if name in batch:
-                ids = batch[name].reshape(batch[name].shape[0], -1)
-                width = ids.shape[1]
-                total = jnp.sum(rows[:, done : done + width], axis=1)
-                number = jnp.sum(ids >= 0, axis=1, keepdims=True, dtype=rows.dtype)
-                found[name] = total / jnp.maximum(number, jnp.ones((), rows.dtype))
-                done += width
+        for name, ids in self._columns(batch).items():
+            width = ids.shape[1]
+            total = jnp.sum(rows[:, done : done + width], axis=1)
+            number = jnp.sum(ids >= 0, axis=1, keepdims=True, dtype=rows.dtype)
+            found[name] = total / jnp.maximum(number, jnp.ones((), rows.dtype))
+            done += width
         return found
 
 

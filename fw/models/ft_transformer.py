@@ -14,6 +14,7 @@ from flax import nnx
 
 from fw.errors import FwError
 from fw.model import Batch, Model, from_nnx
+from fw.models.checks import rates
 from fw.models.layers import Dense, LayerNorm, attend, denses, dropout
 from fw.models.tabular import Categories, check
 from sharding import constrain
@@ -55,6 +56,7 @@ class FTTransformerConfig:
         object.__setattr__(self, "categories", tuple(self.categories))
         sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
         check(self, *sizes)
+        rates(self, "attention_dropout")
         if self.hidden_size % self.num_attention_heads:
             raise FwError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
@@ -76,7 +78,7 @@ class Tokens(nnx.Module):
             normal = jax.random.normal(rngs.params(), (count, size)) * std
             return nnx.Param(normal, axes=(None, "embed"))
 
-        self.first = vectors(1)
+        self.config, self.first = config, vectors(1)
         self.bias = vectors(numbers + len(config.categories))
         if numbers:
             self.weight = vectors(numbers)
@@ -86,10 +88,10 @@ class Tokens(nnx.Module):
 
     def __call__(self, batch: Batch) -> jax.Array:
         tokens = []
-        if "numbers" in batch:
+        if self.config.numbers:
             x, gone = batch["numbers"][..., None], batch["missing"][..., None]
             tokens.append(x * self.weight[...] + gone * self.missing[...])
-        if "categories" in batch:
+        if self.config.categories:
             tokens.append(self.categories(batch["categories"]))
         x = jnp.concatenate(tokens, 1) + self.bias[...]
         first = jnp.broadcast_to(self.first[...], (x.shape[0], *self.first.shape))

@@ -22,6 +22,7 @@ from fw.errors import FwError
 from fw.model import Batch, Model, from_nnx
 from fw.models import names
 from fw.models.cache import EMPTY, Cache, empty_cache
+from fw.models.checks import one_of
 from fw.models.experts import Experts, ExpertsConfig
 from fw.models.heads import word_logits, words
 from fw.models.layers import (
@@ -97,14 +98,8 @@ class LlamaConfig:
         """Checks what the arithmetic relies on, and fills in what a `config.json` may leave out."""
         if self.num_key_value_heads is None:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
-        for name, value, known in (
-            ("model_type", self.model_type, ARCHITECTURES),
-            ("task", self.task, ("causal_lm",)),
-            ("rope_type", self.rope_type, ROPES),
-            ("hidden_act", self.hidden_act, ("silu",)),
-        ):
-            if value not in known:
-                raise FwError(f"{name} {value!r} is unknown; choose one of {', '.join(known)}")
+        one_of(self, model_type=ARCHITECTURES, task=("causal_lm",))
+        one_of(self, rope_type=ROPES, hidden_act=("silu",))
         if self.num_attention_heads % self.key_heads:
             raise FwError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "

@@ -54,7 +54,7 @@ class MLP(nnx.Module):
     """The network."""
 
     def __init__(self, config: MLPConfig, rngs: nnx.Rngs):
-        size, numbers = config.hidden_size, config.numbers
+        self.config, size, numbers = config, config.hidden_size, config.numbers
         width = numbers + len(config.categories) * config.category_size
         std = (2 / width) ** 0.5  # of all that goes in: the inputs are one, their kernels are not
         if numbers:
@@ -77,13 +77,12 @@ class MLP(nnx.Module):
         self.layers = nnx.List(layers)
         last = (names[count % 2][0], "labels")
         self.classifier = Dense(size, config.num_labels, last, std=size**-0.5, rngs=rngs)
-        self.rate = config.dropout
 
     def __call__(self, batch: Batch, key: jax.Array | None) -> jax.Array:
         x = self.bias[...]
-        if "numbers" in batch:
+        if self.config.numbers:
             x = x + self.numbers(batch["numbers"], ROWS) + self.missing(batch["missing"], ROWS)
-        if "categories" in batch:
+        if self.config.categories:
             vectors = self.vectors(batch["categories"])
             x = x + self.categories(vectors.reshape(vectors.shape[0], -1), ROWS)
         x, name = constrain(x, "batch", "mlp"), "mlp"
@@ -92,7 +91,7 @@ class MLP(nnx.Module):
                 name = layer.axes[1]
                 x = constrain(layer(x, ROWS), "batch", name)
             own = None if key is None else jax.random.fold_in(key, i)
-            x = dropout(jax.nn.relu(x), self.rate, own)
+            x = dropout(jax.nn.relu(x), self.config.dropout, own)
         return self.classifier(x, ROWS)
 
 

@@ -23,6 +23,7 @@ from fw.errors import FwError
 from fw.labels import PROBLEMS
 from fw.model import Batch, Model, from_nnx
 from fw.models import heads, names
+from fw.models.checks import one_of
 from fw.models.layers import (
     Dense,
     Embedding,
@@ -91,11 +92,7 @@ class ModernBertConfig:
         for name in ("hidden_activation", "classifier_activation"):
             if getattr(self, name) != "gelu":
                 raise FwError(f"{name} {getattr(self, name)!r} is not supported; expected 'gelu'")
-        if self.classifier_pooling not in heads.POOLINGS:
-            raise FwError(
-                f"classifier_pooling {self.classifier_pooling!r} is unknown; choose one of "
-                f"{', '.join(heads.POOLINGS)}"
-            )
+        one_of(self, classifier_pooling=heads.POOLINGS)
 
     @property
     def positions(self) -> int:

@@ -15,7 +15,7 @@ from flax import nnx
 from fw.errors import FwError
 from fw.labels import PROBLEMS
 from fw.model import Batch
-from fw.models import heads
+from fw.models import checks, heads
 from fw.models.layers import Dense, LayerNorm, attention, denses, dropout, gelu, visible
 from fw.models.stack import Stack
 from sharding import constrain
@@ -167,15 +167,9 @@ class Encoder(nnx.Module):
 
 def check(config: object, *, size: str, heads_: str, rates: tuple[str, ...]) -> None:
     """Raises FwError for a config that the arithmetic cannot follow; names are those of fields."""
+    checks.at_least(config, 1, size, heads_)
     width, number = getattr(config, size), getattr(config, heads_)
     if width % number:
         raise FwError(f"{size} {width} is not a multiple of {heads_} {number}")
-    known = {"task": heads.TASKS, "pooling": heads.POOLINGS, "remat": REMAT}
-    for name, values in known.items():
-        if getattr(config, name) not in values:
-            choice = ", ".join(map(str, values))
-            raise FwError(f"{name} {getattr(config, name)!r} is unknown; choose one of {choice}")
-    for name in rates:
-        rate = getattr(config, name)
-        if rate is not None and not 0 <= rate < 1:
-            raise FwError(f"{name} {rate} is no rate; expected 0 or more, and less than 1")
+    checks.one_of(config, task=heads.TASKS, pooling=heads.POOLINGS, remat=REMAT)
+    checks.rates(config, *rates)

@@ -1,8 +1,9 @@
 """A trained two-tower model and its catalogue as one: a user goes in, the best items come out.
 
-The items' vectors are parameters of it, computed once; the item's tower is left behind. So an
-artifact answers without knowing an item's features, and a catalogue that a mesh cuts by rows stays
-where it is (`sharding.top_k`).
+The items' vectors are parameters of it, computed once; the item's tower is left behind. So it
+answers without knowing an item's features, and a catalogue that a mesh cuts by rows stays where it
+is (`sharding.top_k`). The artifact of a run (`Retrieval.exported`) gives the scores of all items on
+one device, for a catalogue that fits it; this is for one that does not, or to serve on a mesh.
 """
 
 from typing import Any
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fw import precision
 from fw.data.batches import eval_batches
 from fw.data.rows import Rows
 from fw.errors import FwError
@@ -51,15 +53,22 @@ def recommender(
     names = names if names[1] is None else (None, None)  # a search wants whole vectors
     rows = -(-len(vectors) // MULTIPLE) * MULTIPLE if names[0] else len(vectors)
     vectors = np.pad(vectors, ((0, rows - len(vectors)), (0, 0)))
+    # A module is put together from all of its leaves; of the item's tower it reads none.
+    axes, is_axes = model.axes["params"], lambda x: isinstance(x, tuple)
+    tower = {name: jax.tree.map(lambda _: np.float32(0), axes[name], is_leaf=is_axes)
+             for name in axes if name == ITEM}  # fmt: skip
+
+    def replaced(params: Any, catalogue: Any) -> dict[str, Any]:
+        return {**{name: x for name, x in params.items() if name != ITEM}, CATALOGUE: catalogue}
 
     def init(key: jax.Array) -> Variables:
         own = model.init(key)
-        return {**own, "params": {**own["params"], CATALOGUE: jnp.zeros_like(vectors)}}
+        return {**own, "params": replaced(own["params"], jnp.zeros_like(vectors))}
 
     def apply(
         variables: Variables, batch: Batch, *, key: jax.Array | None = None, train: bool = False
     ) -> tuple[Any, Variables]:
-        params = dict(variables["params"])
+        params = {**variables["params"], **tower}
         items = params.pop(CATALOGUE)
         user = {name: x for name, x in batch.items() if name.partition(".")[0] != ITEM}
         outputs, _ = model.apply({**variables, "params": params}, user)
@@ -68,22 +77,23 @@ def recommender(
         )
         return {"items": places, "scores": scores}, variables
 
-    axes = {**model.axes, "params": {**model.axes["params"], CATALOGUE: names}}
-    params = {**variables["params"], CATALOGUE: jnp.asarray(vectors)}
+    params = replaced(variables["params"], jnp.asarray(vectors))
+    axes = {**model.axes, "params": replaced(axes, names)}
     return Model(model.config, init, apply, axes), {**variables, "params": params}
 
 
 def item_vectors(
     model: Model, variables: Variables, catalogue: Rows, size: int = 4096
 ) -> np.ndarray:
-    """The vectors of all items of a catalogue, f32[items, D].
+    """The vectors of all items of a catalogue, f32[items, D], of products in float32.
 
     Args:
       model, variables: of `two_tower`, trained.
       catalogue: the items.
       size: how many are computed at a time.
     """
-    compute = jax.jit(lambda variables, batch: model.apply(variables, batch)[0][ITEM])
+    vectors = lambda variables, batch: model.apply(variables, batch)[0][ITEM]  # noqa: E731
+    compute = jax.jit(precision.apply(vectors, "f32"))
     batches = eval_batches(catalogue.arrays, min(size, catalogue.rows), empty=catalogue.empty)
     parts = [np.asarray(compute(variables, batch)) for batch in batches]
     return np.concatenate(parts)[: catalogue.rows]

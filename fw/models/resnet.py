@@ -14,6 +14,7 @@ from flax import nnx
 from fw.errors import FwError
 from fw.model import Batch, Model, from_nnx
 from fw.models import names
+from fw.models.checks import at_least, one_of
 from fw.models.convolution import global_mean, max_pool
 from fw.models.layers import Dense
 from fw.models.names import Name
@@ -52,12 +53,9 @@ class ResNetConfig:
 
     def __post_init__(self):
         """Checks what the arithmetic relies on."""
-        known = {"task": ("image_classification",), "layer_type": LAYERS, "hidden_act": ("relu",)}
-        for name, values in {**known, "stem": STEMS, "remat": REMAT}.items():
-            if getattr(self, name) not in values:
-                choice = ", ".join(map(str, values))
-                given = getattr(self, name)
-                raise FwError(f"{name} {given!r} is not supported; choose one of {choice}")
+        one_of(self, task=("image_classification",), layer_type=LAYERS, hidden_act=("relu",))
+        one_of(self, stem=STEMS, remat=REMAT)
+        at_least(self, 1, "embedding_size", "hidden_sizes", "depths", "num_channels", "num_labels")
         if not self.depths or len(self.depths) != len(self.hidden_sizes):
             raise FwError(
                 f"{len(self.depths)} depths for {len(self.hidden_sizes)} hidden_sizes; expected a "

@@ -23,9 +23,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from fw.errors import FwError
 from fw.model import ROWS, Batch
 from sharding.parallel.tables import MULTIPLE, fetch, placement
 from sharding.rules import Names
+
+MOST = 2**31 - 1 - MULTIPLE
+"""Rows that ids int32 can number, and leave some that number none."""
 
 
 class Table(nnx.Module):
@@ -70,9 +74,17 @@ class Table(nnx.Module):
           init: an initialiser of NNX; None for uniform(-1, 1) / √count, as DLRM has it (Naumov et
             al. 2019, arXiv:1906.00091).
           rngs: of `init`.
+
+        Raises:
+          FwError: more than `MOST` rows.
         """
         names = placement(count, size).names if names is None else names
         rows = -(-count // MULTIPLE) * MULTIPLE if names[0] else count
+        if rows > MOST:
+            raise FwError(
+                f"a table of {rows} rows: ids are int32, expected at most {MOST}; hash the ids to "
+                "fewer rows, or part the columns into several tables"
+            )
         if init is None:
             init = nnx.initializers.uniform(2 * count**-0.5)
             value = init(rngs.params(), (rows, size)) - count**-0.5

@@ -13,6 +13,7 @@ from flax import nnx
 
 from fw.data.columns import TASKS
 from fw.errors import FwError
+from fw.models.checks import at_least, one_of, rates
 from fw.models.layers import Embedding
 
 
@@ -33,15 +34,10 @@ class Categories(nnx.Module):
 
 def check(config: Any, *sizes: str) -> None:
     """Raises FwError for a config that the arithmetic cannot follow; `sizes` are 1 or more."""
-    if config.task not in TASKS:
-        raise FwError(f"task {config.task!r} is unknown; choose one of {', '.join(TASKS)}")
-    for name in ("num_labels", *sizes):
-        if getattr(config, name) < 1:
-            raise FwError(f"{name} is {getattr(config, name)}; expected 1 or more")
+    one_of(config, task=TASKS)
+    at_least(config, 1, "num_labels", *sizes)
+    rates(config, "dropout")
     if config.numbers < 0 or not (config.numbers or config.categories):
         raise FwError(f"numbers is {config.numbers}; expected columns, of numbers or categories")
     if any(rows < 1 for rows in config.categories):
         raise FwError(f"categories is {config.categories}; expected the rows of each one's table")
-    for name in ("dropout", "attention_dropout"):
-        if not 0 <= (rate := getattr(config, name, 0)) < 1:
-            raise FwError(f"{name} {rate} is no rate; expected 0 or more, and less than 1")

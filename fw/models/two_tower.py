@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import lax
 
 from fw.errors import FwError
 from fw.model import Batch, Model, from_nnx
@@ -36,7 +37,7 @@ class TwoTowerConfig:
       size: of an embedding, and of the vectors.
       hidden: sizes of each tower's hidden layers; with none, a tower is the sum of its embeddings,
         and of its numbers through a matrix.
-      normalize: vectors to length 1.
+      normalize: vectors to length 1, but for those of zeros.
       temperature: by which a score is divided.
       dropout: of the user's embeddings, and of the item's.
       initializer_range: the deviation of new embeddings.
@@ -95,8 +96,10 @@ class Tower(nnx.Module):
         else:
             y = jnp.sum(x, axis=1) + self.mlp(*given)
         if config.normalize:
-            length = jnp.sqrt(jnp.sum(jnp.square(y), -1, keepdims=True))
-            y = y / jnp.maximum(length, np.asarray(1e-12, y.dtype))
+            # Zeros, such as a user's of whom nothing is known, have no direction and no gradient.
+            square, least = jnp.sum(jnp.square(y), -1, keepdims=True), np.asarray(1e-24, y.dtype)
+            zero = jnp.zeros((), y.dtype)
+            y = y * jnp.where(square > least, lax.rsqrt(jnp.maximum(square, least)), zero)
         return constrain(y, "batch", None)
 
 

@@ -15,6 +15,7 @@ from flax import nnx
 
 from fw.errors import FwError
 from fw.model import Batch, Model, from_nnx
+from fw.models.checks import at_least, one_of, rates
 from fw.models.convolution import max_pool
 from fw.models.layers import dropout
 from fw.models.vision import BatchNorm, Conv, check_images, on_image
@@ -49,17 +50,9 @@ class UNetConfig:
 
     def __post_init__(self):
         """Checks what the arithmetic relies on."""
-        for name, least in {"num_labels": 1, "num_channels": 1, "width": 1, "depth": 1}.items():
-            if getattr(self, name) < least:
-                raise FwError(f"{name} {getattr(self, name)}: expected at least {least}")
-        for name, known in {"norm": NORMS, "task": ("segmentation",)}.items():
-            if getattr(self, name) not in known:
-                given = getattr(self, name)
-                raise FwError(
-                    f"{name} {given!r} is not supported; choose one of {', '.join(known)}"
-                )
-        if not 0 <= self.dropout < 1:
-            raise FwError(f"dropout {self.dropout}: expected at least 0 and less than 1")
+        one_of(self, norm=NORMS, task=("segmentation",))
+        at_least(self, 1, "num_labels", "num_channels", "width", "depth")
+        rates(self, "dropout")
 
     @property
     def multiple(self) -> int:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from fw.errors import FwError
 from fw.model import Batch, Model, from_nnx
 from fw.models import names
 from fw.models.layers import Dense, LayerNorm, all_visible, dropout, gelu
@@ -130,6 +131,11 @@ class VisionTransformer(nnx.Module):
             (size[0] // config.patch[0], size[1] // config.patch[1])
             for size in (config.image, x.shape[1:3])
         )
+        if 0 in new:
+            raise FwError(
+                f"pixel_values: images of {x.shape[1]} x {x.shape[2]}; expected at least a patch, "
+                f"{config.patch[0]} x {config.patch[1]}"
+            )
         patches = position[0, config.tokens :].reshape(*old, -1)
         patches = bicubic(patches, new).reshape(1, -1, patches.shape[-1])
         return jnp.concatenate([position[:, : config.tokens], patches], axis=1)

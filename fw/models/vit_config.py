@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 from fw.errors import FwError
+from fw.models.checks import at_least, one_of, rates
 from fw.models.postnorm import Shape
 from sharding.parallel.pipeline import REMAT
 
@@ -63,11 +64,10 @@ class Patches:
 
     def __post_init__(self):
         """Checks what the arithmetic relies on."""
-        known = {"task": ("image_classification",), "hidden_act": ("gelu",), "remat": REMAT}
-        for name, values in known.items():
-            if getattr(self, name) not in values:
-                choice, given = ", ".join(map(str, values)), getattr(self, name)
-                raise FwError(f"{name} {given!r} is not supported; choose one of {choice}")
+        one_of(self, task=("image_classification",), hidden_act=("gelu",), remat=REMAT)
+        at_least(self, 1, "image_size", "patch_size", "num_channels", "num_labels", "hidden_size")
+        at_least(self, 1, "num_hidden_layers", "num_attention_heads")
+        rates(self, "hidden_dropout_prob", "attention_probs_dropout_prob")
         if self.hidden_size % self.num_attention_heads:
             raise FwError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
@@ -78,9 +78,6 @@ class Patches:
                 f"image_size {self.image_size} has no patches of {self.patch_size}, or more than "
                 f"{MOST_POSITIONS}"
             )
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
-            if not 0 <= (rate := getattr(self, name, 0.0)) < 1:
-                raise FwError(f"{name} {rate} is no rate; expected 0 or more, and less than 1")
 
     @property
     def image(self) -> tuple[int, int]:
@@ -139,6 +136,11 @@ class ViTConfig(Patches):
 
     model_type: ClassVar[str] = "vit"
 
+    def __post_init__(self):
+        """Checks what the arithmetic relies on."""
+        super().__post_init__()
+        at_least(self, 1, "intermediate_size")
+
     @property
     def inner(self) -> int:
         """Size of the hidden layer of an MLP."""
@@ -170,12 +172,19 @@ class Dinov2Config(Patches):
     use_mask_token: bool = True
 
     model_type: ClassVar[str] = "dinov2"
+    any_size: ClassVar[bool] = True  # positions are looked up between those that were learnt
     paths: ClassVar[Mapping[str, str]] = {
         "norm1": "norm1",
         "norm2": "norm2",
         "up": "mlp.fc1",
         "down": "mlp.fc2",
     }
+
+    def __post_init__(self):
+        """Checks what the arithmetic relies on."""
+        super().__post_init__()
+        at_least(self, 1, "mlp_ratio")
+        rates(self, "drop_path_rate")
 
     @property
     def inner(self) -> int:

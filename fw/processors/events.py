@@ -18,7 +18,7 @@ from jax import export
 from fw.data import interactions, recommend, requests
 from fw.data import vocabulary as vocabularies
 from fw.data.files import OnBadRow
-from fw.data.interactions import Interactions
+from fw.data.interactions import Interactions, Table
 from fw.data.recommend import SEEN
 from fw.data.rows import Rows
 from fw.data.vocabulary import NONE, Vocabulary
@@ -62,24 +62,37 @@ class _OfEvents(Processor):
 
     Attributes:
         vocabulary: of the training events.
+        pair: whether what is asked for has an item, too.
     """
 
     vocabulary: Vocabulary
 
+    pair: ClassVar[bool] = False
     item: ClassVar[str] = "event"
     files: ClassVar[tuple[str, ...]] = (vocabularies.FILE, vocabularies.TENSORS)
 
     @classmethod
     def read(cls, recipe: Finetune, dataset: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
-        """Events by split: each user's last for the test, or pairs by hash."""
+        """Events by split: each user's last for the test, or pairs by hash.
+
+        Raises:
+          FwError: a bad row, nothing that a user liked, or no user with a last event to spare.
+        """
         skipped: list[str] = []
         bad = skipped.append if recipe.skip_bad_rows else None
         data = interactions.load_interactions(dataset, on_bad_row=bad)
-        data = cls.kept(recipe, data)
+        events, data = data.events, cls.kept(recipe, data)
+        if not data.events.rows:
+            raise FwError(f"{dataset}: {_too_high(events, recipe.threshold)}")
         last = recipe.split == "last" or (
             recipe.split == "auto" and "timestamp" in data.events.columns
         )
         parts = interactions.leave_last_out(data) if last else interactions.split_pairs(data)
+        if last and not parts["dev"].events.rows:
+            raise FwError(
+                f"{dataset}: no user has three events, of which the last would be for the test and "
+                "the one before for dev; choose --split hash"
+            )
         parts = {split: part for split, part in parts.items() if part.events.rows}
         records, known = {}, []
         for split, part in parts.items():
@@ -98,8 +111,9 @@ class _OfEvents(Processor):
         """The vocabulary of the training events."""
         if source is not None:
             raise FwError(f"model {recipe.model!r} reads no events; choose {cls.default}")
-        cls.check_events(recipe, records["train"].part)
-        return cls(vocabularies.fit_vocabulary(records["train"].part, history=recipe.history))
+        train, threshold = records["train"].part, recipe.threshold or None
+        cls.check_events(recipe, train)
+        return cls(vocabularies.fit_vocabulary(train, history=recipe.history, threshold=threshold))
 
     @classmethod
     def check_events(cls, recipe: Finetune, train: Interactions) -> None:
@@ -152,11 +166,7 @@ class _OfEvents(Processor):
 
     def problem(self, item: Any, task: str) -> str:
         """An unknown key, a value of another kind."""
-        try:
-            self.inputs([item])
-        except FwError as error:
-            return str(error).partition(": ")[2]
-        return ""
+        return requests.problem(self.vocabulary, item, pair=self.pair)
 
     def from_json(self, value: Any, where: str, task: str) -> Any:
         """The object."""
@@ -265,6 +275,7 @@ class Retrieval(_OfEvents):
 class Ranking(_OfEvents):
     """How likely a user takes an item."""
 
+    pair: ClassVar[bool] = True
     default: ClassVar[str] = "dlrm"
 
     @classmethod
@@ -333,3 +344,11 @@ class Ranking(_OfEvents):
     def say(self, answer: Mapping[str, Any]) -> str:
         """The probability, user and item."""
         return f"{answer['probability']:.3f}  {answer['user']} {answer['item']}"
+
+
+def _too_high(events: Table, threshold: float) -> str:
+    """Why no event is of something that a user liked."""
+    if "label" in events.columns:
+        return "no label is 1, so no user took anything"
+    most = events.columns["rating"].max()
+    return f"no rating is {threshold:g} or more; the largest is {most:g}; give a lower --threshold"

@@ -20,6 +20,7 @@ from jax import export
 
 from fw.data import preprocess
 from fw.data.augment import Augment
+from fw.data.encode import label_id
 from fw.data.files import OnBadRow
 from fw.data.image_folders import encode_pictures, load_pictures
 from fw.data.pictures import decode, name, read_all
@@ -94,7 +95,7 @@ class OfImages(Processor):
                 f"images: have {self.preprocessor.channels} channels; the model takes "
                 f"{config.num_channels}"
             )
-        size = getattr(config, "image", None)
+        size = None if getattr(config, "any_size", False) else getattr(config, "image", None)
         if size is not None and tuple(size) != self.preprocessor.shape[:2]:
             raise FwError(
                 f"images: come out as {self.preprocessor.shape[:2]}; the model takes {tuple(size)}"
@@ -183,6 +184,19 @@ class Images(OfImages):
         """Images in memory, or decoded as they are asked for where they are too many."""
         return encode_pictures(self.preprocessor, records, labels, on_bad=on_bad_row), 0
 
+    def try_rows(
+        self,
+        recipe: Finetune,
+        records: Sequence,
+        labels: tuple[str, ...],
+        on_bad_row: OnBadRow = None,
+    ) -> int:
+        """Looks at the labels alone: images take long to decode."""
+        ids = {label: i for i, label in enumerate(labels)}
+        for record in records:
+            label_id(record.label, record, ids)
+        return 0
+
     def change(self, recipe: Finetune, rows: Any) -> Change | None:
         """The augmentation."""
         return Augment.parse(recipe.augment).change(rows, recipe.seed) if recipe.augment else None
@@ -264,22 +278,30 @@ def fitted(
     """The size, channels, mean and spread of a model that is trained from nothing.
 
     Args:
-        sources: the training images; some of them are looked at, one at a time.
+        sources: the training images; some of them are looked at, one in each thread at a time.
         size: the side of a square that all are resized to; 0 if they have one size already.
         alike: whether they must have one size then.
         skip: leave bad ones out; `rows` tells of them.
 
     Raises:
-        FwError: a bad image, or images of several sizes, and none is stated.
+        FwError: a bad image, none that is good, or images of several sizes, and none is stated.
     """
+
+    def look(source: Any) -> tuple[np.ndarray, tuple[int, ...], bool]:
+        image = decode(source, 3)
+        grey = bool((image == image[..., :1]).all())
+        return preprocess.levels(image), image.shape[:2], grey
+
     places = np.linspace(0, len(sources) - 1, min(len(sources), SEEN)).round().astype(int)
     counts, shapes, grey = np.zeros((3, 256), np.int64), set(), True
     chosen = [sources[i] for i in places]
-    bad = (lambda _: None) if skip else None
-    for _, image in read_all(chosen, lambda source: decode(source, 3), on_bad=bad):
-        counts += preprocess.levels(image)
-        shapes.add(image.shape[:2])
-        grey &= bool((image == image[..., :1]).all())
+    bad: list[str] = []
+    for _, (found, shape, plain) in read_all(chosen, look, on_bad=bad.append if skip else None):
+        counts += found
+        shapes.add(shape)
+        grey &= plain
+    if not shapes:
+        raise FwError(f"images: none of the training images is good; {''.join(bad[:1])}")
     if alike and not size and len(shapes) > 1:
         raise FwError(f"images: have {len(shapes)} sizes, such as {sorted(shapes)[:2]}; give size")
     side = (size, size) if size else sorted(shapes)[0]

@@ -80,6 +80,16 @@ class Processor(Protocol):
         """
         ...
 
+    def try_rows(
+        self,
+        recipe: Finetune,
+        records: Sequence,
+        labels: tuple[str, ...],
+        on_bad_row: OnBadRow = None,
+    ) -> int:
+        """Refuses the records to test by before anything is learnt; how many pieces `rows` cuts."""
+        return self.rows(recipe, records, labels, learn=False, on_bad_row=on_bad_row)[1]
+
     def change(self, recipe: Finetune, rows: AnyRows) -> Change | None:
         """What is done to the training rows anew in every step."""
         return None
@@ -147,8 +157,8 @@ class Processor(Protocol):
         """The thing that a line of JSON is."""
         ...
 
-    def from_file(self, path: Path) -> list[Any] | None:
-        """The things of a file of a format of their own; None: it has a thing a line."""
+    def from_file(self, path: Path) -> list[tuple[str, Any]] | None:
+        """The things of a file of a format of their own, each behind its place; None: lines."""
         return None
 
     def answer(

@@ -12,7 +12,7 @@ import numpy as np
 from fw.data import preprocess, segments
 from fw.data.augment import Augment
 from fw.data.files import OnBadRow
-from fw.data.pictures import PIXELS, decode, decode_labels, name
+from fw.data.pictures import PIXELS, decode, name
 from fw.data.preprocess import Preprocessor
 from fw.data.rows import Rows
 from fw.data.segments import Crops, Palette, Segmented
@@ -64,9 +64,9 @@ class Segments(OfImages):
             raise FwError(f"model {recipe.model!r} segments nothing; choose unet")
         names = tuple(filter(None, map(str.strip, recipe.classes.split(",")))) or None
         pairs = records["train"]
-        if recipe.skip_bad_rows:  # `rows` tells of them
-            pairs = [pair for pair in pairs if _is_map(pair.label)]
-        palette = segments.fit(pairs, names, recipe.ignore if recipe.ignore >= 0 else None)
+        ignore = recipe.ignore if recipe.ignore >= 0 else None
+        bad = (lambda _: None) if recipe.skip_bad_rows else None  # `rows` tells of them
+        palette = segments.fit(pairs, names, ignore, on_bad=bad)
         sources = [pair.image for pair in pairs]
         made = fitted(sources, 0, alike=False, skip=recipe.skip_bad_rows)
         own = Preprocessor(None, mean=made.mean, std=made.std)
@@ -181,14 +181,6 @@ class _CropRows(Rows):
     """Rows that `Crops` makes of whole images."""
 
     items: Sequence[Segmented] = ()
-
-
-def _is_map(path: Path) -> bool:
-    try:
-        decode_labels(path)
-    except FwError:
-        return False
-    return True
 
 
 def _multiple(config: str) -> int:

@@ -164,11 +164,7 @@ class Table(Processor):
 
     def problem(self, item: Any, task: str) -> str:
         """A column that is not there, a number that is none."""
-        try:
-            self.columns.inputs([item])
-        except FwError as error:
-            return str(error).partition(": ")[2]
-        return ""
+        return self.columns.problem(item)
 
     def parse(self, line: str, where: str, task: str) -> Any:
         """A JSON object."""
@@ -178,11 +174,11 @@ class Table(Processor):
         """The object."""
         return value
 
-    def from_file(self, path: Path) -> list[Any] | None:
+    def from_file(self, path: Path) -> list[tuple[str, Any]] | None:
         """The rows of a table with a header."""
         if path.suffix.lower() not in (".csv", ".tsv"):
             return None
-        return [dict(entry.cells) for entry in read_entries(path)]
+        return [(entry.source, dict(entry.cells)) for entry in read_entries(path)]
 
     def answer(
         self, artifact: Artifact, items: Sequence[Any], batch_size: int

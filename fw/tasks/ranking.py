@@ -36,10 +36,8 @@ def ranking(labels: tuple[str, ...] = ()) -> Task:
 
     def summarise(counts: dict[str, Any]) -> Summary:
         gold, logits = counts["pairs"].values.T
-        report = metrics.binary_report(gold, metrics.sigmoid(logits))
+        report = metrics.binary_report(gold, logits)
         figures = {name: report[name] for name in _FIGURES}
-        # Of the logits: far out, different ones have one probability.
-        figures["auc"] = metrics.roc_auc(gold, logits)
         figures |= {"loss": metrics.mean_value(counts["loss"]), "positive": float(gold.mean())}
         text = "  ".join(f"{name.replace('_', ' ')} {v:.4f}" for name, v in figures.items())
         return Summary(METRIC, figures, f"{text}  rows {len(gold)}")

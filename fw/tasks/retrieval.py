@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from fw import metrics
 from fw.data.vocabulary import NONE
@@ -43,7 +44,9 @@ def sampled_softmax(outputs: dict[str, jax.Array], batch: Batch) -> tuple[jax.Ar
     items, theirs, log_q = (
         constrain(x, *[None] * x.ndim) for x in (outputs["item"], target, batch["log_q"])
     )
-    logits = jnp.einsum("bd,cd->bc", user, items) - log_q.astype(user.dtype)
+    # No policy of precision reaches what is outside of the model.
+    logits = jnp.einsum("bd,cd->bc", user, items, precision=lax.Precision.HIGHEST)
+    logits = logits - log_q.astype(user.dtype)
     row, column = (jax.lax.broadcasted_iota(jnp.int32, logits.shape, axis) for axis in (0, 1))
     same = (theirs == target[:, None]) | (theirs == NONE)
     hidden = jnp.asarray(jnp.finfo(logits.dtype).min, logits.dtype)
@@ -71,7 +74,8 @@ def retrieval(labels: tuple[str, ...] = ()) -> Task:
         items, target = batch[CATALOGUE], batch["target"]
         # Each device scores all users of the batch with its own items.
         user = constrain(outputs["user"], None, None)
-        scores = constrain(jnp.einsum("bd,vd->bv", user, items["item"]), None, "batch")
+        scores = jnp.einsum("bd,vd->bv", user, items["item"], precision=lax.Precision.HIGHEST)
+        scores = constrain(scores, None, "batch")
         ranks = metrics.ranks(scores, target, batch["seen"], items["ranked"])
         return metrics.rank_means(ranks, target != NONE)
 

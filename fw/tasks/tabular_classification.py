@@ -12,7 +12,6 @@ import numpy as np
 
 from fw import metrics
 from fw.data.rows import Rows
-from fw.errors import FwError
 from fw.labels import IGNORE
 from fw.model import Batch
 from fw.tasks.task import Summary, Task, cross_entropy
@@ -34,8 +33,8 @@ def tabular_classification(labels: tuple[str, ...]) -> Task:
     def judge(rows: Rows, logits: np.ndarray) -> dict[str, Any]:
         gold = np.asarray(rows.arrays["labels"])
         own = logits[: len(gold)].astype(np.float64)
-        score = metrics.sigmoid(own[:, 1] - own[:, 0])  # the second one's softmax
-        return {"pairs": metrics.Sample(np.stack([gold, score], -1)[gold != IGNORE])}
+        margin = own[:, 1] - own[:, 0]  # its sigmoid is the second one's softmax
+        return {"pairs": metrics.Sample(np.stack([gold, margin], -1)[gold != IGNORE])}
 
     def summarise(counts: dict[str, Any]) -> Summary:
         report = metrics.classification_report(counts["confusion"], labels)
@@ -65,18 +64,13 @@ def tabular_classification(labels: tuple[str, ...]) -> Task:
 
 def _risk(pairs: np.ndarray, labels: tuple[str, ...]) -> dict[str, Any]:
     """The figures of two classes, and for the report the curves that they are of."""
-    gold, score = pairs.T
-    if gold.min() == gold.max():
-        raise FwError(
-            f"all {len(gold)} rows are {labels[int(gold[0])]!r}: AUC compares rows of two classes; "
-            "give some of both to judge by"
-        )
-    figures: dict[str, Any] = metrics.binary_report(gold, score)
+    gold, margin = pairs.T
+    figures: dict[str, Any] = metrics.binary_report(gold, margin, labels)
     figures["class_1"] = labels[1]
-    false, true, least = metrics.roc_curve(gold, score)
+    false, true, least = metrics.roc_curve(gold, margin)
     kept = np.unique(np.linspace(0, len(least) - 1, _POINTS).round().astype(int))
     figures["curves"] = {
-        "reliability": metrics.reliability(gold, score).round(6).tolist(),
-        "roc": np.stack([false, true, np.minimum(least, 1)], -1)[kept].round(6).tolist(),
+        "reliability": metrics.reliability(gold, metrics.sigmoid(margin)).round(6).tolist(),
+        "roc": np.stack([false, true, metrics.sigmoid(least)], -1)[kept].round(6).tolist(),
     }
     return figures

@@ -56,7 +56,7 @@ MODEL = ResNetConfig(
     downsample_in_first_stage=True,
 )
 ADAM = AdamW(learning_rate=5e-3, schedule="cosine", warmup=0.1, weight_decay=0.05, b2=0.99)
-EPOCHS, BATCH = 8, 128
+EPOCHS, BATCH = 6, 128
 AUGMENT, SMOOTHING = Augment(flip=True), 0.1
 MEAN, STD = 0.2860, 0.3530
 """Of the pixels of the training images, scaled to 1."""

@@ -308,13 +308,16 @@ def _apply(table, state, ids, grads, rule: Rule, first):
     ids, sums = _summed(ids, grads)
     count, spare = table.shape[0], lax.broadcasted_iota(jnp.int32, ids.shape, 0)
     local = ids - first
-    # Those that are nowhere go behind the end, each to a place of its own.
-    local = jnp.where((ids != _NONE) & (local >= 0) & (local < count), local, count + spare)
+    # Those that are nowhere go before row 0, each to a place of its own: behind the end of a table
+    # of nearly 2³¹ rows there is none.
+    local = jnp.where((ids != _NONE) & (local >= 0) & (local < count), local, -1 - spare)
     old = jax.tree.map(lambda x: jnp.take(x, local, axis=0, mode="clip"), (table, state))
     new = rule(old[0], old[1], sums)
 
     def put(whole, rows):
-        return whole.at[local].set(rows, mode="drop", unique_indices=True)
+        return whole.at[local].set(
+            rows, mode="drop", unique_indices=True, wrap_negative_indices=False
+        )
 
     return jax.tree.map(put, (table, state), new)
 

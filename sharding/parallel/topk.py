@@ -37,7 +37,7 @@ def top_k(
 
     Args:
         queries: [B, D], floating; products are computed in its dtype, not less.
-        items: [N, D], item i in row i.
+        items: [N, D] of that dtype, item i in row i. One whose product is NaN is left out.
         k: how many, up to `count`.
         count: of the items; rows behind them are none. None for N.
         exclude: int32 [B, M], ids that a query is not given, such as what a user has seen;
@@ -49,7 +49,7 @@ def top_k(
         scores [B, k] and ids int32 [B, k]; -inf and -1 where no item is left.
 
     Raises:
-        ShardingError: shapes that do not fit, or items cut otherwise.
+        ShardingError: shapes or dtypes that do not fit, or items cut otherwise.
 
     >>> items = jnp.array([[1.0], [3.0], [3.0], [2.0]])
     >>> scores, ids = top_k(jnp.array([[1.0], [-1.0]]), items, 2)
@@ -64,6 +64,11 @@ def top_k(
         raise ShardingError(
             f"top_k: expected queries [B, D] and items [N, D], got {queries.shape} and "
             f"{items.shape}"
+        )
+    if queries.dtype != items.dtype or not jnp.issubdtype(queries.dtype, jnp.floating):
+        raise ShardingError(
+            "top_k: expected queries and items of one floating dtype, got "
+            f"{queries.dtype} and {items.dtype}; cast one of them"
         )
     if not 1 <= k <= count <= items.shape[0]:
         raise ShardingError(
@@ -129,7 +134,7 @@ def _best(queries, items, exclude, k: int, first, count: int, chunk: int):
         scores = jnp.matmul(queries, part.T, precision=lax.Precision.HIGHEST)
         id_ = first + start + place
         here = (start + place >= r * chunk) & (id_ < jnp.minimum(count, first + size))
-        scores = jnp.where(here, scores, none)
+        scores = jnp.where(here & ~jnp.isnan(scores), scores, none)
         out = exclude - first - start
         out = jnp.where((exclude >= 0) & (out >= 0), out, chunk)
         scores = scores.at[queries_of, out].set(none, mode="drop")
