@@ -2,9 +2,9 @@
 
 A table of 10^4 to 10^7 rows, on one device and on eight virtual ones, whose rows alone are fetched
 and changed; and beside it plain optax on the whole table, one device, up to `--dense` rows. Sizes
-take turns, step by step, so what else the machine does meets all of them. Ids are uniform: of the
-longest table, nearly all rows of a batch differ, and none is in a cache. In place: after all steps
-the table and the optimiser's memory of it have the addresses that they had after the first.
+take turns, step by step, so what else the machine does meets all of them. The ids of a batch are
+all different, whatever the length; of the longest table none is in a cache. In place: after all
+steps the table and the optimiser's memory of it have the addresses that they had after the first.
 
     .venv/bin/python scripts/bench/tables.py --json tables.json
 """
