@@ -15,6 +15,7 @@ from fw.models.modernbert import ModernBertConfig, modernbert
 from fw.models.roberta import RobertaConfig, roberta
 from fw.processors.answers import read_items
 from tests import tiny
+from tests.marks import slow
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -118,7 +119,7 @@ def test_a_tokenizer_that_adds_the_space_itself_gets_none_from_us(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "task"),
     [
-        pytest.param(kind, task, marks=[pytest.mark.slow] if i == j else [])
+        (kind, task) if (i, j) == (0, 1) else slow(kind, task)
         for i, kind in enumerate(KINDS)
         for j, task in enumerate(["ner", "classify"])
     ],

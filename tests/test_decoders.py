@@ -25,7 +25,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "qwen3": {"num_key_value_heads": 4, "head_dim": 8},
     "mixtral": {"num_key_value_heads": 2, "num_local_experts": 4},
 }  # fmt: skip
-ALIKE = ("mistral", "qwen2")
+ALIKE = ("mistral", "qwen2", "qwen3")
 """Those that differ from the others in little; `--all` runs them."""
 
 

@@ -128,7 +128,7 @@ def test_a_run_explains_itself(runs, world, task):
         assert name.removeprefix("B-").removeprefix("I-") in html
 
 
-@pytest.mark.parametrize("task", ["ner", "classify"])
+@pytest.mark.parametrize("task", [slow("ner"), "classify"])
 def test_the_best_checkpoint_is_delivered_and_the_last_is_kept(runs, task):
     folder = runs(task)
     result = run.read_json(folder / run.RESULT)

@@ -25,7 +25,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "mistral": {"num_key_value_heads": 2, "sliding_window": 5},
     "qwen3": {"num_key_value_heads": 4, "head_dim": 8},
 }
-ALIKE = ("mistral", "qwen2")
+ALIKE = ("mistral", "qwen2", "qwen3")
 """Those that differ from the others in little; `--all` runs them."""
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [5, 3], [5, 8, 9, 7, 9, 3, 2, 3, 8, 4, 6, 2, 6]]
 MOST = 9

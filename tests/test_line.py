@@ -24,6 +24,7 @@ from fw.recipe import Finetune
 from fw.table_optimizer import row_optimizer
 from sharding import make_mesh, rules
 from tests import things
+from tests.marks import slow
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -203,7 +204,7 @@ def test_tables_stay_where_their_rate_is_nothing():
     np.testing.assert_array_equal(moved, rows)
 
 
-@pytest.mark.parametrize("task", ["tabular", "image"])
+@pytest.mark.parametrize("task", ["tabular", slow("image")])
 def test_int8_costs_little(trained, task):
     folder, _ = trained(task)
     text = stages.compress_run(folder)

@@ -34,6 +34,7 @@ from sharding import (
     shardings,
 )
 from sharding.parallel.pipeline import bubble, pipeline
+from tests.marks import slow
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -103,7 +104,7 @@ def graded(fn):
 CASES = [
     # mesh, microbatches, rounds, remat, dropout
     (None, 2, 2, "stage", True),
-    ("pipe=4", 8, 1, "layer", True),
+    slow("pipe=4", 8, 1, "layer", True),
     ("pipe=8", 8, 1, "stage", False),
     ("pipe=2", 4, 4, None, True),
     ("data=2,pipe=4", 4, 2, None, True),

@@ -20,6 +20,7 @@ from fw.precision import apply
 from fw.step import initial_state, make_step
 from fw.tasks import cross_entropy
 from sharding import create, make_mesh, rules, shardings
+from tests.marks import slow
 
 # A failure shows its sizes as they are: to shrink them means to compile for minutes.
 few = settings(derandomize=True, deadline=None, max_examples=3, phases=[Phase.generate])
@@ -341,7 +342,7 @@ def hlo_dots(text):
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="its CPU compiler lacks these dots")
-@pytest.mark.parametrize("mesh", ["data=1", "data=2,fsdp=2,tensor=2"])
+@pytest.mark.parametrize("mesh", [slow("data=1"), "data=2,fsdp=2,tensor=2"])
 def test_the_compiled_bf16_step_runs_its_dots_on_the_fast_path(mesh):
     mesh, table = make_mesh(mesh), rules()
     model, key = bert(CONFIG), jax.random.key(0)

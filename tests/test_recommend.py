@@ -35,6 +35,7 @@ from fw.step import initial_state, make_step
 from fw.table_optimizer import TableOptions, row_optimizer, with_tables
 from fw.tasks import ranking, retrieval, sampled_softmax
 from sharding import create, make_mesh, put, rules, shardings
+from tests.marks import slow
 
 USERS, ITEMS, KINDS = 40, 24, 4
 
@@ -419,7 +420,7 @@ def test_a_split_of_one_class_and_a_model_that_diverged_are_told_apart():
 MESHES = (("data=8", "data"), ("data=2,fsdp=2,tensor=2", "fsdp_tensor"))
 
 
-@pytest.mark.parametrize("kind", ["towers", "clicks"])
+@pytest.mark.parametrize("kind", ["towers", slow("clicks")])
 def test_a_mesh_changes_no_number(kind, parts, vocabulary, quickly_compiled):
     # The users have so many rows that the mesh cuts the table.
     if kind == "clicks":
