@@ -287,6 +287,7 @@ FASHION = ROOT.parent / "shared" / "data" / "fashion_mnist"
 @pytest.mark.skipif(not FASHION.is_dir(), reason=f"{FASHION} is not there")
 def test_fashion_mnist_in_a_tenth_of_the_time(tmp_path):
     """A tenth of the steps of the guide's recipe, which takes six epochs to 93.9 % (`LOG.md`)."""
+    jax.config.update("jax_disable_most_optimizations", False)  # compiled quickly, it runs slowly
     folder = finetune(
         Finetune(
             task="image", data=str(FASHION), run=str(tmp_path / "run"), steps=281, batch=128,
