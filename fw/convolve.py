@@ -32,7 +32,7 @@ CHUNK = 2**19
 """Bytes of the larger operand of a kernel's gradient that are worked on at a time."""
 
 NARROW = 8
-"""Images of fewer columns are convolved as one row each: YNNPACK takes several columns at once."""
+"""Results of fewer columns are computed otherwise: YNNPACK takes several columns at once."""
 
 FEW = 4
 """Channels of an image, rather than of an activation."""
@@ -180,17 +180,17 @@ def _padded(x, padding):
 
 def _forward(x, kernel, how):
     (rows, columns), padding = kernel.shape[:2], how.padding
-    strided, many = how.strides != (1, 1), min(kernel.shape[2:]) >= MANY
-    width = x.shape[2] + sum(padding[1]) - columns + 1
+    strided = how.strides != (1, 1)
+    width = (x.shape[2] + sum(padding[1]) - columns) // how.strides[1] + 1
     if rows == columns == 1 and strided:
         seen = _padded(x, padding)[:, :: how.strides[0], :: how.strides[1]]
         y = _plain(seen, kernel, how._replace(strides=(1, 1), padding=((0, 0), (0, 0))))
     elif how.groups == 1 and kernel.shape[2] == 1 and rows * columns <= SHORT:
         y = _sum_of_products(x, kernel, how)
-    elif how.groups == 1 and strided and many:
-        y = _dot_of_windows(x, kernel, how)
-    elif how.groups > 1 or strided or columns == 1 or width >= NARROW:
+    elif how.groups > 1 or columns == 1 or width >= NARROW:
         y = _plain(x, kernel, how)
+    elif strided:
+        y = (_dot_of_windows if _has_many(kernel) else _plain)(x, kernel, how)
     elif _is_winograd(kernel, how, width):
         y = winograd.convolution(x, kernel, padding, how.precision)
     else:
@@ -211,9 +211,13 @@ def _rows_end_to_end(x, kernel, how, width):
     return y.reshape(x.shape[0], -1, width, kernel.shape[3])
 
 
+def _has_many(kernel):
+    return min(kernel.shape[2:]) >= MANY
+
+
 def _is_winograd(kernel, how, width):
     alike = kernel.shape[:2] == (3, 3) and how.groups == 1 and how.strides == (1, 1)
-    return alike and width < NARROW and min(kernel.shape[2:]) >= MANY
+    return alike and width < NARROW and _has_many(kernel)
 
 
 def _windows(x, kernel, how):

@@ -197,10 +197,11 @@ def prepare(recipe: Finetune, dataset: Path, source: Path | None) -> Data:
     records, skipped = kind.read(recipe, dataset)
     for split in ("train", "dev"):
         if split not in records:
-            hint = f"dev and test get a tenth of the {kind.item}s each, by hash: give more"
-            if kind.item != "event":  # whose files know no splits
-                hint = f"without files of their own, {hint}, or a folder with a file for {split}"
-            raise FwError(f"{dataset}: no {kind.item} for {split}; {hint}")
+            raise FwError(
+                f"{dataset}: no {kind.item} for {split}; without files of their own, dev and test "
+                f"get a tenth of the {kind.item}s each, by hash: give more {kind.item}s, or files "
+                "for each split where their format has them"
+            )
     processor = kind.fit(recipe, records, source)
     labels = processor.labels(records["train"])
     rows: dict[str, AnyRows] = {}

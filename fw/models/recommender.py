@@ -92,7 +92,10 @@ def item_vectors(
       catalogue: the items.
       size: how many are computed at a time.
     """
-    vectors = lambda variables, batch: model.apply(variables, batch)[0][ITEM]  # noqa: E731
+
+    def vectors(variables: Variables, batch: Batch) -> jax.Array:
+        return model.apply(variables, batch)[0][ITEM]
+
     compute = jax.jit(precision.apply(vectors, "f32"))
     batches = eval_batches(catalogue.arrays, min(size, catalogue.rows), empty=catalogue.empty)
     parts = [np.asarray(compute(variables, batch)) for batch in batches]
