@@ -17,15 +17,15 @@ from jax.extend.core import set_current_trace
 from jax.extend.core.primitives import remat_p
 from quax._trace import _QuaxTrace
 
-import compress.rules  # noqa: F401  # registers what each primitive does with an Int8
+import compress.rules  # noqa: F401  # registers what each primitive does with them
 from compress.arrays import is_compressed
 
 
 def apply[**P, R](fn: Callable[P, R]) -> Callable[P, R]:
     """Make a pure function understand compressed arrays among its arguments.
 
-    Matrix products with `Int8` weights run as int8 × int8 → int32, the activations quantised on
-    the way per row; lookups give floats. Everything else runs unchanged. Composes with `jit`,
+    Products with quantised weights run as `compress.products` says, lookups give floats, and
+    everything else runs unchanged. Composes with `jit`,
     `grad` (with respect to floating arguments), `vmap`, `scan` and `checkpoint`, inside `fn` and
     around it; wrap the result in `jax.jit`, for the interpreter costs time on every untraced call.
 
@@ -44,7 +44,7 @@ def apply[**P, R](fn: Callable[P, R]) -> Callable[P, R]:
 
     >>> import jax.numpy as jnp
     >>> from compress import quantize
-    >>> params, _ = quantize({"kernel": jnp.eye(3), "bias": jnp.ones(3)})
+    >>> params, _ = quantize("int8")({"kernel": jnp.eye(3), "bias": jnp.ones(3)})
     >>> jax.jit(apply(lambda p, x: x @ p["kernel"] + p["bias"]))(params, jnp.ones((2, 3)))
     Array([[2., 2., 2.],
            [2., 2., 2.]], dtype=float32)

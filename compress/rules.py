@@ -1,14 +1,13 @@
-"""What each JAX primitive does with an `Int8`: the mathematics of compressed inference.
+"""What each JAX primitive does with a `Quantized` array.
 
-`dot_general` multiplies in int8, `gather` looks rows up as floats, and the structural primitives
-(transpose, slice, reshape, concatenate, cast) move values and scales together and stay compressed.
-Whatever is not here is refused by `Int8.default`. Importing this file registers the rules with
-quax, once for the process; `compress.interpreter` does so.
+Products and convolutions are those of `compress.products`, `gather` looks rows up as floats, and
+the structural primitives (transpose, slice, reshape, concatenate, cast) do to every part what they
+do to the values and stay compressed. Whatever is not here is refused by `Compressed.default`.
+Importing this file registers the rules with quax, once for the process.
 """
 
-import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,138 +16,76 @@ import numpy as np
 import quax
 from jax import lax
 from jax.extend.core.primitives import sharding_constraint_p, stop_gradient_p
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 
-from compress.arrays import Int8, absmax_int8, dense, describe
-
-Dims = tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]]]
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def int8_dot(x: jax.Array, values: jax.Array, dims: Dims) -> jax.Array:
-    """`lax.dot_general(x, values)` with the floats on the left quantised per row to int8.
-
-    s_m = max_k |x_mk| / 127,   y_mn = s_m · Σ_k round(x_mk / s_m) · values_kn
-
-    The sum is exact in int32 up to K = 2¹⁷ terms (127² · 2¹⁷ < 2³¹). Its derivative with respect
-    to `x` is that of the product itself: rounding counts as the identity (straight-through).
-
-    Args:
-        x: float32.
-        values: int8.
-        dims: dimension numbers of `lax.dot_general`, with one contracted axis.
-
-    Returns:
-        float32, the shape of `lax.dot_general(x, values, dims)`.
-
-    Source: dynamic quantisation as in LLM.int8(), https://arxiv.org/abs/2208.07339.
-
-    >>> x = jnp.array([[1.0, -2.0]])
-    >>> int8_dot(x, jnp.array([[1], [1]], jnp.int8), (((1,), (0,)), ((), ())))
-    Array([[-0.992126]], dtype=float32)
-    """
-    ((contract, _), (batch, batch_w)) = dims
-    q, scale = absmax_int8(x, contract[0])
-    free_w = values.ndim - 1 - len(batch_w)
-    scale = _arrange(scale, contract, batch, trailing=free_w)
-    return _int32_dot(q, values, dims).astype(jnp.float32) * scale
-
-
-@int8_dot.defjvp
-def _int8_dot_jvp(dims: Dims, primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
-    x, values = primals
-    dx, _ = tangents
-    return int8_dot(x, values, dims), lax.dot_general(dx, values.astype(jnp.float32), dims)
-
-
-def _int32_dot(q: jax.Array, values: jax.Array, dims: Dims) -> jax.Array:
-    """int8 × int8 → int32."""
-    ((contract, contract_w), (batch, batch_w)) = dims
-    dot = functools.partial(lax.dot_general, preferred_element_type=jnp.int32)
-    free = [d for d in range(q.ndim) if d not in (*contract, *batch)]
-    if math.prod(q.shape[d] for d in free) != 1:
-        return dot(q, values, dims)
-    # XLA:CPU has no fast int8 product for a single row (three times slower than float32); two
-    # rows have one.
-    out = jax.eval_shape(lambda a, b: dot(a, b, dims), q, values)
-    row = lax.transpose(q, (*batch, *free, *contract))
-    row = row.reshape(*(q.shape[d] for d in batch), 1, q.shape[contract[0]])
-    two = jnp.concatenate([row, jnp.zeros_like(row)], axis=-2)
-    lead = tuple(range(len(batch)))
-    y = dot(two, values, (((two.ndim - 1,), contract_w), (lead, batch_w)))
-    return lax.slice_in_dim(y, 0, 1, axis=len(batch)).reshape(out.shape)
-
-
-def _arrange(
-    scale: jax.Array, contract: Sequence[int], batch: Sequence[int], *, leading=0, trailing=0
-) -> jax.Array:
-    """Bring an operand's scales (contracted axis of size 1) to the axes of the product.
-
-    The axes of the product are (batch, free axes of the left, free axes of the right); the other
-    operand's are of size 1 here: `leading` of them before this one's, `trailing` after.
-    """
-    free = [d for d in range(scale.ndim) if d not in (*contract, *batch)]
-    shape = [scale.shape[d] for d in (*batch, *free)]
-    shape[len(batch) : len(batch)] = [1] * leading
-    return lax.transpose(scale, (*batch, *free, *contract)).reshape(*shape, *[1] * trailing)
+from compress import products
+from compress.arrays import Quantized, describe, place_part
+from compress.backends import Conv
+from compress.blocks import regroup
 
 
 @quax.register(lax.dot_general_p)
 def _dot(
     x: ArrayLike,
-    w: Int8,
+    w: Quantized,
     *,
     dimension_numbers: Any,
+    precision: Any = None,
     preferred_element_type: Any = None,
     out_sharding: Any = None,
     **_: Any,
 ) -> jax.Array:
     x = jnp.asarray(x)
-    contract, contract_w, batch, batch_w = (tuple(d) for pair in dimension_numbers for d in pair)
-    dims = ((contract, contract_w), (batch, batch_w))
-    shared = w.ndim + w.axis
+    (contract, contract_w), (batch, batch_w) = ((tuple(a), tuple(b)) for a, b in dimension_numbers)
     if not jnp.issubdtype(x.dtype, jnp.floating) or out_sharding is not None:
         raise NotImplementedError(
             f"dot_general of {describe(w)}: the other operand must be floating and out_sharding "
             f"unset; got {x.dtype} and out_sharding={out_sharding}"
         )
-    dtype = preferred_element_type or jnp.result_type(x.dtype, w.as_dtype)
-    x = x.astype(jnp.float32)
-    if contract_w == (shared,):
-        y = int8_dot(x, w.values, dims)
-        free = x.ndim - 1 - len(batch)
-        scale = jnp.expand_dims(w.scale, w.axis)
-        return (y * _arrange(scale, contract_w, batch_w, leading=free)).astype(dtype)
-    if len(contract_w) == 1 and w.ndim == 2 + len(batch_w) and shared not in batch_w:
-        # The scales run along the contracted axis: they belong to the other operand.
-        scale = lax.transpose(jnp.expand_dims(w.scale, w.axis), (*batch_w, *contract_w, shared))
-        scale = lax.squeeze(scale, [scale.ndim - 1])
-        scale = lax.expand_dims(
-            lax.transpose(scale, np.argsort((*batch, *contract))),
-            [d for d in range(x.ndim) if d not in (*batch, *contract)],
-        )
-        return int8_dot(x * scale, w.values, dims).astype(dtype)
-    raise NotImplementedError(
-        f"dot_general of {describe(w)} over its axes {contract_w} with batch axes {batch_w}: "
-        "the product must contract exactly one axis, and the scales must lie along the others or "
-        "along that one; leave this leaf out of the selection ('keep')"
-    )
+    dims = ((contract, contract_w), (batch, batch_w))
+    return products.dot(x, w, dims, dtype=preferred_element_type, precision=precision)
 
 
 @quax.register(lax.dot_general_p)
-def _dot_swapped(w: Int8, x: ArrayLike, *, dimension_numbers: Any, **params: Any) -> jax.Array:
+def _dot_swapped(
+    w: Quantized, x: ArrayLike, *, dimension_numbers: Any, precision: Any = None, **params: Any
+) -> jax.Array:
     (contract_w, contract), (batch_w, batch) = dimension_numbers
     swapped = ((contract, contract_w), (batch, batch_w))
-    y = _dot(x, w, dimension_numbers=swapped, **params)
+    if isinstance(precision, tuple):
+        precision = precision[::-1]
+    y = _dot(x, w, dimension_numbers=swapped, precision=precision, **params)
     lead, free_w = len(batch_w), w.ndim - len(batch_w) - len(contract_w)
     order = (*range(lead), *range(y.ndim - free_w, y.ndim), *range(lead, y.ndim - free_w))
     return lax.transpose(y, order)
 
 
+@quax.register(lax.dot_general_p)
+def _dot_both(a: Quantized, b: Quantized, *, dimension_numbers: Any, **params: Any) -> jax.Array:
+    """The smaller becomes floats, as an activation is."""
+    if a.size <= b.size:
+        return _dot(a.dense(), b, dimension_numbers=dimension_numbers, **params)
+    return _dot_swapped(a, b.dense(), dimension_numbers=dimension_numbers, **params)
+
+
+@quax.register(lax.conv_general_dilated_p)
+def _conv(
+    x: ArrayLike,
+    w: Quantized,
+    *,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    **params: Any,
+) -> jax.Array:
+    how = Conv(**{name: params[name] for name in Conv._fields})
+    x = jnp.asarray(x)
+    return products.convolve(x, w, how, dtype=preferred_element_type, precision=precision)
+
+
 @quax.register(lax.gather_p)
 def _gather(
-    w: Int8,
+    w: Quantized,
     indices: ArrayLike,
     *,
     dimension_numbers: lax.GatherDimensionNumbers,
@@ -157,138 +94,252 @@ def _gather(
     fill_value: Any,
     **params: Any,
 ) -> jax.Array:
-    """Look slices up and return floats: the values' gather times the same gather of the scales."""
-    d, shared = dimension_numbers, w.ndim + w.axis
-    if shared in d.start_index_map and mode != lax.GatherScatterMode.FILL_OR_DROP:
-        # A whole axis can only start at 0: `vmap` of a dynamic slice asks for it all the same.
-        column = d.start_index_map.index(shared)
-        indices = jnp.delete(jnp.asarray(indices), column, axis=-1, assume_unique_indices=True)
-        d = d._replace(start_index_map=_drop(d.start_index_map, column))
+    """Look slices up and return floats: every part is looked up alike, but where it is shared."""
+    d = dimension_numbers
+    indices = jnp.asarray(indices)
+    fills = mode == lax.GatherScatterMode.FILL_OR_DROP
     kept = [
         i for i in range(w.ndim) if i not in (*d.collapsed_slice_dims, *d.operand_batching_dims)
     ]
-    if shared not in kept or slice_sizes[shared] != w.shape[shared] or shared in d.start_index_map:
-        raise NotImplementedError(
-            f"gather of {describe(w)} indexes the axis its scales share; quantise it as a 'table' "
-            "(one scale per row) or leave it out of the selection ('keep')"
+    whole = [i for i, n in enumerate(slice_sizes) if n == w.shape[i] and i in kept]
+    for name, part in w.parts():
+        for axis, (s, n) in enumerate(zip(part.shape, w.shape, strict=True)):
+            shared = s == 1 and name != "values"
+            if s != n and not shared and axis not in whole:
+                raise NotImplementedError(
+                    f"gather of {describe(w)} cuts the axis {axis}, along which neighbours share "
+                    "a byte or a scale; quantise it as a 'table' or leave it out ('keep')"
+                )
+    if w.hadamard is not None and w.ndim + w.hadamard[0] not in whole:
+        raise NotImplementedError(f"gather of {describe(w)} cuts the axis that was rotated")
+
+    def look_up(name: str, part: jax.Array) -> jax.Array:
+        sizes, columns, map_ = list(slice_sizes), list(range(indices.shape[-1])), d.start_index_map
+        batched = dict(zip(d.operand_batching_dims, d.start_indices_batching_dims, strict=True))
+        for axis, s in enumerate(part.shape):
+            if s == w.shape[axis]:
+                # `vmap` of a dynamic slice gives starts to whole axes, too, which clip to 0.
+                if axis in whole and axis in map_ and not fills:
+                    columns.remove(d.start_index_map.index(axis))
+                    map_ = tuple(a for a in map_ if a != axis)
+                continue
+            sizes[axis] = s if axis in whole else 1
+            if axis in map_:
+                columns.remove(d.start_index_map.index(axis))
+                map_ = tuple(a for a in map_ if a != axis)
+            if axis in batched:
+                part = jnp.broadcast_to(
+                    part,
+                    [
+                        n if i == axis else k
+                        for i, (k, n) in enumerate(zip(part.shape, w.shape, strict=True))
+                    ],
+                )
+        chosen = indices[..., np.array(columns, np.int32)]
+        numbers = d._replace(start_index_map=map_)
+        # Beyond the end, codes and scales are anything: the mask says where.
+        fill = 0 if fills else None
+        return lax.gather_p.bind(
+            part,
+            chosen,
+            dimension_numbers=numbers,
+            slice_sizes=tuple(sizes),
+            mode=mode,
+            fill_value=fill,
+            **params,
         )
-    where = d.offset_dims[kept.index(shared)]
-    gather = functools.partial(lax.gather_p.bind, mode=mode, **params)
-    # Out of bounds the values are 1 and the scale is the fill value, whatever it is.
-    values = gather(
-        w.values, indices, dimension_numbers=d, slice_sizes=tuple(slice_sizes), fill_value=1
-    )
-    scale = gather(
-        w.scale,
+
+    static: dict[str, Any] = {}
+    out = {axis: d.offset_dims[kept.index(axis)] for axis in kept}
+    ndim = len(d.offset_dims) + indices.ndim - 1
+    if w.pack is not None:
+        static["pack"] = out[w.ndim + w.pack] - ndim
+    if w.hadamard is not None:
+        static["hadamard"] = (out[w.ndim + w.hadamard[0]] - ndim, w.hadamard[1])
+    found = w.map(look_up, **static).dense()
+    if not fills:
+        return found
+    inside = lax.gather_p.bind(
+        jnp.broadcast_to(np.int8(1), w.shape),
         indices,
-        dimension_numbers=d._replace(
-            offset_dims=_without(d.offset_dims, where),
-            collapsed_slice_dims=_without(d.collapsed_slice_dims, shared),
-            start_index_map=_without(d.start_index_map, shared),
-            operand_batching_dims=_without(d.operand_batching_dims, shared),
-        ),
-        slice_sizes=_drop(slice_sizes, shared),
-        fill_value=np.nan if fill_value is None else fill_value,
+        dimension_numbers=d,
+        slice_sizes=tuple(slice_sizes),
+        mode=mode,
+        fill_value=0,
+        **params,
     )
-    return dense(Int8(values, scale, axis=where - values.ndim, as_dtype=w.as_dtype))
+    fill = np.nan if fill_value is None else fill_value
+    return jnp.where(inside == 1, found, jnp.asarray(fill, found.dtype))
 
 
 @quax.register(lax.convert_element_type_p)
-def _cast(w: Int8, *, new_dtype: Any, **_: Any) -> Int8:
+def _cast(w: Quantized, *, new_dtype: Any, **_: Any) -> Quantized:
     if not jnp.issubdtype(new_dtype, jnp.floating):
         raise NotImplementedError(f"{describe(w)} can be cast to a floating dtype, not {new_dtype}")
-    return Int8(w.values, w.scale, axis=w.axis, as_dtype=np.dtype(new_dtype))
+    return w.map(lambda _, part: part, as_dtype=np.dtype(new_dtype))
 
 
 @quax.register(stop_gradient_p)
-def _stop_gradient(w: Int8) -> Int8:
+@quax.register(lax.copy_p)
+def _same(w: Quantized, **_: Any) -> Quantized:
     return w
 
 
 @quax.register(sharding_constraint_p)
-def _constrain(w: Int8, *, sharding: Any, **_: Any) -> Int8:
-    """Scales lie with their values: cut alike, but for the axis that shares one."""
+def _constrain(w: Quantized, *, sharding: Any, **_: Any) -> Quantized:
+    """Scales lie with their values: cut alike, where they have entries of their own."""
     if not isinstance(sharding, NamedSharding):
         raise NotImplementedError(
             f"sharding constraint of {describe(w)}: expected a NamedSharding, got {sharding}"
         )
-    shared = w.ndim + w.axis
-    entries = (*sharding.spec, *[None] * (w.ndim - len(sharding.spec)))
-    scales = NamedSharding(sharding.mesh, PartitionSpec(*_drop(entries, shared)))
-    values = lax.with_sharding_constraint(w.values, sharding)
-    return _rebuild(w, values, lax.with_sharding_constraint(w.scale, scales), shared)
+    shape = w.shape
+    return w.map(
+        lambda name, part: lax.with_sharding_constraint(
+            part, place_part(part, shape, sharding, name)
+        )
+    )
 
 
 @quax.register(lax.transpose_p)
-def _transpose(w: Int8, *, permutation: Sequence[int]) -> Int8:
-    shared = w.ndim + w.axis
-    values = lax.transpose(w.values, permutation)
-    scale = lax.transpose(w.scale, _without(permutation, shared))
-    return _rebuild(w, values, scale, tuple(permutation).index(shared))
+def _transpose(w: Quantized, *, permutation: Sequence[int]) -> Quantized:
+    def moved(axis: int) -> int:
+        return tuple(permutation).index(w.ndim + axis) - w.ndim
+
+    return w.map(lambda _, part: lax.transpose(part, permutation), **_moved(w, moved))
+
+
+def _moved(w: Quantized, where: Callable[[int], int]) -> dict[str, Any]:
+    """The static fields that name an axis, with the numbers that axes have now."""
+    return {
+        "pack": None if w.pack is None else where(w.pack),
+        "hadamard": None if w.hadamard is None else (where(w.hadamard[0]), w.hadamard[1]),
+    }
 
 
 @quax.register(lax.squeeze_p)
-def _squeeze(w: Int8, *, dimensions: Sequence[int]) -> Int8:
+def _squeeze(w: Quantized, *, dimensions: Sequence[int]) -> Quantized:
     shape = [n for i, n in enumerate(w.shape) if i not in dimensions]
     return _reshape(w, new_sizes=shape)
 
 
+@quax.register(lax.broadcast_in_dim_p)
+def _broadcast(
+    w: Quantized, *, shape: Sequence[int], broadcast_dimensions: Sequence[int], **_: Any
+) -> Quantized:
+    """New axes of size 1 and nothing else."""
+    if math.prod(shape) != w.size or list(broadcast_dimensions) != sorted(broadcast_dimensions):
+        raise NotImplementedError(f"{describe(w)} cannot be broadcast to {list(shape)}")
+    return _reshape(w, new_sizes=shape)
+
+
 @quax.register(lax.reshape_p)
-def _reshape(w: Int8, *, new_sizes: Sequence[int], dimensions: Any = None, **_: Any) -> Int8:
-    before, size = math.prod(w.shape[: w.axis]), w.shape[w.axis]
-    for axis, n in enumerate(new_sizes):
-        if dimensions is None and n == size and math.prod(new_sizes[:axis]) == before:
-            scale = lax.reshape(w.scale, _drop(new_sizes, axis))
-            return _rebuild(w, lax.reshape(w.values, tuple(new_sizes)), scale, axis)
-    raise NotImplementedError(
-        f"reshape of {describe(w)} to {list(new_sizes)} merges or splits the axis its scales "
-        "share; leave this leaf out of the selection ('keep')"
+def _reshape(
+    w: Quantized, *, new_sizes: Sequence[int], dimensions: Any = None, **_: Any
+) -> Quantized:
+    new = tuple(new_sizes)
+    sizes = {name: regroup(part.shape, w.shape, new) for name, part in w.parts()}
+    hadamard, fits = None, dimensions is None
+    if w.hadamard is not None:
+        axis = w.ndim + w.hadamard[0]
+        before, size = math.prod(w.shape[:axis]), w.shape[axis]
+        at = [i for i, n in enumerate(new) if n == size and math.prod(new[:i]) == before]
+        fits &= bool(at)
+        hadamard = (at[0] - len(new), w.hadamard[1]) if at else None
+    pack = None
+    if w.pack is not None and sizes["values"] is not None:
+        (axis,) = (i for i, (s, n) in enumerate(zip(sizes["values"], new, strict=True)) if s != n)
+        pack = axis - len(new)
+    if not fits or None in sizes.values():
+        raise NotImplementedError(
+            f"reshape of {describe(w)} to {list(new)} merges or splits an axis along which "
+            "elements share a scale or a byte; leave this leaf out of the rules ('keep')"
+        )
+    return w.map(
+        lambda name, part: lax.reshape(part, sizes[name]),  # type: ignore[arg-type]
+        pack=pack,
+        hadamard=hadamard,
     )
 
 
 @quax.register(lax.slice_p)
-def _slice(w: Int8, *, start_indices: Any, limit_indices: Any, strides: Any) -> Int8:
-    shared = w.ndim + w.axis
-    scale = lax.slice(
-        w.scale,
-        _drop(start_indices, shared),
-        _drop(limit_indices, shared),
-        None if strides is None else _drop(strides, shared),
-    )
-    values = lax.slice(w.values, start_indices, limit_indices, strides)
-    return _rebuild(w, values, scale, shared)
+def _slice(w: Quantized, *, start_indices: Any, limit_indices: Any, strides: Any) -> Quantized:
+    steps = strides or [1] * w.ndim
+
+    def cut(name: str, part: jax.Array) -> jax.Array:
+        first, last, step = [], [], []
+        for axis, (s, n) in enumerate(zip(part.shape, w.shape, strict=True)):
+            a, b, by = start_indices[axis], limit_indices[axis], steps[axis]
+            if s == 1 and name != "values":
+                a, b, by = 0, 1, 1
+            elif s != n:
+                block = n // s
+                if by != 1 or a % block or b % block:
+                    raise NotImplementedError(_uncut(w, axis, f"[{a}:{b}:{by}]"))
+                a, b = a // block, b // block
+            first.append(a)
+            last.append(b)
+            step.append(by)
+        return lax.slice(part, first, last, step)
+
+    _check_rotated(w, [b - a for a, b in zip(start_indices, limit_indices, strict=True)])
+    return w.map(cut)
+
+
+@quax.register(lax.split_p)
+def _split(w: Quantized, *, sizes: Sequence[int], axis: int) -> list[Quantized]:
+    out, start = [], 0
+    for n in sizes:
+        first, last = [0] * w.ndim, list(w.shape)
+        first[axis], last[axis] = start, start + n
+        out.append(_slice(w, start_indices=first, limit_indices=last, strides=None))
+        start += n
+    return out
 
 
 @quax.register(lax.dynamic_slice_p)
-def _dynamic_slice(w: Int8, *starts: ArrayLike, slice_sizes: Sequence[int]) -> Int8:
-    shared = w.ndim + w.axis
-    values = lax.dynamic_slice(w.values, starts, slice_sizes)
-    scale = lax.dynamic_slice(w.scale, _drop(starts, shared), _drop(slice_sizes, shared))
-    return _rebuild(w, values, scale, shared)
+def _dynamic_slice(w: Quantized, *starts: ArrayLike, slice_sizes: Sequence[int]) -> Quantized:
+    def cut(name: str, part: jax.Array) -> jax.Array:
+        at, sizes = [], []
+        for axis, (s, n) in enumerate(zip(part.shape, w.shape, strict=True)):
+            start, size = jnp.asarray(starts[axis]), slice_sizes[axis]
+            if s != n:
+                if size != n and (s != 1 or name == "values"):
+                    raise NotImplementedError(_uncut(w, axis, f"a dynamic slice of {size}"))
+                start, size = jnp.zeros_like(start), s
+            at.append(start)
+            sizes.append(size)
+        return lax.dynamic_slice(part, at, sizes)
+
+    _check_rotated(w, slice_sizes)
+    return w.map(cut)
+
+
+@quax.register(lax.dynamic_update_slice_p)
+def _update(w: Quantized, new: ArrayLike, *starts: ArrayLike) -> Quantized:
+    return products.update(w, jnp.asarray(new), starts)
 
 
 @quax.register(lax.concatenate_p)
-def _concatenate(first: Int8, *others: Int8, dimension: int) -> Int8:
+def _concatenate(first: Quantized, *others: Quantized, dimension: int) -> Quantized:
     """Along an axis that has scales of its own, such as that of layers."""
-    ws, shared = (first, *others), len(first.values.shape) + first.axis
-    if dimension == shared or len({(w.axis, w.as_dtype) for w in ws}) > 1:
+    ws = (first, *others)
+    kinds = {jax.tree.structure(w) for w in ws}
+    shared = any(part.shape[dimension] != w.shape[dimension] for w in ws for _, part in w.parts())
+    if shared or len(kinds) > 1:
         raise NotImplementedError(
             f"concatenation of {', '.join(map(describe, ws))} along axis {dimension}: expected "
-            "arrays of one dtype and one scaled axis, joined along another"
+            "arrays of one kind, joined along an axis on which each has scales of its own"
         )
-    values = lax.concatenate([w.values for w in ws], dimension)
-    scale = lax.concatenate([w.scale for w in ws], dimension - (dimension > shared))
-    return _rebuild(first, values, scale, shared)
+    return first.map(lambda name, _: lax.concatenate([getattr(w, name) for w in ws], dimension))
 
 
-def _rebuild(w: Int8, values: jax.Array, scale: jax.Array, axis: int) -> Int8:
-    return Int8(values, scale, axis=axis - values.ndim, as_dtype=w.as_dtype)
+def _check_rotated(w: Quantized, sizes: Sequence[int]) -> None:
+    if w.hadamard is not None and sizes[w.hadamard[0]] != w.shape[w.hadamard[0]]:
+        raise NotImplementedError(f"a slice of {describe(w)} cuts the axis that was rotated")
 
 
-def _drop(items: Sequence[Any], i: int) -> tuple[Any, ...]:
-    return (*items[:i], *items[i + 1 :])
-
-
-def _without(axes: Sequence[int], gone: int) -> tuple[int, ...]:
-    """The numbers of the axes once the axis `gone` is no more."""
-    return tuple(i - (i > gone) for i in axes if i != gone)
+def _uncut(w: Quantized, axis: int, what: str) -> str:
+    return (
+        f"{what} of axis {axis} of {describe(w)} cuts a group that shares a scale or a byte; "
+        "leave this leaf out of the rules ('keep')"
+    )

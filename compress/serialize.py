@@ -1,13 +1,14 @@
 """A compressed tree as a flat dict of named plain arrays, and back, exactly.
 
 The form every tensor file understands (safetensors, npz): a plain leaf keeps its path as name, a
-compressed one becomes two tensors,
+quantised one becomes a tensor for each of its parts,
 
-    encoder/query/kernel:int8:-2:float32    int8 values, the shared axis and the original dtype
-    encoder/query/kernel:scale              float32 scales
+    encoder/query/kernel:int8:float32:activations=int8    codes, and what they stand for
+    encoder/query/kernel:scale                            float32 scales
 
-so a file needs no side channel, and a reader needs only `values * expand_dims(scale, axis)`. What
-comes back from a file is checked before it is used; nothing in it is ever executed.
+so a file needs no side channel, and a reader needs only `codes * scale`: parts have the array's
+rank. What comes back from a file is checked before it is used;
+nothing in it is ever executed.
 """
 
 from collections.abc import Mapping
@@ -17,41 +18,61 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from compress.arrays import Int8, is_compressed
+from compress.arrays import PARTS, Quantized, is_compressed
+from compress.formats import FLOAT, FORMATS
 from compress.transform import named_leaves
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 """The dtypes that a compressed array may stand for."""
+
+STATIC = ("activations", "pack", "hadamard")
+"""Static fields that a name spells where they are not usual, in this order."""
 
 
 def to_arrays(tree: Any) -> dict[str, Any]:
     """Flatten a tree to named plain arrays.
 
     Args:
-        tree: nested dicts (or any pytree) of arrays and `Int8`; no key may hold ":" or "/".
+        tree: nested dicts (or any pytree) of arrays and `Quantized`; no key may hold ":" or "/".
 
     Returns:
         Names as above to the arrays themselves, not copied, in the tree's order.
 
     Raises:
         ValueError: a key holds ":" or "/", so that its name could not be read back.
+        TypeError: a compressed leaf of another class, which goes into files of its own.
 
     >>> from compress import quantize
-    >>> small, _ = quantize({"dense": {"kernel": jnp.eye(2), "bias": jnp.zeros(2)}})
+    >>> small, _ = quantize()({"dense": {"kernel": jnp.eye(2), "bias": jnp.zeros(2)}})
     >>> list(to_arrays(small))
-    ['dense/bias', 'dense/kernel:int8:-2:float32', 'dense/kernel:scale']
+    ['dense/bias', 'dense/kernel:int8:float32:activations=int8', 'dense/kernel:scale']
     """
     arrays: dict[str, Any] = {}
     pairs, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_compressed)
     for (path, leaf), (name, _) in zip(pairs, named_leaves(tree)[0], strict=True):
         if ":" in name or name.count("/") != len(path) - 1:
             raise ValueError(f"{name!r}: a key holds ':' or '/'; rename it before saving")
-        if is_compressed(leaf):
-            arrays[f"{name}:int8:{leaf.axis}:{leaf.as_dtype}"] = leaf.values
-            arrays[f"{name}:scale"] = leaf.scale
+        if isinstance(leaf, Quantized):
+            for part, array in leaf.parts():
+                arrays[f"{name}:{_form(leaf) if part == 'values' else part}"] = array
+        elif is_compressed(leaf):
+            raise TypeError(
+                f"{name}: a {type(leaf).__name__} is no plain array; merge it, or save its own"
+            )
         else:
             arrays[name] = leaf
     return arrays
+
+
+def _form(leaf: Quantized) -> str:
+    words = [leaf.format, str(leaf.as_dtype)]
+    if leaf.activations != FLOAT:
+        words.append(f"activations={leaf.activations}")
+    if leaf.pack is not None:
+        words.append(f"pack={leaf.pack}")
+    if leaf.hadamard is not None:
+        words.append(f"hadamard={leaf.hadamard[0]},{leaf.hadamard[1]}")
+    return ":".join(words)
 
 
 def from_arrays(arrays: Mapping[str, Any], like: Any = None) -> Any:
@@ -66,7 +87,7 @@ def from_arrays(arrays: Mapping[str, Any], like: Any = None) -> Any:
         The tree. Every array is the one given, bit for bit.
 
     Raises:
-        ValueError: a name is malformed, a scale or its values are missing, shapes or dtypes do not
+        ValueError: a name is malformed, a part or its values are missing, shapes or dtypes do not
             fit each other or `like`, or the paths are not those of `like`.
 
     >>> tree = {"layer": {"kernel": np.ones((2, 3), np.float32)}}
@@ -93,40 +114,100 @@ def from_arrays(arrays: Mapping[str, Any], like: Any = None) -> Any:
 
 
 def _leaves(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """Join values with their scales; path -> leaf."""
-    scales = {n.removesuffix(":scale"): a for n, a in arrays.items() if n.endswith(":scale")}
+    """Join values with their parts; path -> leaf."""
+    parts: dict[str, dict[str, Any]] = {}
+    for name, array in arrays.items():
+        path, *form = name.split(":")
+        if len(form) == 1 and form[0] in PARTS[1:]:
+            parts.setdefault(path, {})[form[0]] = array
     leaves: dict[str, Any] = {}
     for name, array in arrays.items():
-        if name.endswith(":scale"):
-            continue
         path, *form = name.split(":")
+        if len(form) == 1 and form[0] in PARTS[1:]:
+            continue
         if path in leaves:
             raise ValueError(f"{path}: given twice, the second time as {name!r}")
-        leaves[path] = _int8(name, array, scales.pop(path, None)) if form else array
-    if scales:
-        raise ValueError(f"scales without values: {', '.join(sorted(scales))}")
+        leaves[path] = _quantized(name, array, parts.pop(path, {})) if form else array
+    if parts:
+        raise ValueError(f"scales without values: {', '.join(sorted(parts))}")
     return leaves
 
 
-def _int8(name: str, values: Any, scale: Any) -> Int8:
-    path, kind, *form = name.split(":")
-    if kind != "int8" or len(form) != 2 or form[0] not in ("-1", "-2") or form[1] not in DTYPES:
+def _quantized(name: str, values: Any, parts: Mapping[str, Any]) -> Quantized:
+    path, *form = name.split(":")
+    static = _static(name, form)
+    kind, ndim = static["format"], values.ndim
+    want = values.dtype if kind == FLOAT else _stored(kind)
+    if ndim < 2 or values.dtype != want:
         raise ValueError(
-            f"{name!r}: expected '<path>', '<path>:scale' or '<path>:int8:<-1 or -2>:<dtype>' "
-            f"with a dtype of {', '.join(DTYPES)}"
+            f"{path}: expected {want} values of two axes or more, got "
+            f"{values.dtype}{list(values.shape)}"
         )
-    if scale is None:
-        raise ValueError(f"{name!r}: its scales '{path}:scale' are missing")
-    axis = int(form[0])
-    if values.ndim < 2 or values.dtype != np.int8 or scale.dtype != np.float32:
-        raise ValueError(
-            f"{path}: expected int8 values of two axes or more and float32 scales, got "
-            f"{values.dtype}{list(values.shape)} and {scale.dtype}{list(scale.shape)}"
+    for axis in (static["pack"], (static["hadamard"] or (None,))[0]):
+        if axis is not None and not -ndim <= axis < 0:
+            raise ValueError(f"{name!r}: axis {axis} of {ndim}")
+    if (kind == FLOAT) == ("scale" in parts) or (
+        kind == FLOAT and len(parts) == 0 and not static["hadamard"]
+    ):
+        raise ValueError(f"{name!r}: its scales '{path}:scale' are missing or not wanted")
+    if (static["pack"] is not None) != (kind != FLOAT and FORMATS[kind].bits == 4):
+        raise ValueError(f"{name!r}: codes of 4 bits are packed along an axis, others are not")
+    array = Quantized(values, **parts, **static)
+    shape = array.shape
+    block = (static["hadamard"] or (0, 1))[1]
+    if block < 1 or block & (block - 1) or (block > 1 and shape[static["hadamard"][0]] % block):
+        raise ValueError(f"{name!r}: blocks of {block} do not divide {list(shape)}")
+    for part, x in parts.items():
+        dtype = _scale_dtype(kind) if part == "scale" else np.dtype("float32")
+        fits = len(x.shape) == ndim and all(
+            s and n % s == 0 for s, n in zip(x.shape, shape, strict=False)
         )
-    want = [n for i, n in enumerate(values.shape) if i != values.ndim + axis]
-    if list(scale.shape) != want:
-        raise ValueError(f"{path}: scales of shape {list(scale.shape)}, expected {want}")
-    return Int8(values, scale, axis=axis, as_dtype=jnp.dtype(form[1]))
+        if x.dtype != dtype or not fits:
+            raise ValueError(
+                f"{path}: {part} {x.dtype}{list(x.shape)}: expected {dtype}, of the values' rank, "
+                f"each axis a divisor of {list(shape)}"
+            )
+    return array
+
+
+def _stored(kind: str) -> Any:
+    row = FORMATS[kind]
+    return jnp.dtype("uint8" if row.bits == 4 else row.storage)
+
+
+def _scale_dtype(kind: str) -> Any:
+    scales = FORMATS[kind].scales if kind != FLOAT else "float32"
+    return jnp.dtype({"e8m0": "uint8", "e4m3": "float8_e4m3fn"}.get(scales, scales))
+
+
+def _static(name: str, form: list[str]) -> dict[str, Any]:
+    """The static fields that a name spells."""
+    expected = (
+        f"{name!r}: expected '<path>', '<path>:<part>' with a part of {', '.join(PARTS[1:])}, or "
+        f"'<path>:<format>:<dtype>' and fields of {', '.join(STATIC)}, with a format of "
+        f"{', '.join((*FORMATS, FLOAT))} and a dtype of {', '.join(DTYPES)}"
+    )
+    kinds = form[:2]
+    if len(kinds) != 2 or kinds[0] not in (*FORMATS, FLOAT) or kinds[1] not in DTYPES:
+        raise ValueError(expected)
+    fields = dict.fromkeys(STATIC) | {"activations": FLOAT}
+    for word in form[2:]:
+        key, _, value = word.partition("=")
+        numbers = value.split(",")
+        if key == "activations" and value in ("int8", "e4m3"):
+            fields[key] = value
+        elif key == "pack" and _whole(value):
+            fields[key] = int(value)
+        elif key == "hadamard" and len(numbers) == 2 and all(map(_whole, numbers)):
+            fields[key] = (int(numbers[0]), int(numbers[1]))
+        else:
+            raise ValueError(expected)
+    return {"format": kinds[0], "as_dtype": jnp.dtype(kinds[1]), **fields}
+
+
+def _whole(text: str) -> bool:
+    digits = text.removeprefix("-")
+    return digits.isascii() and digits.isdigit() and len(digits) < 10
 
 
 def _nest(leaves: Mapping[str, Any]) -> dict[str, Any]:

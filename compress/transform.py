@@ -1,26 +1,33 @@
-"""A transform maps a parameter tree to a smaller one and reports on every leaf it saw.
+"""A transform is a value: a pure function `(params, stats) -> (params, report)`, and data.
 
 Leaves are addressed by path ("encoder/0/query/kernel") and chosen by glob rules: the first match
-wins, and a rule that matches nothing is an error, so a misprint leaves nothing uncompressed in
-silence. A transform is `leafwise` with the mathematics of one leaf (`compress.int8` is one), hence
-a pure function `params -> (params, report)` whose output can be the next one's input.
+wins. A rule that matches nothing is an error, and so is a leaf that its rule cannot be applied to:
+nothing stays uncompressed in silence. `Leafwise` walks the tree for transforms that are mathematics
+on one leaf; `chain` makes one transform of several, as optax does with gradients'.
 """
 
+import dataclasses
 import difflib
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
 
-from compress.arrays import is_compressed
+from compress.arrays import Compressed, is_compressed
 
 KEEP = "keep"
-"""The role of a leaf that no transform touches."""
+"""What a rule says of leaves that stay as they are."""
+
+Rules = Mapping[str, Any] | Sequence[tuple[str, Any]]
 
 
 @functools.partial(
@@ -37,7 +44,7 @@ class Record:
         shape: shape of the array that the leaf stands for.
         bytes_before: size of the leaf that came in, in bytes.
         bytes_after: size of the leaf that went out, in bytes.
-        applied: what was done, such as "int8 kernel", or "kept" and why.
+        applied: what was done, such as "int8", or "kept" and why.
         error: ‖w − w'‖ / ‖w‖ in the Frobenius norm, 0 for a kept leaf; a tracer under `jit`.
     """
 
@@ -47,6 +54,9 @@ class Record:
     bytes_after: int
     applied: str
     error: float | jax.Array
+
+
+Report = tuple[Record, ...]
 
 
 def match(pattern: str, path: str) -> bool:
@@ -81,83 +91,284 @@ def named_leaves(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
     return [(jax.tree_util.keystr(p, simple=True, separator="/"), x) for p, x in pairs], treedef
 
 
-def leafwise(
-    params: Any,
-    select: Mapping[str, str],
-    *,
-    unfit: Mapping[str, Callable[[Any], str]],
-    leaf_fn: Callable[[Any, str], tuple[Any, str, Any]],
-) -> tuple[Any, tuple[Record, ...]]:
-    """Transform the leaves that the rules select and report on all of them.
+class Transform(ABC):
+    """A function `(params, stats) -> (params, report)` that is also data.
 
-    Args:
-        params: any pytree of arrays.
-        select: glob pattern -> role, in order; the first pattern that matches a path decides. The
-            role "keep" leaves a leaf alone, and so does matching no rule.
-        unfit: role -> function of a leaf that says why the role cannot be applied to it, or "".
-        leaf_fn: (leaf, role) -> (new leaf, what was applied, relative error).
-
-    Returns:
-        The new tree, and one record per leaf in the tree's order.
-
-    Raises:
-        ValueError: a rule names an unknown role or selects no leaf that its role fits; or the new
-            leaf's error is not finite, because the leaf holds NaN or infinity.
+    Subclasses are frozen dataclasses whose fields JSON can hold, and have a `name` for recipes.
     """
-    for pattern, role in select.items():
-        if role not in unfit and role != KEEP:
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def __call__(self, params: Any, stats: Mapping[str, Any] | None = None) -> tuple[Any, Report]:
+        """Apply it.
+
+        Args:
+            params: any pytree of arrays, some of them compressed already; concrete, traced or
+                sharded.
+            stats: what `compress.observe` saw of the leaves, by path, if it is needed.
+
+        Returns:
+            The new tree, and one record per leaf in the tree's order.
+
+        Raises:
+            ValueError: it cannot be applied to a leaf, which the message names.
+        """
+
+    def observes(self) -> bool:
+        """Whether it needs `stats`."""
+        return False
+
+    def hessians(self) -> tuple[str, ...]:
+        """The patterns of leaves whose Hessians it needs in `stats`, for `compress.observe`."""
+        return ()
+
+    def data(self) -> dict[str, Any]:
+        """Its fields as JSON has them, and its name."""
+        assert dataclasses.is_dataclass(self)
+        fields = {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        return {"transform": self.name, **fields}
+
+    @classmethod
+    def of_data(cls, fields: Mapping[str, Any]) -> Self:
+        """The transform of such fields; the reverse of `data`."""
+        return cls(**fields)
+
+
+def plain(value: Any) -> Any:
+    """A field as JSON has it: rules as an object, schemes as theirs, without what is usual."""
+    if isinstance(value, tuple) and all(isinstance(v, tuple) and len(v) == 2 for v in value):
+        return {k: plain(v) for k, v in value}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {k: v for k, v in fields.items() if v is not None}
+    return value
+
+
+@dataclass(frozen=True)
+class Leafwise(Transform):
+    """A transform whose mathematics is of one leaf at a time.
+
+    Attributes:
+        rules: glob pattern -> option or "keep", in order.
+        strict: a leaf that its rule cannot be applied to is an error; if False it is kept, and the
+            report says why, but a rule that can be applied to none is an error all the same.
+    """
+
+    rules: tuple[tuple[str, Any], ...]
+    strict: bool = True
+
+    local: ClassVar[bool] = True
+    """Whether the result has the same bits if devices that hold parts of the leaf compute it."""
+
+    def __post_init__(self) -> None:
+        """Parse the rules."""
+        pairs = self.rules.items() if isinstance(self.rules, Mapping) else self.rules
+        parsed = []
+        for pattern, option in pairs:
+            try:
+                parsed.append((pattern, option if option == KEEP else self.parse(option)))
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{self.name}: rule {pattern!r}: {error}") from None
+        object.__setattr__(self, "rules", tuple(parsed))
+
+    def parse(self, option: Any) -> Any:
+        """A rule's option, checked; hashable."""
+        return option
+
+    def resolve(self, path: str, leaf: Any, option: Any) -> Any:
+        """The option for one leaf, with what its path and shape say; hashable."""
+        return option
+
+    @abstractmethod
+    def unfit(self, leaf: Any, option: Any) -> str:
+        """Why a leaf cannot have a resolved option, in words, or ""."""
+
+    @abstractmethod
+    def leaf(self, leaf: Any, option: Any, observed: Any) -> Compressed:
+        """The new leaf; jax.numpy all the way."""
+
+    def describe(self, option: Any) -> str:
+        """What is applied, for the report."""
+        return str(option)
+
+    def needs(self, option: Any) -> bool:
+        """Whether an option needs statistics of the leaf."""
+        return False
+
+    def observes(self) -> bool:
+        """See `Transform.observes`."""
+        return any(option != KEEP and self.needs(option) for _, option in self.rules)
+
+    def __call__(self, params: Any, stats: Mapping[str, Any] | None = None) -> tuple[Any, Report]:
+        """See `Transform`."""
+        leaves, treedef = named_leaves(params)
+        new_leaves, report, applied_by = [], [], set()
+        for (path, leaf), rule in zip(leaves, self._choose(leaves), strict=True):
+            new, applied, error = leaf, "kept: no rule", 0.0
+            if rule is not None:
+                pattern, option = rule
+                option = option if option == KEEP else self.resolve(path, leaf, option)
+                why = f"rule {pattern!r}" if option == KEEP else self.unfit(leaf, option)
+                if why and self.strict and option != KEEP:
+                    raise ValueError(f"{path}: {self.name} by rule {pattern!r}: {why}")
+                applied = f"kept: {why}"
+                if option == KEEP or not why:
+                    applied_by.add(pattern)
+                if not why:
+                    observed = self._observed(path, option, stats)
+                    new, error = self._compute(leaf, option, observed)
+                    applied = self.describe(option)
+                    error = error if isinstance(error, Tracer) else float(error)
+                    if isinstance(error, float) and not math.isfinite(error):
+                        raise ValueError(f"{path}: {_broken(leaf, observed)}")
+            new_leaves.append(new)
+            report.append(Record(path, tuple(leaf.shape), size(leaf), size(new), applied, error))
+        for pattern, _ in self.rules:
+            if pattern not in applied_by:
+                why = next(r.applied for r in report if match(pattern, r.path))
+                raise ValueError(f"{self.name}: rule {pattern!r} can be applied to no leaf: {why}")
+        return jax.tree_util.tree_unflatten(treedef, new_leaves), tuple(report)
+
+    def _choose(self, leaves: Sequence[tuple[str, Any]]) -> list[tuple[str, Any] | None]:
+        paths = [path for path, _ in leaves]
+        rules = [next((r for r in self.rules if match(r[0], path)), None) for path in paths]
+        for rule in self.rules:
+            if rule not in rules:
+                raise ValueError(f"{self.name}: {_nothing(rule[0], paths)}")
+        return rules
+
+    def _observed(self, path: str, option: Any, stats: Mapping[str, Any] | None) -> Any:
+        if not self.needs(option):
+            return None
+        if not stats:
             raise ValueError(
-                f"rule {pattern!r}: unknown role {role!r}; "
-                f"expected one of {', '.join(map(repr, (*unfit, KEEP)))}"
+                f"{path}: {self.name} needs statistics of what meets it; call the transform with "
+                "those of compress.observe: transform(params, stats)"
             )
-    leaves, treedef = named_leaves(params)
-    rules = [next((p for p in select if match(p, path)), None) for path, _ in leaves]
-    reasons = [
-        _reason(leaf, select, rule, unfit) for rule, (_, leaf) in zip(rules, leaves, strict=True)
-    ]
-    for pattern, role in select.items():
-        mine = [why for rule, why in zip(rules, reasons, strict=True) if rule == pattern]
-        if (role == KEEP and mine) or "" in mine:
-            continue
-        raise ValueError(_nothing(pattern, role, [p for p, _ in leaves], mine))
+        if path not in stats:
+            near = difflib.get_close_matches(path, list(stats), n=3, cutoff=0.0)
+            raise ValueError(
+                f"{path}: {self.name} needs statistics, and calibration saw no product with it; "
+                f"nearest are {', '.join(near)}; keep this leaf, or observe a function that uses it"
+            )
+        return stats[path]
 
-    new_leaves, report = [], []
-    for rule, why, (path, leaf) in zip(rules, reasons, leaves, strict=True):
-        if rule is None or why:
-            new, applied, error = leaf, f"kept: {why}", 0.0
-        else:
-            new, applied, error = leaf_fn(leaf, select[rule])
-        if not isinstance(error, Tracer):
-            error = float(error)
-            if not math.isfinite(error):
-                raise ValueError(f"{path}: holds NaN or infinity and cannot be compressed")
-        new_leaves.append(new)
-        report.append(Record(path, tuple(leaf.shape), _bytes(leaf), _bytes(new), applied, error))
-    return jax.tree_util.tree_unflatten(treedef, new_leaves), tuple(report)
+    def _compute(self, leaf: Any, option: Any, observed: Any) -> tuple[Any, Any]:
+        if any(isinstance(x, Tracer) for x in jax.tree.leaves((leaf, observed))):
+            return _leaf(self, option, leaf, observed)
+        where = _sharding(leaf)
+        if where is not None and not self.local:
+            whole = NamedSharding(where.mesh, PartitionSpec())
+            leaf, observed = jax.device_put((leaf, observed), whole)
+        new, error = _leaf_jit(self, option, leaf, observed)
+        if where is not None:
+            new = jax.device_put(new, new.place(where))
+        return new, error
 
 
-def _reason(
-    leaf: Any, select: Mapping[str, str], rule: str | None, unfit: Mapping[str, Callable]
-) -> str:
-    if rule is None:
-        return "no rule"
-    if select[rule] == KEEP:
-        return f"rule {rule!r}"
-    return unfit[select[rule]](leaf)
+def _sharding(leaf: Any) -> NamedSharding | None:
+    array = jax.tree.leaves(leaf)[0]  # a compressed array's values come first
+    where = getattr(array, "sharding", None)
+    return where if isinstance(where, NamedSharding) else None
 
 
-def _nothing(pattern: str, role: str, paths: Sequence[str], mine: Sequence[str]) -> str:
+def _leaf(
+    transform: Leafwise, option: Any, leaf: Any, observed: Any
+) -> tuple[Compressed, jax.Array]:
+    new = transform.leaf(leaf, option, observed)
+    return new, relative_error(leaf, new)
+
+
+_leaf_jit = jax.jit(_leaf, static_argnums=(0, 1))
+
+
+def _broken(leaf: Any, observed: Any) -> str:
+    arrays = [x for x in jax.tree.leaves(leaf) if jnp.issubdtype(x.dtype, jnp.floating)]
+    if all(bool(jnp.isfinite(x).all()) for x in arrays) and observed is not None:
+        return "its calibration statistics hold NaN or infinity; look at the calibration data"
+    return "holds NaN or infinity and cannot be compressed"
+
+
+def _nothing(pattern: str, paths: Sequence[str]) -> str:
     """The message for a rule that selected nothing."""
-    if mine:
-        why = f"matches {len(mine)} leaves, but none can be a {role!r}: {mine[0]}"
-    elif any(match(pattern, path) for path in paths):
+    if any(match(pattern, path) for path in paths):
         why = "matches only leaves that an earlier rule takes; put it first or remove it"
     else:
         word = pattern.replace("**/", "").replace("*", "")
         near = difflib.get_close_matches(word, paths, n=3, cutoff=0.0)
         why = "matches no path; nearest are " + (", ".join(near) or "none: the tree is empty")
-    return f"rule {pattern!r} {why}"
+    return f"rule {pattern!r} {why}; was it made for another model?"
 
 
-def _bytes(tree: Any) -> int:
+def size(tree: Any) -> int:
+    """Bytes of all arrays in a leaf, from their shapes and dtypes."""
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree_util.tree_leaves(tree))
+
+
+@dataclass(frozen=True)
+class Chain(Transform):
+    """Several transforms, one after the other, each on what the last one left."""
+
+    transforms: tuple[Transform, ...]
+    name: ClassVar[str] = "chain"
+
+    def __call__(self, params: Any, stats: Mapping[str, Any] | None = None) -> tuple[Any, Report]:
+        """See `Transform`."""
+        first, _ = named_leaves(params)
+        whole: list[Record] = []
+        for transform in self.transforms:
+            params, report = transform(params, stats)
+            if not whole:
+                whole = list(report)
+                continue
+            for i, (old, new) in enumerate(zip(whole, report, strict=True)):
+                if not new.applied.startswith("kept"):
+                    done = [r.applied for r in (old, new) if not r.applied.startswith("kept")]
+                    whole[i] = dataclasses.replace(
+                        new, bytes_before=old.bytes_before, applied=", ".join(done)
+                    )
+        last, _ = named_leaves(params)
+        for i, ((_, before), (_, after)) in enumerate(zip(first, last, strict=True)):
+            if is_compressed(after):
+                error = relative_error(before, after)
+                error = error if isinstance(error, Tracer) else float(error)
+                whole[i] = dataclasses.replace(whole[i], error=error)
+        return params, tuple(whole)
+
+    def observes(self) -> bool:
+        """See `Transform.observes`."""
+        return any(t.observes() for t in self.transforms)
+
+    def hessians(self) -> tuple[str, ...]:
+        """See `Transform.hessians`."""
+        return tuple(dict.fromkeys(p for t in self.transforms for p in t.hessians()))
+
+    def data(self) -> dict[str, Any]:
+        """See `Transform.data`."""
+        return {"transform": self.name, "transforms": [t.data() for t in self.transforms]}
+
+
+@jax.jit
+def relative_error(before: Any, after: Any) -> jax.Array:
+    """‖before − after‖ / ‖before‖ of arrays, compressed or not, in the Frobenius norm.
+
+    >>> relative_error(jnp.ones(4), jnp.zeros(4))
+    Array(1., dtype=float32)
+    """
+    a, b = ((x.dense() if is_compressed(x) else x).astype(jnp.float32) for x in (before, after))
+    norm = jnp.linalg.norm(a)
+    return jnp.linalg.norm(a - b) / jnp.where(norm == 0, np.float32(1), norm)
+
+
+def chain(*transforms: Transform) -> Chain:
+    """One transform of several: each is applied to what the one before it left.
+
+    The report's bytes and errors are from the first tree to the last.
+
+    >>> from compress import quantize, rotate
+    >>> t = chain(rotate({"w": 4}), quantize({"w": "int8"}))
+    >>> [r.applied for r in t({"w": jnp.eye(4)})[1]]
+    ['rotated by 4, int8']
+    """
+    return Chain(tuple(transforms))

@@ -6,7 +6,7 @@ functions; `fw.compare` times what they leave.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,12 @@ import jax
 from jax.sharding import Mesh
 
 import compress
+from compress.transform import named_leaves
 from fw import export, hub, run
 from fw.compare import compare, sizes
+from fw.compression import calibrated
+from fw.compression import recipe as named_recipe
+from fw.data import eval_batches
 from fw.data.files import OnBadRow
 from fw.data.rows import AnyRows
 from fw.errors import FwError
@@ -25,20 +29,29 @@ from fw.finetune import MODEL, forward, record
 from fw.hub.files import WEIGHTS
 from fw.metrics import merge
 from fw.model import Model
-from fw.models.stack_layout import default_microbatches, relayout
+from fw.models.stack_layout import default_microbatches, layer_of, relayout
 from fw.processors import Processor, processor_of
 from fw.recipe import Finetune, locate, read_recipe
 from fw.tasks import Summary, Task
 from fw.tensors import read_tensors, write_tensors
-from sharding import Rules, gather, make_mesh
+from sharding import Rules, gather, make_mesh, put, scope
 from sharding import rules as make_rules
 
 VARIANTS = ("f32", "bf16", "int8")
+"""What a table of variants usually has; `compress_run` makes others, too."""
+
+PLAIN = ("f32", "bf16")
+"""Variants that need no compressed parameters: policies of `fw.precision`."""
+
 QUALITY = ("accuracy", "micro_f1", "exact_match", "mse", "spearman", "perplexity")
 """Figures of a summary that a table of variants or domains shows beside the task's own metric."""
 
-INT8, REPORT = "int8", "report.json"
-"""The folder in a run with its compressed parameters, and in it what compressing them cost."""
+COMPRESSED, REPORT, RECIPE = "compressed", "report.json", "recipe.json"
+"""The folder in a run with a folder of parameters for each recipe; in that, what compressing each
+leaf cost, and the recipe."""
+
+CALIBRATION = 256
+"""Examples of the training split that a recipe is calibrated on, if it is."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,27 +105,49 @@ def open_run(folder: str | Path, mesh: str = "data=1") -> Opened:
 
 
 def variant(opened: Opened, name: str) -> tuple[Any, Forward]:
-    """A run's model as "f32", "bf16" or "int8": its variables, and the function for them.
+    """A run's model as "f32", "bf16" or what a recipe made: its variables, and their function.
 
     Raises:
-      FwError: another name, int8 before `compress_run`, or a damaged file of it.
+      FwError: a name that `compress_run` has made nothing of, or a damaged file of it.
     """
     model, variables = opened.model, opened.loaded.variables
-    if name not in VARIANTS:
-        raise FwError(f"variant {name!r} is unknown; choose one of {', '.join(VARIANTS)}")
-    if name != INT8:
+    if name in PLAIN:
         return variables, forward(model, name)
-    path = opened.folder / INT8 / WEIGHTS
-    if not path.is_file():
-        raise FwError(f"{path}: not there; make it with: fw compress {opened.folder}")
-    shapes = jax.eval_shape(lambda p: compress.quantize(p)[0], variables["params"])
-    where = compress.specs(shapes, jax.tree.map(lambda x: x.sharding, variables["params"]))
+    made = sorted(p.parent.name for p in (opened.folder / COMPRESSED).glob(f"*/{WEIGHTS}"))
+    if name not in made:
+        raise FwError(
+            f"variant {name!r} is not there; there are {', '.join((*PLAIN, *made))}; others are "
+            f"made with: fw compress {opened.folder} --recipe NAME"
+        )
+    path, params = opened.folder / COMPRESSED / name / WEIGHTS, variables["params"]
     try:
-        arrays = relayout(read_tensors(path), compress.to_arrays(shapes))
-        host = compress.from_arrays(arrays, like=shapes)
+        arrays = _relayout(read_tensors(path), [path for path, _ in named_leaves(params)[0]])
+        host = compress.from_arrays(arrays, like=params)
     except ValueError as error:
         raise FwError(f"{path}: {error}; make it again with: fw compress") from error
+    where = compress.specs(host, jax.tree.map(lambda x: x.sharding, params))
     return {**variables, "params": jax.device_put(host, where)}, forward(_compressed(model), "f32")
+
+
+def _relayout(arrays: Mapping[str, Any], paths: Sequence[str]) -> dict[str, Any]:
+    """Layers joined in stacks or taken apart as `paths` have them, each part of a leaf alike."""
+    kinds: dict[str, dict[str, Any]] = {}
+    for name, array in arrays.items():
+        path, _, kind = name.partition(":")
+        kinds.setdefault(kind, {})[path] = array
+    found = {}
+    for kind, parts in kinds.items():
+        stacks = {layer[1] for path in parts if (layer := layer_of(path))}
+        wanted = [
+            path
+            for path in paths
+            if path in parts
+            or path in stacks
+            or ((layer := layer_of(path)) is not None and layer[1] in parts)
+        ]
+        moved = relayout(parts, wanted)
+        found |= {f"{path}:{kind}" if kind else path: x for path, x in moved.items()}
+    return found
 
 
 def _compressed(model: Model) -> Model:
@@ -134,7 +169,7 @@ def evaluate_run(
     Args:
       folder: the run.
       split: "train", "dev" or "test".
-      name: "f32", "bf16" or "int8" (after `compress_run`).
+      name: "f32", "bf16", or of what `compress_run` has made.
       mesh: devices by axis.
       data: where the run's data is now, if it has moved.
 
@@ -206,15 +241,22 @@ def _ignore(recipe: Finetune) -> OnBadRow:
 
 
 def compress_run(
-    folder: str | Path, *, split: str = "dev", mesh: str = "data=1", data: str = ""
+    folder: str | Path,
+    recipe: str = "int8",
+    *,
+    split: str = "dev",
+    mesh: str = "data=1",
+    data: str = "",
 ) -> str:
-    """Makes the int8 variant of a run and says what it cost.
+    """Makes a smaller variant of a run by a recipe and says what it cost.
 
-    Writes `RUN/int8/model.safetensors` and `report.json` (bytes and error of every leaf), and both
-    variants' sizes and figures to `result.json`.
+    Writes `model.safetensors`, `recipe.json` and `report.json` (bytes and error of every leaf) to
+    `RUN/compressed/NAME/`, and sizes and figures, before and after, to `result.json`. A recipe that
+    needs calibration gets `CALIBRATION` examples of the training split.
 
     Args:
       folder: the run.
+      recipe: a name of `fw.compression.RECIPES`, or a TOML or JSON file, whose stem is the name.
       split: what it is evaluated on, before and after.
       mesh: devices by axis.
       data: where the run's data is now, if it has moved.
@@ -223,27 +265,34 @@ def compress_run(
       Lines for the terminal: bytes, error, quality before and after on `split`.
 
     Raises:
-      FwError: as `evaluate_run` does, or the folder cannot be written; what was there stays.
+      FwError: as `evaluate_run` and `fw.compression.recipe` do, the recipe does not fit the model,
+        or the folder cannot be written; what was there stays.
     """
     _one_process("compress")
     opened = open_run(folder, mesh)
     params = opened.loaded.variables["params"]
-    with replacing(opened.folder / INT8) as part:
-        rows_by_domain = _rows_by_domain(opened, split, data)
+    variant_name, transform = named_recipe(recipe, params)
+    if variant_name in PLAIN:
+        raise FwError(f"{recipe}: {variant_name!r} is what another variant is called; rename it")
+    rows_by_domain = _rows_by_domain(opened, split, data)
+    stats = calibrated(transform, _outputs(opened), params, _examples(opened, transform, data))
+    with replacing(opened.folder / COMPRESSED / variant_name) as part:
         try:
-            small, leaves = compress.quantize(params)
-        except ValueError as error:  # none of its parameters is a kernel
-            raise FwError(f"{opened.folder / MODEL}: nothing to make int8 of: {error}") from error
-        arrays = {n: compress.to_arrays(gather(p)) for n, p in (("f32", params), (INT8, small))}
-        write_tensors(part / WEIGHTS, arrays[INT8])
+            small, leaves = transform(params, stats)
+        except ValueError as error:
+            raise FwError(f"{opened.folder / MODEL}: recipe {recipe}: {error}") from error
+        trees = {"f32": params, variant_name: small}
+        arrays = {name: compress.to_arrays(gather(tree)) for name, tree in trees.items()}
+        write_tensors(part / WEIGHTS, arrays[variant_name])
+        run.write_json(part / RECIPE, transform.data())
         cost = [{**dataclasses.asdict(leaf), "error": float(leaf.error)} for leaf in leaves]
-        run.write_json(part / REPORT, {"recipe": {"quantize": INT8}, "leaves": cost})
+        run.write_json(part / REPORT, {"leaves": cost})
 
     changed = [leaf for leaf in leaves if leaf.bytes_after != leaf.bytes_before]
     before, after = (sum(getattr(r, f"bytes_{k}") for r in changed) for k in ("before", "after"))
     worst = max(float(leaf.error) for leaf in changed)
     shrunk = f"{before / 1e6:.2f} MB → {after / 1e6:.2f} MB ({after / before:.3f})"
-    lines = [f"{len(changed)} kernels: {shrunk}, largest relative error {worst:.4f}"]
+    lines = [f"{len(changed)} arrays: {shrunk}, largest relative error {worst:.4f}"]
     variants = []
     for name, tensors in arrays.items():
         summary = _evaluate(opened, split, name, rows_by_domain)
@@ -253,12 +302,32 @@ def compress_run(
     return "\n".join(lines)
 
 
+def _outputs(opened: Opened) -> Callable[[Any, Any], Any]:
+    """What calibration watches: `(params, batch) -> outputs`."""
+    rest = {k: v for k, v in opened.loaded.variables.items() if k != "params"}
+    return lambda params, batch: opened.model.apply({"params": params, **rest}, batch)[0]
+
+
+def _examples(opened: Opened, transform: compress.Transform, data: str) -> Iterator[Any]:
+    """Batches of the training split, as evaluation has them, if the transform looks at any."""
+    if not transform.observes() and not transform.hessians():
+        return
+    left = CALIBRATION
+    for rows in _rows_by_domain(opened, "train", data).values():
+        for batch in eval_batches(rows.arrays, opened.recipe.batch, empty=rows.empty):
+            if left <= 0:
+                return
+            left -= opened.recipe.batch
+            with scope(opened.mesh, opened.rules):
+                yield put(batch, opened.mesh, opened.rules)
+
+
 def export_run(folder: str | Path, *, name: str = "f32", output: str | Path | None = None) -> Path:
     """Writes a variant of a run as an artifact; see `fw.export.save`.
 
     Args:
       folder: the run.
-      name: "f32", "bf16" or "int8" (after `compress_run`).
+      name: "f32", "bf16", or of what `compress_run` has made.
       output: where to; None for `RUN/artifact`.
 
     Returns:
@@ -278,18 +347,21 @@ def export_run(folder: str | Path, *, name: str = "f32", output: str | Path | No
         task=opened.task.name,
         labels=opened.task.labels,
         processor=opened.processor,
-        precision="f32" if name == INT8 else name,
-        report=_read_report(opened.folder / INT8 / REPORT) if name == INT8 else (),
+        precision=name if name in PLAIN else "f32",
+        **({} if name in PLAIN else _made(opened.folder / COMPRESSED / name)),
         provenance={**run.config(opened.folder), "run": opened.folder.name},
     )
 
 
-def _read_report(path: Path) -> list[compress.Record]:
+def _made(folder: Path) -> dict[str, Any]:
+    """The report and the recipe of a compressed variant, as an artifact takes them."""
+    path = folder / REPORT
     report = run.read_json(path)
     try:
-        return [compress.Record(**{**r, "shape": tuple(r["shape"])}) for r in report["leaves"]]
+        leaves = [compress.Record(**{**r, "shape": tuple(r["shape"])}) for r in report["leaves"]]
     except (KeyError, TypeError) as error:
         raise FwError(f"{path}: not what fw compress writes ({error}); run it again") from error
+    return {"report": leaves, "recipe": run.read_json(folder / RECIPE)}
 
 
 def _quality(summary: Summary) -> dict[str, float]:

@@ -25,12 +25,17 @@ DTYPES = {
     "I32": np.int32,
     "BF16": jnp.bfloat16,
     "F16": np.float16,
+    "F8_E4M3": jnp.float8_e4m3fn,
+    "F8_E5M2": jnp.float8_e5m2,
     "I8": np.int8,
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
 """safetensors' names of the dtypes that such a file may hold, in the order in which it lays their
 tensors out; its NumPy reader lacks bfloat16."""
+
+PLAIN = {name: dtype for name, dtype in DTYPES.items() if not name.startswith("F8")}
+"""Those of models from elsewhere, whose float8 has scales that no two families store alike."""
 
 _CHUNK = 2**22
 """Bytes that are copied at a time to be written."""

@@ -13,10 +13,10 @@ import pytest
 import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import compress
+from compress import Scheme
 
 README = Path(__file__).parents[1] / "compress" / "README.md"
 FAST = settings(max_examples=15, deadline=None, derandomize=True)
@@ -46,12 +46,16 @@ def normal(seed, *shape, dtype: Any = np.float32) -> Any:
 
 
 def kernel(w):
-    role = "kernel" if w.ndim == 2 else "stack"
-    return compress.quantize({"kernel": w}, select={"kernel": role})[0]["kernel"]
+    return compress.fit(w, "int8", "kernel")
 
 
 def table(w):
-    return compress.quantize({"table": w}, select={"table": "table"})[0]["table"]
+    return compress.fit(w, "int8", "table")
+
+
+def int8(**rules):
+    """The transform of rules role by path."""
+    return compress.quantize({path: Scheme(role=role) for path, role in rules.items()})
 
 
 def tree_equal(a, b):
@@ -71,12 +75,11 @@ def tree_equal(a, b):
 def test_values_and_scales_are_the_definition(rows, columns, role, data):
     w = normal(data.draw(st.integers(0, 99)), rows, columns)
     w[:, data.draw(st.integers(0, columns - 1))] = 0  # a dead channel stays exactly zero
-    small, (record,) = compress.quantize({"w": w}, select={"w": role})
+    small, (record,) = int8(w=role)({"w": w})
     axis = {"kernel": 0, "table": 1}[role]
     q, scale = quantize_np(w, axis)
     np.testing.assert_array_equal(small["w"].values, q)
-    want = np.where(scale.squeeze(axis) == 0, small["w"].scale, scale.squeeze(axis))
-    np.testing.assert_array_equal(small["w"].scale, want)
+    np.testing.assert_array_equal(small["w"].scale, np.where(scale == 0, small["w"].scale, scale))
     back = np.asarray(compress.dequantize(small)["w"])
     assert np.all(np.abs(back - w) <= scale * 0.5001)
     norm = np.linalg.norm(w)
@@ -293,8 +296,6 @@ REFUSED = {
     "in scan": (lambda w: jax.lax.scan(lambda c, r: (c + r, None), jnp.zeros(16), w), "'add'"),
     "to integers": (lambda w: w.astype(jnp.int32), "floating dtype"),
     "merging the shared axis": (lambda w: w.reshape(-1), "merges or splits"),
-    "rows of a kernel": (lambda w: jnp.take(w, jnp.arange(2), axis=0), "'table'"),
-    "contracting everything": (lambda w: jnp.tensordot(jnp.ones((32, 16)), w, 2), "exactly one"),
     "integer activations": (lambda w: jax.lax.dot(jnp.ones((2, 32), jnp.int8), w), "floating"),
 }
 
@@ -304,7 +305,7 @@ def test_what_has_no_rule_is_refused_by_name(name):
     fn, message = REFUSED[name]
     with pytest.raises(NotImplementedError, match=message) as error:
         jax.jit(compress.apply(fn))(kernel(W))
-    assert "Int8(" in str(error.value)
+    assert "Quantized(int8 for" in str(error.value)
 
 
 def test_a_compressed_leaf_passes_through_untouched():
@@ -359,21 +360,20 @@ def parameters(seed=0):
     }
 
 
-SELECT = {"layers/0/*": "kernel", "**/kernel": "kernel", "**/embedding": "table"}
+RULES = {"layers/*/kernel": "int8", "**/kernel": "int8", "**/embedding": "int8"}
 
 
 def test_the_report_covers_every_leaf_and_the_floats_are_gone():
     params = parameters()
-    small, report = compress.quantize(params, select=SELECT)
-    applied = {r.path: r.applied for r in report}
-    assert applied == {
-        "conv/kernel": "kept: a 'kernel' has 2 axes, not 4",
-        "layers/0/bias": "kept: a 'kernel' has 2 axes, not 1",
-        "layers/0/kernel": "int8 kernel",
+    small, report = compress.quantize(RULES)(params)
+    assert {r.path: r.applied for r in report} == {
+        "conv/kernel": "int8",
+        "layers/0/bias": "kept: no rule",
+        "layers/0/kernel": "int8",
         "layers/1/bias": "kept: no rule",
-        "layers/1/kernel": "int8 kernel",
+        "layers/1/kernel": "int8",
         "step": "kept: no rule",
-        "table/embedding": "int8 table",
+        "table/embedding": "int8",
     }
     nbytes = lambda tree: sum(np.asarray(x).nbytes for x in jax.tree.leaves(tree))  # noqa: E731
     assert sum(r.bytes_before for r in report) == nbytes(params)
@@ -389,51 +389,59 @@ def test_stacked_layers_have_scales_of_their_own():
     rng = np.random.default_rng(0)
     layers = rng.normal(size=(3, 4, 5)).astype(np.float32) * np.array([[[1]], [[10]], [[100]]])
     params = {"stack": {"layers": {"up": {"kernel": layers}}}, "out": {"kernel": layers[0]}}
-    small, report = compress.quantize(jax.tree.map(np.float32, params))
-    assert [r.applied for r in report] == ["int8 kernel", "int8 stack"]
-    kernel = small["stack"]["layers"]["up"]["kernel"]
-    np.testing.assert_allclose(kernel.scale, np.abs(layers).max(1) / 127, rtol=1e-6)
+    small, report = compress.quantize()(jax.tree.map(np.float32, params))
+    assert [r.applied for r in report] == ["int8", "int8"]
+    scale = small["stack"]["layers"]["up"]["kernel"].scale
+    np.testing.assert_allclose(scale, np.abs(layers).max(1, keepdims=True) / 127, rtol=1e-6)
 
 
-def test_quantize_traces():
-    params = parameters()
-    want, report = compress.quantize(params, select=SELECT)
-    run = functools.partial(compress.quantize, select=SELECT)
-    got, records = jax.jit(run)(params)
-    tree_equal(got, jax.tree.map(jnp.asarray, want))
-    for a, b in zip(records, report, strict=True):
-        assert (a.path, a.applied, a.bytes_after) == (b.path, b.applied, b.bytes_after)
-        assert float(a.error) == pytest.approx(b.error, rel=1e-4)
-    abstract, _ = jax.eval_shape(run, params)
-    assert jax.tree.structure(abstract) == jax.tree.structure(want)
-    again = {"**/embedding": "table", "layers/0/kernel": "keep"}
-    twice, second = compress.quantize(
-        compress.quantize(params)[0], select=again
-    )  # transforms chain: the first one's leaves are left alone
-    assert twice["layers"][0]["kernel"].axis == -2
-    assert [r.applied for r in second if r.path == "table/embedding"] == ["int8 table"]
+BAD = {  # rules, and what is said of them
+    "misprint": ({"**/kernal": "int8"}, r"'\*\*/kernal' matches no path; nearest are .*kernel"),
+    "shadowed": ({"**/kernel": "int8", "layers/0/kernel": "keep"}, "an earlier rule takes"),
+    "a vector": ({"layers/0/*": "int4"}, r"layers/0/bias: quantize .* 2 axes or more"),
+    "integers": ({"step": "int8"}, "step: .* int32 is not floating"),
+    "odd group": (
+        {"**/1/kernel": Scheme("int4", per=24)},
+        "layers/1/kernel: .* groups of 16 or 32",
+    ),
+    "role": ({"**/0/kernel": {"format": "int8", "role": "colum"}}, "role='colum': expected one of"),
+    "format": ({"**/kernel": "int7"}, "format 'int7': expected one of int8"),
+    "field": ({"**/kernel": {"formt": "int8"}}, "unknown field 'formt'; expected format, per"),
+    "rounding by groups": (
+        {"**/kernel": {"format": "int8", "per": 8}},
+        "activations='dynamic' with groups of 8",
+    ),
+    "statistics": (
+        {"layers/0/kernel": Scheme(activations="static")},
+        "layers/0/kernel: quantize needs statistics",
+    ),
+}
 
 
-@pytest.mark.parametrize(
-    ("select", "message"),
-    [
-        ({"**/kernal": "kernel"}, r"'\*\*/kernal' matches no path; nearest are .*kernel"),
-        ({"**/kernel": "kernel", "layers/0/kernel": "keep"}, "an earlier rule takes"),
-        ({"conv/*": "kernel"}, "matches 1 leaves, but none can be a 'kernel': .* not 4"),
-        ({"step": "table"}, "int32 is not floating"),
-        ({"**/kernel": "colum"}, "unknown role 'colum'; expected one of 'kernel', 'stack'"),
-    ],
-)
-def test_a_rule_that_selects_nothing_is_an_error(select, message):
+@pytest.mark.parametrize("name", BAD)
+def test_what_a_rule_cannot_do_is_an_error_that_names_the_leaf(name):
+    rules, message = BAD[name]
     with pytest.raises(ValueError, match=message):
-        compress.quantize(parameters(), select=select)
+        compress.quantize(rules)(parameters())
 
 
-def test_a_broken_leaf_is_named():
+def test_usual_rules_keep_what_they_cannot_have_and_say_why():
+    params = {"a": {"kernel": normal(0, 100, 4)}, "b": {"kernel": normal(1, 128, 4)}}
+    _, report = compress.quantize("int4")(params)
+    assert [r.applied.split(";")[0] for r in report] == [
+        "kept: its input axis has 100 elements, which groups of 128 do not divide",
+        "int4",
+    ]
+    with pytest.raises(ValueError, match="can be applied to no leaf: kept: its input axis has 100"):
+        compress.quantize("int4")({"a": params["a"]})
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_broken_leaf_is_named(bad):
     params = parameters()
-    params["layers"][0]["kernel"][3, 4] = np.nan
-    with pytest.raises(ValueError, match="layers/0/kernel: holds NaN"):
-        compress.quantize(params)
+    params["layers"][0]["kernel"][3, 4] = bad
+    with pytest.raises(ValueError, match="layers/0/kernel: holds NaN or infinity"):
+        compress.quantize()(params)
 
 
 KEYS: Any = st.text("abk_0", min_size=1, max_size=3)
@@ -454,29 +462,6 @@ def test_globs_match_as_their_regular_expression(pattern, keys):
 # --- devices -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spec", [P("a", "b"), P("b"), P(None, "a"), P(("a", "b"), None), P()])
-@pytest.mark.parametrize("role", ["kernel", "table"])
-def test_sharding_and_quantising_commute(spec, role):
-    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    where = {"w": NamedSharding(mesh, spec), "b": NamedSharding(mesh, P("a"))}
-    params = {"w": normal(0, 64, 32), "b": normal(1, 32)}
-    run = functools.partial(compress.quantize, select={"w": role})
-    small, report = run(params)
-    placed = compress.specs(small, where)
-    first = jax.device_put(small, placed)
-    later, sharded_report = run(jax.device_put(params, where))
-    born = jax.jit(lambda p: run(p)[0], out_shardings=placed)(params)
-    for other in (later, born):
-        tree_equal(first, other)
-        for x, y in zip(jax.tree.leaves(first), jax.tree.leaves(other), strict=True):
-            assert x.sharding.is_equivalent_to(y.sharding, x.ndim), (x.sharding, y.sharding)
-    assert sharded_report[1].error == pytest.approx(report[1].error, rel=1e-4)
-
-    x = jax.device_put(normal(2, 16, 64 if role == "kernel" else 32), NamedSharding(mesh, P("a")))
-    fn = jax.jit(compress.apply(lambda x, p: x @ (p["w"] if role == "kernel" else p["w"].T)))
-    np.testing.assert_array_equal(fn(x, later), fn(np.asarray(x), small))
-
-
 def test_shard_map_takes_the_specs():
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     x, w = normal(0, 8, 32), kernel(W)
@@ -491,11 +476,11 @@ def test_shard_map_takes_the_specs():
 
 
 def test_specs_of_an_abstract_tree_and_their_errors():
-    small = jax.eval_shape(lambda p: compress.quantize(p)[0], parameters())
+    small = jax.eval_shape(lambda p: compress.quantize()(p)[0], parameters())
     where = jax.tree.map(lambda _: P("x", "y"), parameters())
     out = compress.specs(small, where)
     assert out["layers"][0]["kernel"].values == P("x", "y")
-    assert out["layers"][0]["kernel"].scale == P("y")
+    assert out["layers"][0]["kernel"].scale == P(None, "y")
     assert out["table"]["embedding"] == P("x", "y")
     assert jax.tree.structure(out) == jax.tree.structure(small)
     where["layers"][0]["kernel"] = "y"
@@ -507,7 +492,7 @@ def test_specs_of_an_abstract_tree_and_their_errors():
 
 
 def test_arrays_survive_a_safetensors_file_exactly(tmp_path):
-    small, _ = compress.quantize(parameters(), select=SELECT)
+    small, _ = compress.quantize(RULES)(parameters())
     arrays = {k: np.asarray(v) for k, v in compress.to_arrays(small).items()}
     safetensors.numpy.save_file(arrays, tmp_path / "model.safetensors")
     read = safetensors.numpy.load_file(tmp_path / "model.safetensors")
@@ -517,8 +502,9 @@ def test_arrays_survive_a_safetensors_file_exactly(tmp_path):
     tree_equal(nested["layers"]["1"]["kernel"], small["layers"][1]["kernel"])
 
 
-NAME = "a/kernel:int8:-2:float32"
-INT8, SCALE = np.ones((4, 3), np.int8), np.ones(3, np.float32)
+NAME = "a/kernel:int8:float32"
+INT8, SCALE = np.ones((4, 3), np.int8), np.ones((1, 3), np.float32)
+PACKED, HALVES = np.ones((2, 3), np.uint8), np.ones((2, 3), np.float32)
 
 
 @pytest.mark.parametrize(
@@ -526,12 +512,19 @@ INT8, SCALE = np.ones((4, 3), np.int8), np.ones(3, np.float32)
     [
         ({NAME: INT8}, "a/kernel:scale' are missing"),
         ({"a/kernel:scale": SCALE}, "scales without values: a/kernel"),
-        ({NAME: INT8, "a/kernel:scale": np.ones(4, np.float32)}, r"shape \[4\], expected \[3\]"),
+        ({NAME: INT8, "a/kernel:scale": SCALE[0]}, r"scale float32\[3\]: .* the values' rank"),
+        ({NAME: INT8, "a/kernel:scale": np.ones((3, 3), np.float32)}, "a divisor of"),
+        ({NAME: INT8, "a/kernel:scale": np.ones((0, 3), np.float32)}, "a divisor of"),
         ({NAME: INT8.astype(np.int32), "a/kernel:scale": SCALE}, "expected int8 values"),
-        ({NAME: INT8, "a/kernel:scale": SCALE.astype(np.float16)}, "float32 scales"),
-        ({"a/kernel:int4:-2:float32": INT8, "a/kernel:scale": SCALE}, "expected '<path>'"),
-        ({"a/kernel:int8:0:float32": INT8, "a/kernel:scale": SCALE}, "<-1 or -2>"),
-        ({"a/kernel:int8:-2:object": INT8, "a/kernel:scale": SCALE}, "with a dtype of"),
+        ({NAME: INT8, "a/kernel:scale": SCALE.astype(np.float16)}, "expected float32"),
+        ({"a/kernel:int3:float32": INT8, "a/kernel:scale": SCALE}, "expected '<path>'"),
+        ({NAME + ":pack=-2": INT8, "a/kernel:scale": SCALE}, "packed along an axis, others are"),
+        ({"a/kernel:int4:float32": PACKED, "a/kernel:scale": HALVES}, "packed along an axis"),
+        ({"a/kernel:int4:float32:pack=-3": PACKED, "a/kernel:scale": HALVES}, "axis -3 of 2"),
+        ({NAME + ":hadamard=-2,3": INT8, "a/kernel:scale": SCALE}, "blocks of 3 do not divide"),
+        ({NAME + ":hadamard=-2,8": INT8, "a/kernel:scale": SCALE}, "blocks of 8 do not divide"),
+        ({NAME + ":activations=int3": INT8, "a/kernel:scale": SCALE}, "expected '<path>'"),
+        ({"a/kernel:int8:object": INT8, "a/kernel:scale": SCALE}, "a dtype of"),
         ({NAME: INT8, "a/kernel:scale": SCALE, "a/kernel": INT8}, "given twice"),
         ({"a": SCALE, "a/b": SCALE}, "at once"),
         ({"a/b": SCALE, "a": SCALE}, "at once"),
@@ -546,7 +539,7 @@ def test_malformed_arrays_are_refused(arrays, message):
     ("like", "message"),
     [
         ({"a": SCALE, "c": SCALE}, r"missing \['c'\], unknown \['b'\]"),
-        ({"a": SCALE, "b": INT8}, r"b: expected int8\[4, 3\], got float32\[3\]"),
+        ({"a": SCALE, "b": INT8}, r"b: expected int8\[4, 3\], got float32\[1, 3\]"),
     ],
 )
 def test_arrays_that_do_not_fill_the_tree_are_refused(like, message):

@@ -64,7 +64,7 @@ def arguments(task, form, tokenizer):
     variables = model.init(jax.random.key(7))
     report = ()
     if form == "int8":
-        params, report = compress.quantize(variables["params"])
+        params, report = compress.quantize("int8")(variables["params"])
         variables = variables | {"params": params}
     return {
         "model": model,
@@ -172,9 +172,8 @@ def test_int8_weights_are_int8_in_the_file_and_in_the_compiled_dots(saved):
     assert set(kernels.values()) == {"I8"}
     assert not any(name.endswith("/kernel") for name in forms)
     assert len(kernels) == LAYERS * 6 + 1
-    assert sorted(it.artifact.manifest["compression"]["int8"]) == sorted(
-        name.partition(":")[0] for name in kernels
-    )
+    formats = it.artifact.manifest["compression"]["formats"]
+    assert sorted(formats) == sorted(name.partition(":")[0] for name in kernels)
     assert len(it.artifact.manifest["compression"]["report"]) == len(kernels)
 
     batch = random_batch(it.task, 4, 16, np.random.default_rng(0))

@@ -209,10 +209,10 @@ def test_eval_where_the_data_has_moved(compressed, world, tmp_path, capsys):
 
 
 def test_compress_says_what_it_cost(compressed):
-    tensors = load_file(compressed / "int8" / "model.safetensors")
+    tensors = load_file(compressed / "compressed" / "int8" / "model.safetensors")
     kernels = {n for n, x in tensors.items() if x.dtype == np.int8}
     assert len(kernels) == 7
-    report = run.read_json(compressed / "int8" / "report.json")
+    report = run.read_json(compressed / "compressed" / "int8" / "report.json")
     changed = [leaf for leaf in report["leaves"] if leaf["bytes_before"] != leaf["bytes_after"]]
     assert {n.split(":")[0] for n in kernels} == {leaf["path"] for leaf in changed}
     assert all(0 < leaf["error"] < 0.02 for leaf in changed)
@@ -232,7 +232,7 @@ def test_export_and_predict_every_variant(compressed, tmp_path, capsys):
         manifest = json.loads((folder / "manifest.json").read_text())
         provenance = manifest["provenance"]
         assert (provenance["run"], provenance["steps"]) == (compressed.name, STEPS["ner"])
-        assert (manifest["precision"], bool(manifest["compression"]["int8"])) == {
+        assert (manifest["precision"], bool(manifest["compression"]["formats"])) == {
             "f32": ("f32", False), "bf16": ("bf16", False), "int8": ("f32", True)
         }[name]  # fmt: skip
     capsys.readouterr()

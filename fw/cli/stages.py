@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from fw import stages
+from fw.compression import RECIPES
 from fw.data import SPLITS
 
 
@@ -35,16 +36,25 @@ def add_eval(subparsers: Any) -> argparse.ArgumentParser:
 def add_compress(subparsers: Any) -> argparse.ArgumentParser:
     """Adds `fw compress`."""
     parser = _run_parser(
-        subparsers, "compress", "make the int8 variant",
-        "Quantise the dense kernels of a run's best model to int8, symmetric, a scale per output "
-        "channel; convolutions and tables stay. Activations are quantised row by row as they come. "
-        "Writes RUN/int8/ and prints bytes, error and quality before and after.",
+        subparsers, "compress", "make a smaller variant",
+        "Compress a run's best model by a recipe: " + "; ".join(
+            f"{name}: {text}" for name, (text, _) in RECIPES.items()
+        ) + ". Calibrates on training examples where the recipe says so, writes "
+        "RUN/compressed/NAME/ and prints bytes, error and quality before and after.",
     )  # fmt: skip
     _options(parser, "dev")
+    parser.add_argument(
+        "--recipe", default="int8", metavar="NAME|FILE",
+        help=f"{', '.join(RECIPES)}, or a .toml or .json file (default: %(default)s)",
+    )  # fmt: skip
 
     def run(arguments: argparse.Namespace) -> int:
         text = stages.compress_run(
-            arguments.folder, split=arguments.split, mesh=arguments.mesh, data=arguments.data
+            arguments.folder,
+            arguments.recipe,
+            split=arguments.split,
+            mesh=arguments.mesh,
+            data=arguments.data,
         )
         print(text)
         return 0
@@ -90,6 +100,6 @@ def _options(parser: argparse.ArgumentParser, split: str) -> None:
 
 def _variant(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--variant", choices=stages.VARIANTS, default="f32",
-        help="of the model; int8 after fw compress (default: %(default)s)",
+        "--variant", default="f32",
+        help="of the model: f32, bf16, or what fw compress made (default: %(default)s)",
     )  # fmt: skip

@@ -73,7 +73,7 @@ def functional(
         if chosen.weights == "bfloat16"
         and x.dtype == np.float32
         and x.ndim >= 2  # stacked layers' too
-        and any(compress.match(pattern, n) for pattern in compress.DEFAULT_SELECT)
+        and n.rpartition("/")[2] == "kernel"
     }
     weights |= {n: weights[n].astype(jnp.bfloat16) for n in narrow}
 
@@ -82,8 +82,8 @@ def functional(
         wide = {n: x.astype(jnp.float32) if n in narrow else x for n, x in weights.items()}
         return forward(compress.from_arrays(wide, like=variables), batch)
 
-    compressed = any(n.endswith(":scale") for n in weights)
-    kind = "int8" if compressed else "bf16" if chosen.weights == "bfloat16" else "f32"
+    rounds = any(":activations=" in n for n in weights)
+    kind = "int8" if rounds else "bf16" if chosen.weights == "bfloat16" else "f32"
     return weights, function, forward, kind
 
 

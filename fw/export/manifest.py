@@ -23,7 +23,7 @@ from fw.json_files import dumps, plain
 from fw.labels import LABELLED
 from fw.processors import TASKS, processor_of
 
-FORMAT = 2
+FORMAT = 3
 """Version of the folder's layout; another one is refused."""
 
 NAME = "manifest.json"
@@ -190,6 +190,8 @@ def _check_fields(path: Path, manifest: Mapping[str, Any]) -> None:
             raise FwError(f"{path}: files: {name}: expected 'bytes' and 'sha256'")
     for group, name, kind in (
         ("compression", "bfloat16", list),
+        ("compression", "formats", dict),
+        ("compression", "recipe", dict),
         ("golden", "tolerance", float),
         ("versions", "jax", str),
         ("versions", "calling_convention", int),

@@ -9,6 +9,7 @@ configuration, and `load_variables` gives the parameters back, so that it can be
 
 import dataclasses
 import importlib.metadata
+import math
 import platform
 import secrets
 import shutil
@@ -46,6 +47,7 @@ def save(
     processor: Processor,
     precision: str = "f32",
     report: Sequence["Record"] = (),
+    recipe: Mapping[str, Any] | None = None,
     provenance: Mapping[str, Any] | None = None,
     examples: Sequence[Any] | None = None,
 ) -> Path:
@@ -57,13 +59,14 @@ def save(
     Args:
         folder: where to; an artifact that is there is replaced, anything else is not.
         model: the record; its config is a dataclass or a mapping, or None.
-        variables: {"params", "state"}, whose leaves may be compressed (`compress.quantize`).
+        variables: {"params", "state"}, whose leaves may be compressed.
         task: one of `fw.processors.TASKS`.
         labels: names of the classes or numbers, in the order of the logits; empty where there
             are none.
         processor: of the task: for texts `Text(tokenizer, length)`, or `Text.of(folder, length)`.
         precision: policy of the products that are not compressed, see `fw.precision`.
-        report: what `compress.quantize` said, for the manifest.
+        report: what compressing said of every leaf, for the manifest.
+        recipe: what compressed them, as `compress.Transform.data` has it, for the manifest.
         provenance: where the model came from.
         examples: things for the golden batch; None for random values.
 
@@ -116,7 +119,7 @@ def save(
             },
             "provenance": dict(provenance or {}),
             "model": _describe(model),
-            "compression": _compression(weights, report),
+            "compression": {**_compression(weights, report), "recipe": dict(recipe or {})},
             "processor": processor.notes(),
             "golden": {"tolerance": tolerance(kind, logits)},
             "signature": {
@@ -223,12 +226,16 @@ def _describe(model: "Model") -> dict[str, Any]:
 
 
 def _compression(weights: Mapping[str, np.ndarray], report: Sequence["Record"]) -> dict[str, Any]:
-    values = {n: x for n, x in weights.items() if not n.endswith(":scale")}
+    import compress
+    from compress.transform import named_leaves
+
+    leaves = dict(named_leaves(compress.from_arrays(weights))[0])
+    forms = dict(n.split(":", 1) for n in weights if n.count(":") > 1)
     return {
         "bytes": sum(x.nbytes for x in weights.values()),
-        "bytes_as_float32": sum(4 * x.size for x in values.values()),
-        "int8": [n.split(":")[0] for n in values if ":int8:" in n],
-        "bfloat16": [n for n, x in values.items() if x.dtype == jnp.bfloat16],
+        "bytes_as_float32": sum(4 * math.prod(x.shape) for x in leaves.values()),
+        "formats": forms,
+        "bfloat16": [n for n, x in weights.items() if ":" not in n and x.dtype == jnp.bfloat16],
         "report": [
             dataclasses.asdict(r) | {"error": float(r.error)}
             for r in report

@@ -21,7 +21,7 @@ from fw.data.files import read_text
 from fw.errors import FwError
 from fw.gguf import GgufTensor, gguf_file, write_tokenizer
 from fw.hub.header import MOST_BYTES, check_file, parse_json, read_header, shown_name
-from fw.tensors import DTYPES
+from fw.tensors import PLAIN
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -74,11 +74,11 @@ class Tensor:
         Raises:
           FwError: the file cannot be read, or holds what NumPy has no dtype for.
         """
-        if self.dtype not in DTYPES:
+        if self.dtype not in PLAIN:
             raise FwError(f"{self.file}: tensor {self.name!r}: cannot read {self.dtype}")
         if not self.shape:
             return replace(self, shape=(1,)).read((slice(0, 1),)).reshape(())
-        dtype, (first, *rest) = np.dtype(DTYPES[self.dtype]), index
+        dtype, (first, *rest) = np.dtype(PLAIN[self.dtype]), index
         start, stop, _ = first.indices(self.shape[0])
         shape, row = self.shape[1:], math.prod(self.shape[1:]) * dtype.itemsize
         place, pieces = self.start + start * row, 1

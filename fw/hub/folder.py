@@ -41,14 +41,14 @@ from fw.hub.source import open_model
 from fw.model import Model, Variables
 from fw.models.names import Name
 from fw.models.stack_layout import scans
-from fw.tensors import DTYPES, tensor_file
+from fw.tensors import PLAIN, tensor_file
 from sharding import Rules, create, fill, gather, paths, shardings
 
 COUNTS = ("I64", "I32")
 """The dtypes of what a model counts, such as the batches that a norm has seen; written as the
 first."""
 
-FLOATS = {n: np.dtype(d).name for n, d in DTYPES.items() if jnp.issubdtype(d, jnp.floating)}
+FLOATS = {n: np.dtype(d).name for n, d in PLAIN.items() if jnp.issubdtype(d, jnp.floating)}
 """The dtypes of parameters, by safetensors' names."""
 
 LACKING = 1000

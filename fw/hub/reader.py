@@ -18,7 +18,7 @@ import numpy as np
 from fw.errors import FwError
 from fw.hub.files import AnyTensor, Tensors
 from fw.models.names import Name
-from fw.tensors import DTYPES
+from fw.tensors import PLAIN
 
 Slices = tuple[slice, ...]
 Parts = Mapping[Slices, np.ndarray]
@@ -68,7 +68,7 @@ def reader(names: Sequence[Name], tensors: Tensors) -> Callable[[Parts], None]:
 
 def _tasks(name: Name, tensor: AnyTensor, shares: list[Share]) -> Iterator[Callable[[], None]]:
     """What fills the shares of a tensor, some rows each."""
-    itemsize = np.dtype(DTYPES[tensor.dtype]).itemsize
+    itemsize = np.dtype(PLAIN[tensor.dtype]).itemsize
     step = max(1, _BYTES // max(1, math.prod(tensor.shape[1:]) * itemsize))
     if name.transposed:
         step = min(step, _TURNED)

@@ -43,7 +43,7 @@ def main() -> int:
         ids = data.load_tokenizer(root / "model").fast.encode(arguments.prompt).ids
         (root / "prompt.json").write_text(json.dumps({"ids": ids, "tokens": arguments.tokens}))
         stacked = Decoder(loaded.model, loaded.variables)
-        small, _ = compress.quantize(loaded.variables["params"])
+        small, _ = compress.quantize("int8")(loaded.variables["params"])
         int8 = dataclasses.replace(stacked, variables={**loaded.variables, "params": small})
         sides: dict[str, Any] = {"fw, stacked": stacked, "fw, apart": stacked.apart(),
                                  "fw, apart, int8": int8.apart()}  # fmt: skip

@@ -1,0 +1,231 @@
+"""What methods that learn from calibration share: the statistics of a leaf as its values meet them.
+
+Statistics are of a leaf's own inputs x. If it was prepared, x meets w = input_scale · H(values) by
+way of x' = H(x · input_scale), and what is to be known of x' follows from what is known of x:
+
+    max |x'| = max |x| · input_scale,   Σ x' x'ᵀ = H (input_scale · Σ x xᵀ · input_scale) H
+
+The largest values of a rotated x' do not follow from those of x. K numbers the channels of x: the
+inputs of a kernel, and of a convolution every place of its window with every channel.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+
+from compress.arrays import Quantized
+from compress.hadamard import rotate
+from compress.observe import Observed, Stats
+from compress.scheme import Scheme, core, inputs, unfit
+from compress.transform import Leafwise
+
+
+class Calibrated(Leafwise):
+    """A transform of one leaf at a time that needs statistics of every leaf it is applied to.
+
+    Its options have a `role`.
+    """
+
+    local: ClassVar[bool] = False  # sums and powers have other bits where parts are computed
+
+    def needs(self, option: Any) -> bool:
+        """See `Leafwise.needs`."""
+        return True
+
+    def unmet(self, leaf: Any, option: Any, observed: Observed) -> str:
+        """Why statistics are not enough for a leaf, in words, or ""."""
+        return unmet(leaf, option.role, observed)
+
+    def _observed(
+        self, path: str, leaf: Any, option: Any, stats: Mapping[str, Any] | None
+    ) -> Observed:
+        observed = super()._observed(path, leaf, option, stats)
+        if why := self.unmet(leaf, option, observed):
+            raise ValueError(f"{path}: {self.name}: {why}")
+        return observed
+
+
+def unmet(leaf: Any, role: str, observed: Observed) -> str:
+    """Why statistics are not those of a leaf of a role, in words, or "".
+
+    >>> from compress.observed import measure
+    >>> unmet(jnp.ones((4, 2)), "kernel", measure(jnp.ones((5, 3)), channels=1))
+    "its statistics are of 3 channels, and a kernel of (4, 2) has 4; observe the function that ..."
+    """
+    K, channels = _channels(leaf.shape, role), observed.absmax.shape[-1]
+    if observed.axes and tuple(observed.axes) != inputs(role):
+        return (
+            f"calibration saw products over its axes {tuple(observed.axes)}, and a {role}'s inputs "
+            f"are {inputs(role)}; give its rule the right role, or keep this leaf"
+        )
+    if channels != K:
+        return (
+            f"its statistics are of {channels} channels, and a {role} of {tuple(leaf.shape)} has "
+            f"{K}; observe the function that it is a parameter of"
+        )
+    try:
+        observed.over(leaf.shape[: -core(role)])
+    except ValueError as error:
+        return str(error)
+    if not isinstance(observed.rows, Tracer) and not bool(jnp.any(observed.rows > 0)):
+        return "it met no rows in calibration; give it data"
+    return ""
+
+
+def unfit_method(leaf: Any, scheme: Scheme, role: str | None) -> str:
+    """Why a leaf cannot have a scheme by a method that weighs inputs, in words, or "".
+
+    Beyond `compress.scheme.unfit`: it is a table, or its static scale of activations is not to be
+    known from statistics of its own inputs.
+    """
+    if why := unfit(leaf, scheme, role):
+        return why
+    if role == "table":
+        return "rows of a table are looked up and meet no activations; use quantize"
+    if isinstance(leaf, Quantized) and leaf.hadamard and leaf.hadamard[0] != inputs(role or "")[-1]:
+        return f"it was rotated along axis {leaf.hadamard[0]}, which is no input of a {role}"
+    return unknown_scale(leaf, scheme)
+
+
+def unknown_scale(leaf: Any, scheme: Scheme) -> str:
+    """Why a static scale of a prepared leaf's activations cannot be found, in words, or "".
+
+    >>> w = Quantized(jnp.eye(4), format="float", hadamard=(-2, 4))
+    >>> unknown_scale(w, Scheme("int8", activations="static"))
+    "it is rotated, and statistics are of inputs before; use activations='dynamic'"
+    """
+    if scheme.activations != "static" or not isinstance(leaf, Quantized):
+        return ""
+    if leaf.hadamard is not None:
+        return "it is rotated, and statistics are of inputs before; use activations='dynamic'"
+    if leaf.input_scale is not None and scheme.calibration != "absmax":
+        return (
+            f"calibration={scheme.calibration!r}: its inputs are scaled by channel, and only the "
+            "maximum is known by channel; use calibration='absmax' or activations='dynamic'"
+        )
+    return ""
+
+
+def met(leaf: Any, observed: Observed, role: str) -> Observed:
+    """Statistics with the leaf's stack in front, of what meets its values.
+
+    Args:
+        leaf: an array, or one prepared.
+        observed: of its own inputs.
+        role: of `compress.scheme.ROLES`.
+
+    Returns:
+        Statistics of x · input_scale; of a rotated leaf `hessian` alone is rotated. `histogram` is
+        as it was.
+
+    >>> from compress.observed import measure
+    >>> w = Quantized(jnp.ones((2, 3)), input_scale=jnp.array([[2.0], [1.0]]), format="float")
+    >>> seen = met(w, measure(jnp.ones((5, 2)), channels=1, hessian=True), "kernel")
+    >>> seen.absmax, seen.hessian.tolist()
+    (Array([2., 1.], dtype=float32), [[20.0, 10.0], [10.0, 5.0]])
+    """
+    seen = observed.over(leaf.shape[: -core(role)])
+    if not isinstance(leaf, Quantized):
+        return seen
+    s = None if leaf.input_scale is None else to_channels(leaf.input_scale, leaf.shape, role)
+
+    def change(a: jax.Array, name: str) -> jax.Array:
+        if s is not None and name in ("absmax", "abssum"):
+            return a * s
+        if name != "hessian":
+            return a
+        if s is not None:
+            a = a * s[..., :, None] * s[..., None, :]
+        if leaf.hadamard is not None:
+            block = leaf.hadamard[1]
+            a = rotate(rotate(a, -1, block), -2, block)
+        return a
+
+    return seen.map(change)
+
+
+def _channels(shape: tuple[int, ...], role: str) -> int:
+    return math.prod(shape[axis] for axis in inputs(role))
+
+
+def to_channels(part: jax.Array, shape: tuple[int, ...], role: str) -> jax.Array:
+    """A part along a leaf's input axis, [*stack, 1 …, in, 1], as [*stack, K].
+
+    >>> to_channels(jnp.array([[1.0], [2.0]]), (3, 2, 5), "conv1d")
+    Array([1., 2., 1., 2., 1., 2.], dtype=float32)
+    """
+    stack = shape[: -core(role)]
+    part = jnp.broadcast_to(part, (*shape[:-1], 1))
+    return part.reshape(*stack, _channels(shape, role))
+
+
+def of_channels(seen: jax.Array, shape: tuple[int, ...], role: str, reduce: Any) -> jax.Array:
+    """Statistics [*stack, K] as a part along the input axis, reduced over a window's places.
+
+    >>> of_channels(jnp.array([1.0, 2.0, 5.0, 0.0]), (2, 2, 3), "conv1d", jnp.max).shape
+    (1, 2, 1)
+    """
+    places = inputs(role)[:-1]
+    part = seen.reshape(*shape[:-1], 1)
+    return reduce(part, axis=places, keepdims=True) if places else part
+
+
+def matrices(w: jax.Array, role: str) -> jax.Array:
+    """A stack of arrays as [L, K, out]."""
+    return w.reshape(-1, _channels(w.shape, role), w.shape[-1])
+
+
+def stats_specs(stats: Mapping[str, Any], specs: Any) -> Stats:
+    """Where statistics live, from where the leaves live: nothing is whole that its leaf is not.
+
+    Leading axes are cut as the leaf's stack is, and the first K axis of each field over the mesh
+    axes of the leaf's inputs, so that a device holds K / shards rows of a Hessian.
+
+    Args:
+        stats: statistics, or their `jax.eval_shape`.
+        specs: the tree of `PartitionSpec` or `NamedSharding` of the original leaves.
+
+    Returns:
+        Statistics with a spec for each array, for `jax.device_put` or the `out_shardings` of `jit`.
+
+    Raises:
+        ValueError: a leaf's spec is missing or neither of the two.
+
+    >>> from compress.observed import measure
+    >>> seen = {"w": measure(jnp.ones((5, 4)), channels=1, hessian=True, axes=(-2,))}
+    >>> stats_specs(seen, {"w": PartitionSpec("x", "y")})["w"].hessian
+    P('x', None)
+    """
+    pairs, _ = jax.tree_util.tree_flatten_with_path(
+        specs, is_leaf=lambda s: isinstance(s, PartitionSpec | Sharding)
+    )
+    known = {jax.tree_util.keystr(p, simple=True, separator="/"): spec for p, spec in pairs}
+    return {path: _placed(path, seen, known.get(path)) for path, seen in stats.items()}
+
+
+def _placed(path: str, seen: Observed, spec: Any) -> Observed:
+    if not isinstance(spec, PartitionSpec | NamedSharding):
+        raise ValueError(f"{path}: expected its PartitionSpec or NamedSharding, got {spec!r}")
+    entries = tuple(spec.spec if isinstance(spec, NamedSharding) else spec)
+    depth = seen.rows.ndim
+    # Leading axes of the statistics are those of the leaf, whose rank the contracted axes tell.
+    ndim = max(len(entries), depth - min(seen.axes, default=-2))
+    entries += (None,) * (ndim - len(entries))
+    over: list[str] = []
+    for axis in seen.axes:
+        entry = entries[axis]
+        over += (entry,) if isinstance(entry, str) else entry or ()
+    first = None if not over else over[0] if len(over) == 1 else tuple(over)
+
+    def place(a: jax.Array, name: str) -> Any:
+        wide = name in ("absmax", "abssum", "hessian")
+        rest = [first if wide else None, *[None] * (a.ndim - depth - 1)] if a.ndim > depth else []
+        new = PartitionSpec(*entries[:depth], *rest)
+        return NamedSharding(spec.mesh, new) if isinstance(spec, NamedSharding) else new
+
+    return seen.map(place)

@@ -1,0 +1,98 @@
+"""Quantise: chosen leaves of a parameter tree become codes with scales, rounded to nearest."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from compress.arrays import Quantized
+from compress.formats import FORMATS, bounds
+from compress.scheme import Scheme, as_scheme, core, fit, role_of, unfit
+from compress.transform import KEEP, Leafwise, Rules
+
+USUAL = "**/kernel"
+"""The leaves that are quantised where no rules are given."""
+
+
+@dataclass(frozen=True)
+class Quantize(Leafwise):
+    """See `quantize`, which makes it."""
+
+    name: ClassVar[str] = "quantize"
+
+    @property
+    def local(self) -> bool:  # type: ignore[override]
+        """Maxima have the same bits in any order of evaluation, sums of squared errors have not."""
+        return all(option == KEEP or option.clip == "absmax" for _, option in self.rules)
+
+    def parse(self, option: Any) -> Scheme:
+        """See `Leafwise.parse`."""
+        return as_scheme(option)
+
+    def resolve(self, path: str, leaf: Any, option: Scheme) -> Scheme:
+        """See `Leafwise.resolve`."""
+        return with_role(path, leaf, option)
+
+    def unfit(self, leaf: Any, option: Scheme) -> str:
+        """See `Leafwise.unfit`."""
+        return unfit(leaf, option, option.role)
+
+    def needs(self, option: Scheme) -> bool:
+        """Static scales are found in calibration."""
+        return option.activations == "static"
+
+    def leaf(self, leaf: Any, option: Scheme, observed: Any) -> Quantized:
+        """See `Leafwise.leaf`."""
+        assert option.role is not None
+        return finished(fit(leaf, option, option.role), option, observed)
+
+
+def quantize(rules: Rules | Scheme | str = "int8") -> Quantize:
+    """A transform that rounds chosen leaves to codes with scales; no float copy is kept.
+
+    Args:
+        rules: glob pattern -> scheme, its format's name, or "keep"; first match wins. A scheme
+            alone is for every leaf whose path ends in "kernel" and that it fits.
+
+    Returns:
+        The transform; its call raises as `Transform` says.
+
+    Raises:
+        ValueError: a rule's scheme is none.
+
+    >>> params = {"dense": {"kernel": jnp.eye(4), "bias": jnp.zeros(4)}}
+    >>> small, report = quantize("int8")(params)
+    >>> small["dense"]["kernel"].values.dtype.name
+    'int8'
+    >>> [(r.path, r.bytes_before, r.bytes_after, r.applied) for r in report]
+    [('dense/bias', 16, 16, 'kept: no rule'), ('dense/kernel', 64, 32, 'int8')]
+    """
+    if isinstance(rules, str | Scheme):
+        return Quantize(((USUAL, rules),), strict=False)
+    return Quantize(rules)  # type: ignore[arg-type]
+
+
+def with_role(path: str, leaf: Any, scheme: Scheme) -> Scheme:
+    """A scheme with its leaf's role, if it can be told."""
+    role = scheme.role or role_of(path, leaf.shape)
+    return dataclasses.replace(scheme, role=role)
+
+
+def finished(new: Quantized, scheme: Scheme, observed: Any) -> Quantized:
+    """A fitted array with its static scale of activations, if it is to have one."""
+    if scheme.activations != "static":
+        return new
+    assert scheme.role is not None
+    return dataclasses.replace(new, act_scale=static_scale(scheme, observed, scheme.role))
+
+
+def static_scale(scheme: Scheme, observed: Any, role: str) -> jax.Array:
+    """The scale of activations that calibration found, [*stack, 1 …], of the leaf's rank."""
+    from compress.observe import threshold
+
+    largest = bounds(FORMATS[scheme.row.activations])[1]
+    scale = threshold(observed, scheme.calibration) * np.float32(1 / largest)
+    return scale.reshape(*scale.shape, *[1] * core(role)).astype(jnp.float32)

@@ -1,0 +1,114 @@
+"""Recipes by name, and what they are calibrated on: the library's side of `compress`.
+
+`fw compress RUN --recipe int8` takes a recipe of `RECIPES`, or a file that `compress.recipe` reads.
+What it was is saved with what it made, and in the artifact's manifest.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import compress
+from compress.scheme import Scheme, inputs, role_of
+from compress.transform import named_leaves
+from fw.errors import FwError
+
+LIMIT = 1 << 20
+"""Bytes of a recipe's file, checked before it is read."""
+
+GROUP = 128
+"""Elements that share a scale of 4-bit codes, at most."""
+
+
+def grouped(params: Any, scheme: Callable[[str | int], Scheme]) -> dict[str, Scheme]:
+    """Rules for every usual kernel: groups of `GROUP`, or of the largest number that divides it.
+
+    Args:
+      params: the tree, or its `jax.eval_shape`.
+      scheme: of what shares a scale, a group's size or "channel".
+
+    >>> tree = {"up": {"kernel": jax.ShapeDtypeStruct((576, 8), "float32")}}
+    >>> grouped(tree, lambda per: Scheme("int4", per=per))["up/kernel"].per
+    96
+    """
+    rules = {}
+    for path, leaf in named_leaves(params)[0]:
+        role = role_of(path, leaf.shape)
+        if path.rpartition("/")[2] != "kernel" or role is None:
+            continue
+        size = leaf.shape[inputs(role)[-1]]
+        group = next(n for n in range(min(GROUP, size), 0, -1) if size % n == 0)
+        if size % 2 == 0:
+            rules[path] = scheme(group if group >= 16 else "channel")
+    return rules
+
+
+RECIPES: Mapping[str, tuple[str, Callable[[Any], compress.Transform]]] = {
+    "int8": (
+        "weights and activations of dense layers and convolutions in int8, activations row by row",
+        lambda _: compress.quantize("int8"),
+    ),
+    "int8-weights": (
+        "weights in int8, activations as they are",
+        lambda _: compress.quantize(Scheme("int8", activations="float")),
+    ),
+    "int4-nearest": (
+        "weights in int4, a scale for 128 neighbours, rounded to nearest",
+        lambda params: compress.quantize(grouped(params, lambda per: Scheme("int4", per=per))),
+    ),
+}
+"""Name -> what it is, and the transform for some parameters."""
+
+
+def recipe(name: str, params: Any) -> tuple[str, compress.Transform]:
+    """A recipe by its name or file, and what to call what it makes.
+
+    Args:
+      name: of `RECIPES`, or a path to a TOML or JSON file.
+      params: what it will be applied to.
+
+    Raises:
+      FwError: there is no such name or file, or the file is no recipe.
+    """
+    if name in RECIPES:
+        return name, RECIPES[name][1](params)
+    path = Path(name)
+    if path.suffix not in (".toml", ".json"):
+        raise FwError(
+            f"recipe {name!r}: expected one of {', '.join(RECIPES)}, or a .toml or .json file"
+        )
+    try:
+        if path.stat().st_size > LIMIT:
+            raise FwError(f"{path}: has more than {LIMIT} bytes; expected a recipe")
+        return path.stem, compress.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise FwError(f"{path}: cannot be read: {error}") from error
+    except ValueError as error:
+        raise FwError(f"{path}: {error}") from error
+
+
+def calibrated(
+    transform: compress.Transform,
+    apply: Callable[..., Any],
+    params: Any,
+    batches: Iterable[Any],
+) -> Any:
+    """The statistics that a transform needs, of some batches, or None if it needs none.
+
+    Args:
+      transform: says what it needs.
+      apply: `(params, batch) -> outputs`.
+      params: uncompressed.
+      batches: to run it on.
+    """
+    patterns = transform.hessians()
+    if not transform.observes() and not patterns:
+        return None
+    call = jax.jit(compress.observe(apply, hessians=patterns))
+    stats: Any = None
+    for batch in batches:
+        _, seen = call(params, batch)
+        stats = seen if stats is None else compress.merge(stats, seen)
+    return stats
