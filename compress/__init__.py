@@ -4,30 +4,83 @@ Transforms such as `quantize` replace chosen leaves of a parameter tree by compr
 `chain` joins them; `apply` makes any pure function understand the result. The guide is `README.md`.
 """
 
+from compress.adapter_trees import Adapter, attach, choose, detach, stack_adapters
+from compress.adapters import LoRA, Trained
 from compress.arrays import Compressed, Quantized, dequantize, is_compressed, specs
+from compress.awq import awq
+from compress.calibrated import stats_specs
+from compress.gptq import gptq
+from compress.histogram import threshold
 from compress.interpreter import apply
+from compress.latency import Times, measure
+from compress.lora import combine, lora, partition, trainable_share
+from compress.merge import merge, unmerge
+from compress.observe import Stats, observe
+from compress.observed import Observed
+from compress.observed import check as check_stats
+from compress.observed import merge as merge_stats
+from compress.prepare import rotate, smooth
+from compress.qat import Learned, harden, qat
 from compress.quantize import quantize
 from compress.recipe import dumps, loads
 from compress.scheme import Scheme, fit
+from compress.search import Choice, search
+from compress.sensitivity import Sensitivity, sensitivity
 from compress.serialize import from_arrays, to_arrays
 from compress.transform import Record, Transform, chain, match
+from compress.verify import Verified, verify
 
 __all__ = [
+    "Adapter",
+    "Choice",
     "Compressed",
+    "Learned",
+    "LoRA",
+    "Observed",
     "Quantized",
     "Record",
     "Scheme",
+    "Sensitivity",
+    "Stats",
+    "Times",
+    "Trained",
     "Transform",
+    "Verified",
     "apply",
+    "attach",
+    "awq",
     "chain",
+    "check_stats",
+    "choose",
+    "combine",
     "dequantize",
+    "detach",
     "dumps",
     "fit",
     "from_arrays",
+    "gptq",
+    "harden",
     "is_compressed",
     "loads",
+    "lora",
     "match",
+    "measure",
+    "merge",
+    "merge_stats",
+    "observe",
+    "partition",
+    "qat",
     "quantize",
+    "rotate",
+    "search",
+    "sensitivity",
+    "smooth",
     "specs",
+    "stack_adapters",
+    "stats_specs",
+    "threshold",
     "to_arrays",
+    "trainable_share",
+    "unmerge",
+    "verify",
 ]

@@ -55,13 +55,13 @@ def unmet(leaf: Any, role: str, observed: Observed) -> str:
 
     >>> from compress.observed import measure
     >>> unmet(jnp.ones((4, 2)), "kernel", measure(jnp.ones((5, 3)), channels=1))
-    "its statistics are of 3 channels, and a kernel of (4, 2) has 4; observe the function that ..."
+    'its statistics are of 3 channels, and a kernel of (4, 2) has 4; observe the function that ...'
     """
     K, channels = _channels(leaf.shape, role), observed.absmax.shape[-1]
     if observed.axes and tuple(observed.axes) != inputs(role):
         return (
             f"calibration saw products over its axes {tuple(observed.axes)}, and a {role}'s inputs "
-            f"are {inputs(role)}; give its rule the right role, or keep this leaf"
+            f"are {inputs(role)}; use quantize, or keep this leaf"
         )
     if channels != K:
         return (
@@ -92,18 +92,25 @@ def unfit_method(leaf: Any, scheme: Scheme, role: str | None) -> str:
     return unknown_scale(leaf, scheme)
 
 
-def unknown_scale(leaf: Any, scheme: Scheme) -> str:
+def unknown_scale(leaf: Any, scheme: Scheme, *, scaled: bool = False) -> str:
     """Why a static scale of a prepared leaf's activations cannot be found, in words, or "".
+
+    Args:
+        leaf: an array, or one prepared.
+        scheme: what it is to have.
+        scaled: whether its inputs will be scaled by channel besides.
 
     >>> w = Quantized(jnp.eye(4), format="float", hadamard=(-2, 4))
     >>> unknown_scale(w, Scheme("int8", activations="static"))
     "it is rotated, and statistics are of inputs before; use activations='dynamic'"
     """
-    if scheme.activations != "static" or not isinstance(leaf, Quantized):
+    if scheme.activations != "static":
         return ""
-    if leaf.hadamard is not None:
+    prepared = isinstance(leaf, Quantized)
+    if prepared and leaf.hadamard is not None:
         return "it is rotated, and statistics are of inputs before; use activations='dynamic'"
-    if leaf.input_scale is not None and scheme.calibration != "absmax":
+    scaled |= prepared and leaf.input_scale is not None
+    if scaled and scheme.calibration != "absmax":
         return (
             f"calibration={scheme.calibration!r}: its inputs are scaled by channel, and only the "
             "maximum is known by channel; use calibration='absmax' or activations='dynamic'"
@@ -197,7 +204,7 @@ def stats_specs(stats: Mapping[str, Any], specs: Any) -> Stats:
         ValueError: a leaf's spec is missing or neither of the two.
 
     >>> from compress.observed import measure
-    >>> seen = {"w": measure(jnp.ones((5, 4)), channels=1, hessian=True, axes=(-2,))}
+    >>> seen = {"w": measure(jnp.ones((5, 4)), channels=1, hessian=True)}
     >>> stats_specs(seen, {"w": PartitionSpec("x", "y")})["w"].hessian
     P('x', None)
     """

@@ -1,8 +1,8 @@
-"""What one product tells of the leaf in it, and where that belongs in the leaf's statistics.
+"""What one product tells of the leaf in it.
 
 A product contracts axes of the leaf with activations. Its batch axes, and the axes of which the
 operand has one entry, are the leaf's stack as long as they are its first axes, and rows otherwise.
-`record` measures one product, `assembled` makes one array of what all of them told.
+`record` measures a product and puts what it saw in its place (`compress.places`).
 """
 
 import math
@@ -15,29 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from compress.follow import Link, Loop, Parts, Run
-from compress.observed import Observed, Stats, measure, measure_groups, products, scatter, stacked
+from compress.follow import Link, Loop, Run
+from compress.observed import Observed, measure, measure_groups, products
+from compress.places import Found, Place, add, size_of, spread
 
-
-@dataclass(frozen=True)
-class Place:
-    """Where statistics belong.
-
-    Attributes:
-        path, shape: of the leaf.
-        depth: how many of its first axes are the stack.
-        dims: parts of these that the statistics' leading axes run along.
-        fixed: parts of which they are one entry: a number, or that of an iteration.
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    depth: int
-    dims: tuple[Parts, ...] = ()
-    fixed: tuple[tuple[Parts, int | Loop], ...] = ()
-
-
-Found = dict[Place, Observed]
 Links = Sequence[Link | None]
 
 
@@ -62,82 +43,6 @@ class Walk:
     def apart(self, x: Any) -> Any:
         """The same array, for reading: what reads it does not change how it is computed."""
         return self.once(x, "apart", lambda: lax.optimization_barrier(x))
-
-
-def add(found: Found, place: Place, seen: Observed) -> None:
-    """Add what was seen at a place to what was seen there before."""
-    if place in found and _use_of(found[place]) != _use_of(seen):
-        raise _conflict(place.path, found[place], seen)
-    found[place] = found[place] + seen if place in found else seen
-
-
-def _use_of(seen: Observed) -> tuple[str, tuple[int, ...]]:
-    return seen.kind, seen.axes
-
-
-def _conflict(path: str, a: Observed, b: Observed) -> ValueError:
-    return ValueError(
-        f"{path}: met in a {a.kind} over its axes {a.axes} and in a {b.kind} over its axes "
-        f"{b.axes}, which have different channels; observe a function that uses it one way, or "
-        "hold it as two leaves"
-    )
-
-
-def spread(seen: Observed, index: Any, size: int, axis: int = 0) -> Observed:
-    """Entries along a leading axis, or a single one, at their places in all of it."""
-
-    def change(a: jax.Array, name: str) -> jax.Array:
-        return jnp.moveaxis(scatter(jnp.moveaxis(a, axis, 0), index, size, name), 0, axis)
-
-    def one(a: jax.Array, name: str) -> jax.Array:
-        return scatter(a, index, size, name)
-
-    return seen.map(change if jnp.ndim(index) else one)
-
-
-def size_of(parts: Parts) -> int:
-    """How many entries they have."""
-    return math.prod(part.size for part in parts)
-
-
-def assembled(found: Found) -> Stats:
-    """Each leaf's statistics, from those of all places where it was used."""
-    paths: dict[str, list[tuple[Place, Observed]]] = {}
-    for place, seen in found.items():
-        paths.setdefault(place.path, []).append((place, seen))
-    stats = {}
-    for path, items in paths.items():
-        for _, seen in items:
-            if _use_of(seen) != _use_of(items[0][1]):
-                raise _conflict(path, items[0][1], seen)
-        depth = max(place.depth for place, _ in items)
-        parts = [_whole(place, seen, depth) for place, seen in items]
-        stats[path] = stacked(parts, items[0][0].shape[:depth])
-    return stats
-
-
-def _whole(place: Place, seen: Observed, depth: int) -> tuple[tuple[Any, ...], Observed]:
-    """An index of the stack, and statistics with the leaf's own axes there."""
-    index: list[Any] = [slice(None)] * depth
-    dims = list(place.dims)
-    for parts, at in place.fixed:
-        if len(parts) == 1 and parts[0].size == place.shape[parts[0].axis]:
-            index[parts[0].axis] = at
-        else:
-            seen = spread(seen, at, size_of(parts))
-            dims.insert(0, parts)
-    factors = [part for parts in dims for part in parts]
-    order = sorted(range(len(factors)), key=lambda i: (factors[i].axis, -factors[i].inner))
-    kept = [n if a < place.depth else 1 for a, n in enumerate(place.shape[:depth])]
-    kept = [n for n, i in zip(kept, index, strict=True) if isinstance(i, slice)]
-
-    def change(a: jax.Array, _: str) -> jax.Array:
-        rest = a.shape[len(dims) :]
-        a = a.reshape(*(part.size for part in factors), *rest)
-        a = jnp.transpose(a, (*order, *range(len(order), a.ndim)))
-        return a.reshape(*kept, *rest)
-
-    return tuple(index), seen.map(change)
 
 
 @dataclass(frozen=True)

@@ -153,13 +153,20 @@ def unpack(packed: jax.Array, axis: int, format: Format) -> jax.Array:
     Array([ 1, -1,  2,  3], dtype=int8)
     """
     axis %= packed.ndim
+    both = jnp.stack(halves(packed, format), axis + 1)
+    return both.reshape(*packed.shape[:axis], -1, *packed.shape[axis + 1 :])
+
+
+def halves(packed: jax.Array, format: Format) -> tuple[jax.Array, jax.Array]:
+    """The codes of even and of odd index along the packed axis, as `unpack` has them.
+
+    >>> halves(jnp.array([241, 50], jnp.uint8), FORMATS["int4"])
+    (Array([1, 2], dtype=int8), Array([-1,  3], dtype=int8))
+    """
     if format.integer:  # arithmetic shifts bring the sign along
         signed = lax.bitcast_convert_type(packed, jnp.int8)
-        halves = [(signed << np.int8(4)) >> np.int8(4), signed >> np.int8(4)]
-    else:
-        halves = [packed & np.uint8(15), packed >> np.uint8(4)]
-    both = jnp.stack(halves, axis + 1)
-    return both.reshape(*packed.shape[:axis], -1, *packed.shape[axis + 1 :])
+        return (signed << np.int8(4)) >> np.int8(4), signed >> np.int8(4)
+    return packed & np.uint8(15), packed >> np.uint8(4)
 
 
 def encode_scale(scale: jax.Array, kind: str) -> jax.Array:

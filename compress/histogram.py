@@ -249,8 +249,8 @@ def least_divergence(histogram: jax.Array, absmax: jax.Array, levels: int) -> ja
     def divergence(i: jax.Array) -> jax.Array:
         kept = jnp.where(j < i, linear, 0)
         level = jnp.minimum(j * groups // i, groups - 1)
-        there = kept > 0
-        sums, sizes = (jnp.zeros(groups).at[level].add(v) for v in (kept, there.astype("float32")))
+        there, zeros = kept > 0, jnp.zeros(groups, jnp.float32)
+        sums, sizes = (zeros.at[level].add(v) for v in (kept, there.astype(jnp.float32)))
         left = jnp.where(there, (sums / jnp.maximum(sizes, 1))[level], 0)
         came = kept.at[i - 1].add(above[i])
         came, left = (v / jnp.maximum(jnp.sum(v), np.float32(1e-30)) for v in (came, left))

@@ -15,9 +15,12 @@ from jax import lax
 from jax.core import eval_jaxpr
 from jax.extend.core import set_current_trace
 from jax.extend.core.primitives import remat_p
+from quax import _primitives
 from quax._trace import _QuaxTrace
 
+import compress.adapter_rules
 import compress.rules  # noqa: F401  # registers what each primitive does with them
+from compress.adapters import bare
 from compress.arrays import is_compressed
 
 
@@ -53,6 +56,7 @@ def apply[**P, R](fn: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(fn)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        args, kwargs = bare((args, kwargs))
         return interpreted(*args, **kwargs)
 
     return wrapper
@@ -101,3 +105,16 @@ def _custom_vjp(self: Any, primitive: Any, fun: Any, *fwd_bwd_tracers: Any, **pa
 # quax (0.4.6) raises NotImplementedError here; a later version may bring its own.
 if "process_custom_vjp_call" not in vars(_QuaxTrace):
     cast(Any, _QuaxTrace).process_custom_vjp_call = _custom_vjp
+
+
+class _Forgetful(dict):
+    """A cache that keeps nothing."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+
+# quax keys the programs of loops by the structure of what they are given, but not by the shapes in
+# it: kernels with other groups, or other ranks, would meet the program of those before.
+_primitives._scan_quax_cache = _Forgetful()
+_primitives._while_quax_cache = _Forgetful()

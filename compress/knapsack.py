@@ -16,42 +16,63 @@ import math
 
 import numpy as np
 
-WIDTHS = (64, 4096, 262_144, None)
-"""How many partial choices the sweeps keep, one after another; the last one keeps all."""
+WIDTHS = (64, 4096, 262_144)
+"""How many partial choices the sweeps keep, one after another."""
 
 SLACK = 1e-9
 """Relative: bounds, which are rounded, rule nothing out that comes as close as this."""
 
 
-def solve(value: np.ndarray, costs: np.ndarray, budgets: np.ndarray) -> np.ndarray | None:
+def solve(
+    value: np.ndarray, costs: np.ndarray, budgets: np.ndarray, tolerance: float = 0.0
+) -> np.ndarray | None:
     """The best choice, or None if the budgets allow none.
 
     Args:
         value: float64 [lists, choices], infinite where a list has no such choice.
         costs: float64 [budgets, lists, choices], finite where there is a choice.
-        budgets: float64 [budgets]; two at most are practical.
+        budgets: float64 [budgets], two at most.
+        tolerance: accept a value that is larger than the least one by this part of it.
 
     Returns:
         int [lists].
+
+    Raises:
+        ValueError: the best one found is not proven so close with as many partial choices as fit
+            into memory, which takes hundreds of lists that hardly differ, and two tight budgets.
 
     >>> value, cost = np.array([[0.0, 5.0], [0.0, 1.0]]), np.array([[4.0, 1.0], [4.0, 1.0]])
     >>> solve(value, cost[None], np.array([5.0]))
     array([0, 1])
     """
     there = np.isfinite(value)
-    least = np.where(there, costs, np.inf).min(2).sum(1)
-    if (least > budgets).any():
-        return None
     costs = np.where(there, costs, 0.0)
-    _, prices = _dual(value, costs, budgets)
+    rows = [*np.eye(len(costs))]
+    if len(costs) == 2:
+        rows.append(_mixed(there, costs, budgets))
+    checks = np.array(rows).reshape(len(rows), len(costs))
+    cheapest = np.array([
+        _after(np.where(there, np.tensordot(row, costs, 1), np.inf).min(1)) for row in checks
+    ]).reshape(len(checks), len(value) + 1)  # fmt: skip
+    limits = checks @ (budgets + SLACK * np.abs(costs).max((1, 2), initial=0.0))
+    if (cheapest[:, 0] > limits).any():
+        return None
+    bound, prices = _dual(value, costs, budgets)
     best, upper = None, math.inf
     for width in WIDTHS:
-        found, total, complete = _sweep(value, costs, budgets, prices, upper, width)
+        aim = upper - tolerance * abs(upper) if best is not None else math.inf
+        found, total, complete = _sweep(
+            value, costs, budgets, prices, (checks, cheapest, limits), aim, width
+        )
         if total < upper:
             best, upper = found, total
         if complete:
-            break
-    return best
+            return best
+    within = f"not proven optimal with {WIDTHS[-1]} partial choices kept"
+    if best is None:
+        raise ValueError(f"{within}, nor any found: loosen a budget a little")
+    gap = (upper - bound) / (abs(upper) or 1.0)
+    raise ValueError(f"{within}; the best found is {gap:.1e} off at most: accept it by tolerance")
 
 
 def _sweep(
@@ -59,32 +80,33 @@ def _sweep(
     costs: np.ndarray,
     budgets: np.ndarray,
     prices: np.ndarray,
-    upper: float,
-    width: int | None,
+    checks: tuple[np.ndarray, np.ndarray, np.ndarray],
+    aim: float,
+    width: int,
 ) -> tuple[np.ndarray | None, float, bool]:
     """The best choice of those kept, its value, and whether nothing was left out.
 
     Args:
-        upper: a value that is known to be reached.
+        checks: combinations of costs, the least that each comes to from every list on, and limits.
+        aim: only values up to this are of interest.
         width: how many partial choices are kept.
     """
     there = np.isfinite(value)
     later = _after((value + np.tensordot(prices, costs, 1)).min(1))
-    cheapest = np.array([_after(np.where(there, c, np.inf).min(1)) for c in costs])
-    limit = upper + SLACK * np.abs(value[there]).max()
-    limits = budgets + SLACK * np.abs(costs).max((1, 2), initial=0.0)
+    limit = aim + SLACK * np.abs(value[there]).max()
+    rows, cheapest, limits = checks
     values, spent = np.zeros(1), np.zeros((len(costs), 1))
     trail: list[tuple[np.ndarray, np.ndarray]] = []
     complete = True
     for i in range(len(value)):
         own = np.flatnonzero(there[i])
         values = (values[:, None] + value[i, own]).reshape(-1)
-        spent = (spent[:, :, None] + costs[:, i][:, own][:, None]).reshape(len(costs), -1)
+        spent = (spent[:, :, None] + costs[:, i][:, own][:, None]).reshape(len(costs), len(values))
         bound = values + prices @ spent + (later[i + 1] - prices @ budgets)
-        fits = (spent + cheapest[:, i + 1, None] <= limits[:, None]).all(0)
+        fits = (rows @ spent + cheapest[:, i + 1, None] <= limits[:, None]).all(0)
         kept = np.flatnonzero(fits & (bound <= limit))
         kept = kept[_unbeaten(values[kept], spent[:, kept])]
-        if width is not None and len(kept) > width:
+        if len(kept) > width:
             kept, complete = kept[np.argsort(bound[kept], kind="stable")[:width]], False
         values, spent = values[kept], spent[:, kept]
         trail.append((kept // len(own), own[kept % len(own)]))
@@ -97,6 +119,23 @@ def _sweep(
         choice.append(taken[at])
         at = parent[at]
     return np.array(choice[::-1]), total, complete
+
+
+def _mixed(there: np.ndarray, costs: np.ndarray, budgets: np.ndarray) -> np.ndarray:
+    """Weights of two costs with which it is hardest to keep the budgets, together one."""
+    unit = 1 / np.array([np.ptp(c[there]) or 1.0 for c in costs])
+
+    def over(part: float) -> float:
+        weights = unit * (1 - part, part)
+        least = np.where(there, np.tensordot(weights, costs, 1), np.inf).min(1).sum()
+        return float(least - weights @ budgets)
+
+    low, high = 0.0, 1.0
+    for _ in range(SECTIONS):  # concave
+        left, right = _inside(low, high)
+        low, high = (low, right) if over(left) > over(right) else (left, high)
+    part = max((0.0, low, 1.0), key=over)
+    return unit * (1 - part, part)
 
 
 def _after(x: np.ndarray) -> np.ndarray:

@@ -19,10 +19,11 @@ from jax.core import eval_jaxpr
 from jax.extend import core
 
 from compress.arrays import is_compressed
-from compress.contractions import Found, Links, Place, Walk, add, assembled, record, size_of, spread
+from compress.contractions import Links, Walk, record
 from compress.follow import Link, Loop, follow
 from compress.histogram import threshold
 from compress.observed import Observed, Stats, check, merge
+from compress.places import Found, Place, add, assembled, size_of, spread
 from compress.transform import match, named_leaves
 
 __all__ = ["Observed", "Stats", "check", "merge", "observe", "threshold"]
@@ -45,9 +46,10 @@ def observe[R](
         w [experts, in, out], picked by a router   ->    absmax [experts, in]
 
     Of compressed leaves, under `compress.apply`, those are observed that hold floats. Not observed
-    are leaves inside `while_loop` (a `fori_loop` of known length is a scan) and `shard_map`, leaves
-    of which other arithmetic makes the operand of a product, parts of an input axis, and look-ups
-    in a table, which have no activations: they are not in the result.
+    are leaves inside `while_loop` (a `fori_loop` of known length is a scan), `shard_map` and Pallas
+    kernels, leaves of which other arithmetic makes the operand of a product, parts of an input
+    axis, and look-ups in a table, which have no activations: they are not in the result. Rows that
+    a program pads with zeros count as rows.
 
     Of a convolution, K runs over a window's places and channels like the kernel's axes; rows are
     windows, and `hessian` is exact. `absmax` and `abssum` do not tell a window's places apart:

@@ -104,6 +104,7 @@ def measure(
     channels: int,
     stack: int = 0,
     hessian: bool = False,
+    axes: tuple[int, ...] = (),
 ) -> Observed:
     """Statistics of one array of activations.
 
@@ -112,9 +113,10 @@ def measure(
         channels: how many of its last axes are channels.
         stack: how many of its first axes have statistics of their own.
         hessian: whether Σ x xᵀ is wanted; float32 products at the highest precision.
+        axes: of the leaf; by default those of a kernel [*stack, *channels, out].
 
     Returns:
-        Statistics as of a dot with a kernel [*stack, *channels, out].
+        Statistics of a dot.
 
     >>> seen = measure(jnp.array([[1.0, -2.0], [3.0, jnp.inf]]), channels=1, hessian=True)
     >>> seen.absmax, seen.nonfinite, seen.hessian.tolist()
@@ -135,7 +137,7 @@ def measure(
         nonfinite=jnp.sum(~finite, every, dtype=jnp.int32),
         hessian=products(x, channels, stack) if hessian else None,
         kind="dot",
-        axes=tuple(range(-channels - 1, -1)),
+        axes=axes or tuple(range(-channels - 1, -1)),
     )
 
 
@@ -290,27 +292,3 @@ def check(stats: Mapping[str, Observed], *, allow_empty: bool = False) -> None:
                 f"{path}: {bad} of the activations that met it in calibration are NaN or infinite; "
                 "look at the data, or at the layers before"
             )
-
-
-def stacked(parts: Sequence[tuple[tuple[Any, ...], Observed]], shape: tuple[int, ...]) -> Observed:
-    """Statistics of a whole stack from those of its entries.
-
-    Args:
-        parts: an index of the stack, ints and slices, and what was seen there; what broadcasts is
-            the same for all entries.
-        shape: of the stack.
-
-    >>> seen = measure(jnp.ones((5, 3)), channels=1)
-    >>> stacked([((0,), seen), ((2,), seen)], (3,)).rows
-    Array([5., 0., 5.], dtype=float32)
-    """
-    _, first = parts[0]
-    total = first.map(lambda a, _: jnp.zeros((*shape, *a.shape[first.rows.ndim :]), a.dtype))
-    for index, seen in parts:
-
-        def add(a: jax.Array, name: str, index=index, seen=seen) -> jax.Array:
-            at = a.at[index]
-            return (at.max if name == "absmax" else at.add)(getattr(seen, name))
-
-        total = total.map(add)
-    return total

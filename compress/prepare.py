@@ -52,7 +52,7 @@ class Rotation:
     """An option of `rotate`.
 
     Attributes:
-        block: a power of two from 2 that divides the input axis, or "auto": the largest up to 128.
+        block: a power of two that divides the input axis, or "auto": the largest up to 128.
         role: as in `Smoothing`.
     """
 
@@ -62,8 +62,8 @@ class Rotation:
     def __post_init__(self) -> None:
         """Check it."""
         b = self.block
-        if b != "auto" and (type(b) is not int or b < 2 or b & (b - 1)):
-            raise ValueError(f"block={b!r}: expected a power of two from 2, or 'auto'")
+        if b != "auto" and (type(b) is not int or b < 1 or b & (b - 1)):
+            raise ValueError(f"block={b!r}: expected a power of two, or 'auto'")
         _check_role(self.role)
 
 
@@ -103,7 +103,8 @@ class Smooth(Calibrated):
         others = tuple(a for a in range(w.ndim - core(role), w.ndim) if a != axis)
         largest_x = of_channels(seen.absmax, w.shape, role, jnp.max)
         largest_w = jnp.max(jnp.abs(w), axis=others, keepdims=True)
-        return scaled(leaf, smoothing_scale(largest_x, largest_w, option.alpha, axis))
+        new = scaled(leaf, smoothing_scale(largest_x, largest_w, option.alpha, axis))
+        return dataclasses.replace(new, values=new.values.astype(_dtype(leaf)))
 
     def describe(self, option: Smoothing) -> str:
         """See `Leafwise.describe`."""
@@ -126,10 +127,7 @@ class Rotate(Leafwise):
         role, block = option.role or role_of(path, leaf.shape), option.block
         if role is not None and block == "auto" and len(leaf.shape) >= core(role):
             block = largest_block(leaf.shape[inputs(role)[-1]])
-        # Not by `replace`: a block of 1 is no option, and `unfit` says so of the leaf.
-        new = Rotation(role=role)
-        object.__setattr__(new, "block", block)
-        return new
+        return Rotation(block, role)
 
     def unfit(self, leaf: Any, option: Rotation) -> str:
         """See `Leafwise.unfit`."""
@@ -140,12 +138,11 @@ class Rotate(Leafwise):
         assert option.role is not None
         axis, block = inputs(option.role)[-1], option.block
         n = leaf.shape[axis]
-        if isinstance(leaf, Quantized) and leaf.input_scale is not None:
-            own = leaf.input_scale.shape[axis]
-            if own != n:
-                return "its inputs are scaled along another axis than they would be rotated"
+        scale = leaf.input_scale if isinstance(leaf, Quantized) else None
+        if scale is not None and scale.shape[axis] != n:
+            return "its inputs are scaled along another axis than they would be rotated"
         if block == 1:
-            return f"its input axis has {n} elements, an odd number: nothing to share with"
+            return f"its input axis has {n} elements, and blocks of 1 share nothing"
         if n % int(block):
             return (
                 f"its input axis has {n} elements, which blocks of {block} do not divide; the "
@@ -217,15 +214,15 @@ def rotate(rules: Rules | Rotation | int | str = "auto") -> Rotate:
     Source: QuaRot, https://arxiv.org/abs/2404.00456, here with blocks and nothing fused.
 
     >>> w = rotate({"kernel": 2})({"kernel": jnp.array([[1.0], [1.0]])})[0]["kernel"]
-    >>> w.values.round(4).tolist(), w.dense().round(4).tolist()
-    ([[1.4142...], [0.0]], [[1.0], [1.0]])
+    >>> w.values.round(4)[:, 0], w.dense().round(4)[:, 0]
+    (Array([1.4142, 0.    ], dtype=float32), Array([1., 1.], dtype=float32))
     """
     return Rotate(*usual(rules))
 
 
 def usual(rules: Any) -> tuple[Any, bool]:
     """Rules and strictness: an option alone is for the usual leaves that it fits."""
-    if isinstance(rules, Mapping) or (isinstance(rules, list | tuple)):
+    if isinstance(rules, Mapping | list | tuple):
         return rules, True
     return ((USUAL, rules),), False
 
@@ -278,12 +275,10 @@ def as_prepared(leaf: Any) -> Quantized:
 
 
 def scaled(leaf: Any, s: jax.Array) -> Quantized:
-    """A leaf with its values multiplied by a part along the input axis, and its inputs divided."""
+    """A leaf with values, float32, times a part along the input axis, and inputs divided by it."""
     old = as_prepared(leaf)
     input_scale = 1 / s if old.input_scale is None else old.input_scale / s
-    return dataclasses.replace(
-        old, values=(floats(leaf) * s).astype(_dtype(leaf)), input_scale=input_scale
-    )
+    return dataclasses.replace(old, values=floats(leaf) * s, input_scale=input_scale)
 
 
 def _dtype(leaf: Any) -> Any:

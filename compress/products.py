@@ -22,7 +22,7 @@ from jax import lax
 from compress.arrays import Quantized, describe
 from compress.backends import Conv, Dims, dispatch
 from compress.blocks import spread
-from compress.formats import FLOAT, FORMATS, bounds, decode
+from compress.formats import FLOAT, FORMATS, bounds, decode, halves
 from compress.hadamard import rotate
 from compress.scheme import TINY
 
@@ -182,6 +182,8 @@ def dot(
         assert turned is not None
         x = rotate(x, turned, w.hadamard[1])
 
+    if w.pack is not None and w.ndim + w.pack in contract_w and w.activations == FLOAT:
+        return _dot_of_halves(x, w, dims, dtype, precision)
     scale, codes = w.multiplier(), None
     on_columns = _shared(scale, contract_w) and _shared(w.zero, contract_w)
     on_rows = w.zero is None and scale is not None and _shared(scale, free_w)
@@ -209,6 +211,28 @@ def dot(
     return wide(x, w.prepared().astype(x.dtype)).astype(dtype)
 
 
+def _dot_of_halves(x: jax.Array, w: Quantized, dims: Dims, dtype: Any, precision: Any) -> jax.Array:
+    """x·w = x_even·w_even + x_odd·w_odd along the packed axis of w.
+
+    Codes of half a byte become floats where they lie, inside of what multiplies them; to bring
+    both halves in order first, compilers write the whole array down, in floats at that.
+    """
+    ((contract, contract_w), _) = dims
+    axis = contract[contract_w.index(w.ndim + (w.pack or 0))]
+    format = FORMATS[w.format]
+    total = None
+    for start, codes in enumerate(halves(w.values, format)):
+        # Groups are of even size: over half of the elements they are as many.
+        half = dataclasses.replace(
+            w, values=codes, pack=None, input_scale=None, hadamard=None, act_scale=None
+        )
+        part = lax.slice_in_dim(x, start, None, 2, axis)
+        y = dot(part, half, dims, dtype=np.promote_types(x.dtype, np.float32), precision=precision)
+        total = y if total is None else total + y
+    assert total is not None
+    return total.astype(dtype)
+
+
 def _full(part: jax.Array, w: Quantized, contract: Sequence[int]) -> jax.Array:
     """A part whose groups, if any are left outside of the sum, are spread."""
     return spread(part, [1 if d in contract else n for d, n in enumerate(w.shape)])
@@ -216,8 +240,6 @@ def _full(part: jax.Array, w: Quantized, contract: Sequence[int]) -> jax.Array:
 
 def _as_floats(w: Quantized, dtype: Any) -> jax.Array:
     """The codes' own values, without scales, as products of floats take them."""
-    if w.format == "int4" and w.pack is not None:
-        return dispatch("unpack_int4", w.values, axis=w.pack).astype(dtype)
     return decode(w.codes(), FORMATS[w.format]).astype(dtype)
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from compress.arrays import Quantized
+from compress.calibrated import met, unknown_scale
 from compress.formats import FORMATS, bounds
 from compress.scheme import Scheme, as_scheme, core, fit, role_of, unfit
 from compress.transform import KEEP, Leafwise, Rules
@@ -38,7 +39,7 @@ class Quantize(Leafwise):
 
     def unfit(self, leaf: Any, option: Scheme) -> str:
         """See `Leafwise.unfit`."""
-        return unfit(leaf, option, option.role)
+        return unfit(leaf, option, option.role) or unknown_scale(leaf, option)
 
     def needs(self, option: Scheme) -> bool:
         """Static scales are found in calibration."""
@@ -86,6 +87,7 @@ def finished(new: Quantized, scheme: Scheme, observed: Any) -> Quantized:
     if scheme.activations != "static":
         return new
     assert scheme.role is not None
+    observed = met(new, observed, scheme.role)  # what it was prepared for is done to x first
     return dataclasses.replace(new, act_scale=static_scale(scheme, observed, scheme.role))
 
 

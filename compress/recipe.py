@@ -22,9 +22,15 @@ from compress.transform import Chain, Transform
 
 def kinds() -> dict[str, type[Transform]]:
     """Transforms by the name that recipes know them by."""
+    from compress.awq import Awq
+    from compress.gptq import Gptq
+    from compress.lora import Lora
+    from compress.prepare import Rotate, Smooth
+    from compress.qat import Harden, Qat
     from compress.quantize import Quantize
 
-    return {kind.name: kind for kind in (Chain, Quantize)}
+    every = (Chain, Quantize, Smooth, Rotate, Awq, Gptq, Qat, Harden, Lora)
+    return {kind.name: kind for kind in every}
 
 
 def dumps(transform: Transform) -> str:

@@ -222,8 +222,9 @@ def _undivided(size: int, scheme: Scheme) -> str:
             f"its input axis has {size} elements, which groups of {per} do not divide; "
             f"groups of {' or '.join(map(str, near))} would, or per='channel'"
         )
-    if scheme.row.bits == 4 and size % 2:
-        return f"its input axis has {size} elements: two codes of 4 bits share a byte"
+    odd = size if size % 2 else per if isinstance(per, int) else 0
+    if scheme.row.bits == 4 and odd % 2:
+        return f"{odd} elements along its input axis, or a group: two codes of 4 bits share a byte"
     return ""
 
 

@@ -216,7 +216,7 @@ class Leafwise(Transform):
                 if option == KEEP or not why:
                     applied_by.add(pattern)
                 if not why:
-                    observed = self._observed(path, option, stats)
+                    observed = self._observed(path, leaf, option, stats)
                     new, error = self._compute(leaf, option, observed)
                     applied = self.describe(option)
                     error = error if isinstance(error, Tracer) else float(error)
@@ -238,7 +238,7 @@ class Leafwise(Transform):
                 raise ValueError(f"{self.name}: {_nothing(rule[0], paths)}")
         return rules
 
-    def _observed(self, path: str, option: Any, stats: Mapping[str, Any] | None) -> Any:
+    def _observed(self, path: str, leaf: Any, option: Any, stats: Mapping[str, Any] | None) -> Any:
         if not self.needs(option):
             return None
         if not stats:
@@ -257,7 +257,7 @@ class Leafwise(Transform):
     def _compute(self, leaf: Any, option: Any, observed: Any) -> tuple[Any, Any]:
         if any(isinstance(x, Tracer) for x in jax.tree.leaves((leaf, observed))):
             return _leaf(self, option, leaf, observed)
-        where = _sharding(leaf)
+        where = sharding_of(leaf)
         if where is not None and not self.local:
             whole = NamedSharding(where.mesh, PartitionSpec())
             leaf, observed = jax.device_put((leaf, observed), whole)
@@ -267,7 +267,8 @@ class Leafwise(Transform):
         return new, error
 
 
-def _sharding(leaf: Any) -> NamedSharding | None:
+def sharding_of(leaf: Any) -> NamedSharding | None:
+    """Where a leaf lies on a mesh, if it does."""
     array = jax.tree.leaves(leaf)[0]  # a compressed array's values come first
     where = getattr(array, "sharding", None)
     return where if isinstance(where, NamedSharding) else None

@@ -54,8 +54,19 @@ RECIPES: Mapping[str, tuple[str, Callable[[Any], compress.Transform]]] = {
         "weights in int8, activations as they are",
         lambda _: compress.quantize(Scheme("int8", activations="float")),
     ),
+    "int8-static": (
+        "int8, with scales of activations found in calibration, after SmoothQuant",
+        lambda _: compress.chain(
+            compress.smooth(0.5),
+            compress.quantize(Scheme("int8", activations="static")),
+        ),
+    ),
+    "int4": (
+        "weights in int4 by GPTQ, a scale for 128 neighbours at most, activations as they are",
+        lambda params: compress.gptq(grouped(params, lambda per: Scheme("int4", per=per))),
+    ),
     "int4-nearest": (
-        "weights in int4, a scale for 128 neighbours, rounded to nearest",
+        "the same, rounded to nearest",
         lambda params: compress.quantize(grouped(params, lambda per: Scheme("int4", per=per))),
     ),
 }

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import compress
 import fw
 from fw import hub
 from fw.errors import FwError
@@ -62,6 +63,9 @@ def adapt(folder: Path, base: Path, targets: Any, modules: list[str], **config: 
         for side, shape in (("A", (rank, size)), ("B", (out, rank))):
             name = f"base_model.model.{module}.lora_{side}.weight"
             tensors[name] = rng.normal(0, 0.3, shape).astype(np.float32)
+        if config["use_dora"]:
+            name = f"base_model.model.{module}.lora_magnitude_vector"
+            tensors[name] = rng.uniform(0.5, 2, out).astype(np.float32)
     folder.mkdir()
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
@@ -88,7 +92,7 @@ def rank_of(config: dict[str, Any], module: str) -> int:
 
 
 def merged_by_numpy(into: Path, base: Path, adapter: Path) -> Path:
-    """The base with W + s·B·A in the layout of the files, in float64."""
+    """The base with W + s·B·A, of lengths m, in the layout of the files, in float64."""
     config = json.loads((adapter / "adapter_config.json").read_text())
     tensors, sides = (
         load_file(base / "model.safetensors"),
@@ -103,6 +107,9 @@ def merged_by_numpy(into: Path, base: Path, adapter: Path) -> Path:
                      config["lora_alpha"])  # fmt: skip
         scale = alpha / (math.sqrt(len(a)) if config["use_rslora"] else len(a))
         weight = tensors[f"{module}.weight"].astype(float) + scale * (b @ a)
+        if config["use_dora"]:
+            lengths = sides[f"base_model.model.{module}.lora_magnitude_vector"].astype(float)
+            weight *= (lengths / np.linalg.norm(weight, axis=1))[:, None]
         tensors[f"{module}.weight"] = weight.astype(np.float32)
     into.mkdir()
     (into / "config.json").write_text((base / "config.json").read_text())
@@ -110,14 +117,14 @@ def merged_by_numpy(into: Path, base: Path, adapter: Path) -> Path:
     return into
 
 
-def runner(loaded: hub.Loaded) -> Any:
+def runner(loaded: hub.Loaded, through: Any = lambda fn: fn) -> Any:
     """A function from the parameters of a model to its logits on a fixed batch."""
     ids = np.random.default_rng(2).integers(1, 60, (4, 6)).astype(np.int32)
     ones, places = np.ones_like(ids), np.arange(ids.shape[1], dtype=np.int32)
     batch = {"input_ids": ids, "segment_ids": ones, "position_ids": ones * places}
     mesh, layout = loaded.mesh, loaded.rules
     assert mesh is not None and layout is not None
-    run = jax.jit(loaded.model.apply)
+    run = jax.jit(through(loaded.model.apply))
 
     def logits(variables: Any) -> np.ndarray:
         with scope(mesh, layout):
@@ -131,12 +138,13 @@ def modules_of(base: Path, ends: list[str]) -> list[str]:
     return sorted(n for n in names if n.split(".")[-1] in ends)
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=[*MODELS, "llama, dora", "modernbert, dora"])
 def case(request, tmp_path_factory):
     root = tmp_path_factory.mktemp("adapter")
-    base = make(root / "base", MODELS[request.param])
-    ends = LISTS[request.param]
-    return base, adapt(root / "adapter", base, ends, modules_of(base, ends))
+    name, _, dora = request.param.partition(", ")
+    base, ends = make(root / "base", MODELS[name]), LISTS[name]
+    folder = adapt(root / "adapter", base, ends, modules_of(base, ends), use_dora=bool(dora))
+    return base, folder
 
 
 @pytest.mark.usefixtures("quickly_compiled")
@@ -162,9 +170,87 @@ def test_merged_is_what_numpy_makes_of_the_files(case, tmp_path, mesh):
             assert (2 * size, rank) == a.shape[-2:], path
             ways = 1 if path.startswith("head") else 2  # the words are not cut
             assert ways * out.data.shape[-1] == b.shape[-1], path
-    hub.save_adapter(tmp_path / "again", loaded, adapter)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes(), name
+    attached = hub.attach(loaded, adapter)
+    found = runner(loaded, compress.apply)(attached.variables)
+    np.testing.assert_allclose(found, expected, atol=1e-5 * max(1, np.abs(expected).max()), rtol=0)
+    base_again, detached = hub.detach(attached)
+    assert jax.tree.leaves(base_again.variables) == jax.tree.leaves(loaded.variables)
+    for place, made in (("again", adapter), ("detached", detached)):
+        hub.save_adapter(tmp_path / place, loaded, made)
+        weights = "adapter_model.safetensors"
+        assert (tmp_path / place / weights).read_bytes() == (folder / weights).read_bytes()
+    config = "adapter_config.json"
+    assert (tmp_path / "again" / config).read_bytes() == (folder / config).read_bytes()
+
+
+# --- trained here ---------------------------------------------------------------------------------
+
+
+TRAINED: dict[str, Any] = {
+    "llama": ({"**/query/kernel": 2, "**/down/kernel": {"rank": 3, "alpha": 4}}, {"dora": True}),
+    "bert": ({"**/value/kernel": 2, "classifier/bias": "train"}, {}),
+    # Query and value are a third each of one layer, whose other third is not adapted.
+    "modernbert": ({"**/query/kernel": 2, "**/value/kernel": 3, "classifier/*": "train"}, {}),
+    "modernbert, dora": ({"**/query/kernel": {"rank": 2, "alpha": 3}}, {"dora": True}),
+}
+
+
+@pytest.mark.usefixtures("quickly_compiled")
+@pytest.mark.parametrize("name", TRAINED)
+def test_what_was_trained_here_goes_into_a_folder(tmp_path, name):
+    rules, options = TRAINED[name]
+    loaded = load(make(tmp_path / "base", MODELS[name.partition(",")[0]]))
+    adapt = compress.lora({f"params/{k}": option for k, option in rules.items()}, **options)
+    trainable, frozen = compress.partition(adapt(loaded.variables)[0])
+    leaves, structure = jax.tree.flatten(trainable)
+    rng = np.random.default_rng(4)
+    moved = [x + rng.normal(0, 0.3, x.shape).astype(np.float32) for x in leaves]
+    tree = compress.combine(jax.tree.unflatten(structure, moved), frozen)
+    base, adapter = hub.detach(dataclasses.replace(loaded, variables=tree), base="someone/base")
+    hub.save_adapter(tmp_path / "a", base, adapter)
+    merged = hub.merge(loaded, hub.load_adapter(tmp_path / "a", loaded)).variables
+    expected = compress.merge(tree)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), merged, expected
+    )
+    change = jax.tree.map(lambda x, y: float(np.abs(x - y).max()), merged, loaded.variables)
+    assert sum(x > 0.1 for x in jax.tree.leaves(change)) >= len(rules)
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "someone/base"
+    assert config["modules_to_save"] == (None if "dora" in options else ["classifier"])
+    again = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    assert {len(x) for key, x in again.items() if key.endswith("lora_A.weight")} == {
+        "llama": {2, 3}, "bert": {2}, "modernbert": {5}, "modernbert, dora": {2}
+    }[name]  # fmt: skip
+
+
+def test_a_quantised_base(llama, tmp_path):
+    """The adapter meets what the codes stand for, attached and merged."""
+    folder = adapt(tmp_path / "a", llama, ["q_proj"], modules_of(llama, ["q_proj"]))
+    loaded = load(llama)
+    rules = {"params/**/kernel": compress.Scheme("int4", per=16)}
+    small = dataclasses.replace(loaded, variables=compress.quantize(rules)(loaded.variables)[0])
+    adapter = hub.load_adapter(folder, small)
+    attached = hub.attach(small, adapter)
+    found = runner(loaded, compress.apply)(attached.variables)
+    merged = compress.dequantize(hub.merge(small, adapter).variables)
+    np.testing.assert_allclose(found, runner(loaded)(merged), atol=1e-5)
+    # As merging into the floats that the codes stand for.
+    plain = dataclasses.replace(loaded, variables=compress.dequantize(small.variables))
+    jax.tree.map(np.testing.assert_array_equal, merged, hub.merge(plain, adapter).variables)
+    with pytest.raises(FwError, match=r"query/kernel: the adapter is for .* which has no other"):
+        hub.attach(attached, adapter)
+
+
+def test_detach_refuses(llama):
+    loaded = load(llama)
+    for chosen, message in (
+        ({"params/**/norm*/scale": "train"}, "no kernel of the model has an adapter"),
+        ({"params/**/query/kernel": 2, "params/word/embedding": "train"}, "PEFT keeps heads only"),
+    ):
+        tree, _ = compress.lora(chosen)(loaded.variables)
+        with pytest.raises(FwError, match=message):
+            hub.detach(dataclasses.replace(loaded, variables=tree))
 
 
 # --- forms of a folder ----------------------------------------------------------------------------
@@ -345,7 +431,14 @@ def pipe(name: str):
 REFUSED: dict[str, Any] = {
     "another method": (with_config(peft_type="LOHA"), "peft_type is 'LOHA'; expected 'LORA'"),
     "no method": (with_config(peft_type=None), "peft_type is None"),
-    "dora": (with_config(use_dora=True), "use_dora is True; expected none: it is not supported"),
+    "dora": (with_config(use_dora=True), "q_proj.lora_magnitude_vector' is missing"),
+    "perhaps dora": (with_config(use_dora="yes"), "use_dora is 'yes'; expected true or false"),
+    "short magnitudes": (
+        lambda f: (with_config(use_dora=True)(f), with_tensors({
+            f"{Q.replace('.0.', f'.{i}.')}.lora_magnitude_vector": zeros(15 + i) for i in (0, 1)
+        })(f)),
+        r"lora_magnitude_vector': expected shape \(16,\)",
+    ),
     "biases": (with_config(bias="lora_only"), "bias is 'lora_only'; expected 'none'"),
     "bias of B": (with_config(lora_bias=True), "lora_bias is True"),
     "pissa": (with_config(init_lora_weights="pissa"), "init_lora_weights is 'pissa'"),

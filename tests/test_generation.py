@@ -11,6 +11,7 @@ import pytest
 import compress
 from fw.errors import FwError
 from fw.generation import Decoder, Sampling, choose, controls, decode, speculate
+from fw.generation.decode import prepare
 from fw.models.bert import BertConfig, bert
 from fw.models.llama import LlamaConfig, llama
 from sharding import create, make_mesh, rules, shardings
@@ -174,7 +175,7 @@ def test_speculation_changes_no_token(quality):
 
 def test_int8_weights_generate_what_their_uncached_forward_says():
     model, variables = make("llama")
-    small = {**variables, "params": compress.quantize(variables["params"])[0]}
+    small = {**variables, "params": compress.quantize("int8")(variables["params"])[0]}
     apply = jax.jit(lambda v, b: compress.apply(model.apply)(v, b)[0])
     ids = list(PROMPTS[0])
     for _ in range(MOST):
@@ -185,6 +186,81 @@ def test_int8_weights_generate_what_their_uncached_forward_says():
     found = run(Decoder(model, small), PROMPTS[:1], SETTINGS[:1])
     assert found == [ids[len(PROMPTS[0]) :]]
     assert run(Decoder(model, small).apart(), PROMPTS[:1], SETTINGS[:1]) == found
+
+
+def teacher_forced(decoder, prompts, follows):
+    """Logits of the tokens that follow each prompt, told one by one, and the cache after them."""
+    given = prepare(decoder, prompts, [Sampling()] * len(prompts), len(follows[0]), ())
+    programs, slots = decoder.programs, given.options["slots"]
+    read = jax.jit(
+        lambda v, ids, where, cache: programs.extend(
+            v, ids, where, cache or programs.begin(len(ids), slots), 1
+        )
+    )
+    logits, cache = decoder.run(read, given.ids, given.positions, None)
+    told = [logits]
+    for i, column in enumerate(np.array(follows, np.int32).T):
+        where = np.array([[len(p) + i] for p in prompts], np.int32)
+        logits, cache = decoder.run(read, column[:, None], where, cache)
+        told.append(logits)
+    return np.concatenate(told, 1), cache
+
+
+@pytest.mark.parametrize("kind", [slow("mistral"), "qwen3"])
+def test_an_int8_cache_is_a_quarter_and_moves_logits_little(kind):
+    model, variables = make(kind)
+    follows = np.random.default_rng(2).integers(0, VOCAB, (len(PROMPTS), 12))
+    for weights in (variables["params"], compress.quantize("int8")(variables["params"])[0]):
+        decoder = Decoder(model, {**variables, "params": weights})
+        exact, plain = teacher_forced(decoder, PROMPTS, follows)
+        small = dataclasses.replace(decoder, cache="int8")
+        found, cache = teacher_forced(small, PROMPTS, follows)
+        # A row of a head is off by half a step in 127 at most; over three layers, a few times that.
+        assert 0 < np.abs(found - exact).max() < 0.03 * np.std(exact)
+        apart, _ = teacher_forced(small.apart(), PROMPTS, follows)
+        np.testing.assert_allclose(apart, found, atol=1e-4 * np.std(exact))
+    size = model.config.size
+    for kept, whole in ((cache.key, plain.key), (cache.value, plain.value)):
+        parts = sum(x.nbytes for x in jax.tree.leaves(kept))
+        assert kept.values.dtype == jnp.int8 and parts == whole.nbytes * (1 + 4 / size) / 4
+        rows = np.asarray(whole)
+        scale = np.abs(rows).max(-1, keepdims=True) / np.float32(127)
+        assert kept.scale.shape == scale.shape
+        # The first layer's come from the same words; every other's from what the last rounded.
+        off = np.abs(np.asarray(kept.dense()) - rows)[0]
+        assert np.all(off <= scale[0] * 0.5001 + 1e-6)
+
+
+def test_an_int8_cache_generates_in_batches_to_stops_and_ahead():
+    model, variables = make("llama")
+    decoder = Decoder(model, variables, cache="int8")
+    whole = run(decoder)
+    exact = run(Decoder(model, variables))
+    same = np.mean([a == b for x, y in zip(whole, exact, strict=True) for a, b in zip(x, y)])
+    assert same > 0.9
+    assert [run(decoder, [p], [s])[0] for p, s in zip(PROMPTS, SETTINGS, strict=True)] == whole
+    stop = whole[1][3]
+    cut = [row[: row.index(stop) + 1] if stop in row else row for row in whole]
+    assert run(decoder, stops=[stop]) == cut
+    guess = jax.tree.map(
+        lambda x: np.float32(x + np.random.default_rng(1).normal(0, 0.02, x.shape)), variables
+    )
+    guesser = dataclasses.replace(decoder, variables=guess)
+    ahead = lambda *a, **k: speculate(a[0], guesser, *a[1:], **k)  # noqa: E731
+    assert run(decoder, how=ahead) == whole
+
+
+@pytest.mark.parametrize("spec", [slow("fsdp=2,tensor=2"), "data=2,fsdp=2,tensor=2"])
+def test_an_int8_cache_is_cut_as_the_model_is(spec):
+    model, variables = make("llama")
+    mesh, layout = make_mesh(spec), rules()
+    placed = create(lambda: variables, shardings=shardings(model.axes, variables, mesh, layout))
+    decoder = Decoder(model, placed, mesh, layout, cache="int8")
+    assert run(decoder) == run(Decoder(model, variables, cache="int8"))
+    follows = [[1, 2]] * 8
+    _, cache = teacher_forced(decoder, [PROMPTS[0]] * 8, follows)
+    for part in jax.tree.leaves((cache.key, cache.value)):
+        assert part.addressable_shards[0].data.nbytes * mesh.size == part.nbytes
 
 
 def test_sampling_draws_by_the_allowed_probabilities():
@@ -225,6 +301,8 @@ def test_what_cannot_be_generated_is_refused():
             run(decoder, prompts, [Sampling()] * len(prompts), most=most)
     with pytest.raises(FwError, match="BertConfig does not generate"):
         Decoder(bert(BertConfig(9, 8, 1, 2, 8, num_labels=2, task="token_classification")), {})
+    with pytest.raises(FwError, match="cache 'int4' is unknown; choose one of f32, int8"):
+        Decoder(model, variables, cache="int4")
     with pytest.raises(FwError, match="mesh axis 'pipe'"):
         Decoder(model, variables, make_mesh("pipe=2"), rules())
     wide = llama(dataclasses.replace(model.config, vocab_size=70))

@@ -5,7 +5,6 @@ several platforms holds them all: the choice is made where it is lowered.
 
     int_dot(q, codes, dims)    int8 × int8 → int32, dimension numbers of `lax.dot_general`
     float8_dot(q, codes, dims) float8 × float8 → float32
-    unpack_int4(packed, axis)  int4, two to a byte along the axis → int8, or int4
     int_conv(q, codes, how)    int8 × int8 → float32, convolved
 """
 

@@ -15,7 +15,6 @@ import numpy as np
 from jax import lax
 
 from compress.backends import Conv, Dims
-from compress.formats import FORMATS, unpack
 
 
 def int_dot(q: jax.Array, codes: jax.Array, dims: Dims) -> jax.Array:
@@ -39,11 +38,6 @@ def int_dot(q: jax.Array, codes: jax.Array, dims: Dims) -> jax.Array:
 def float8_dot(q: jax.Array, codes: jax.Array, dims: Dims) -> jax.Array:
     """float8 × float8 → float32, in float32."""
     return lax.dot_general(q.astype(jnp.float32), codes.astype(jnp.float32), dims)
-
-
-def unpack_int4(packed: jax.Array, axis: int) -> jax.Array:
-    """Shifts, which the compiler fuses into the conversion to floats."""
-    return unpack(packed, axis, FORMATS["int4"])
 
 
 def int_conv(q: jax.Array, codes: jax.Array, how: Conv) -> jax.Array:

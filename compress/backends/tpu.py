@@ -5,7 +5,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from compress.backends import Conv, Dims
-from compress.formats import FORMATS, unpack
 
 
 def int_dot(q: jax.Array, codes: jax.Array, dims: Dims) -> jax.Array:
@@ -16,11 +15,6 @@ def int_dot(q: jax.Array, codes: jax.Array, dims: Dims) -> jax.Array:
 def float8_dot(q: jax.Array, codes: jax.Array, dims: Dims) -> jax.Array:
     """float8 × float8 → float32."""
     return lax.dot_general(q, codes, dims, preferred_element_type=jnp.float32)
-
-
-def unpack_int4(packed: jax.Array, axis: int) -> jax.Array:
-    """Shifts, which fuse."""
-    return unpack(packed, axis, FORMATS["int4"])
 
 
 def int_conv(q: jax.Array, codes: jax.Array, how: Conv) -> jax.Array:

@@ -41,6 +41,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--draft", default="", help="a smaller model that guesses ahead")
     parser.add_argument("--mesh", default="data=1", help="devices by axis (default: %(default)s)")
     parser.add_argument("--precision", default="f32", help="of the dots: f32 or bf16")
+    parser.add_argument("--cache", default="f32", help="of keys and values: f32 or int8")
     parser.set_defaults(command=run)
     return parser
 
@@ -79,6 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
         stop=arguments.stop,
         draft=draft,
         precision=arguments.precision,
+        cache=arguments.cache,
         on_news=write,
     )
     if len(texts) == 1:

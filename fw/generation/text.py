@@ -80,6 +80,7 @@ def generate(
     stop: str | Sequence[str] = (),
     draft: Loaded | None = None,
     precision: str = "f32",
+    cache: str = "f32",
     on_news: Callable[[int, str], None] | None = None,
 ) -> Any:
     """Continues texts.
@@ -93,6 +94,7 @@ def generate(
       draft: a smaller model with the same tokenizer, which guesses tokens ahead; the output is
         the same (`speculate`).
       precision: of the dots, "f32" or "bf16".
+      cache: what keys and values of the texts are kept as, "f32" or "int8" (`Decoder`).
       on_news: is told `(number of the text, what came)` as it comes.
 
     Returns:
@@ -121,7 +123,7 @@ def generate(
     ends = end_tokens(loaded, tokenizer)
     texts = [_Text(tokenizer, stops, prompt) for prompt in ids]
     told = on_news or (lambda number, news: None)
-    for step in _steps(loaded, draft, ids, sampling, max_tokens, ends, precision):
+    for step in _steps(loaded, draft, ids, sampling, max_tokens, ends, precision, cache):
         for number, (text, token) in enumerate(zip(texts, step, strict=True)):
             text.add(None if token in ends else token)
             if news := text.news(last=False):
@@ -143,9 +145,10 @@ def _steps(
     most: int,
     stops: Sequence[int],
     policy: str,
+    cache: str,
 ) -> Iterator[list[int | None]]:
     def of(one: Loaded) -> Decoder:
-        return Decoder(one.model, one.variables, one.mesh, one.rules, policy)
+        return Decoder(one.model, one.variables, one.mesh, one.rules, policy, cache)
 
     decoder = of(loaded)
     if draft is not None:

@@ -1,12 +1,12 @@
 """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) in folders of PEFT, in and out.
 
 W' = W + s·A·B with A [in, r], B [r, out] and s = alpha / r, or alpha / sqrt(r) where the config
-says use_rslora (Kalajdzievski 2023, arXiv:2312.03732). The files have A and B transposed, and one
-pair for each layer of transformers' model; here a parameter has one pair: those of stacked layers
-are stacked, and parts of a joint tensor share their A.
+says use_rslora (Kalajdzievski 2023, arXiv:2312.03732). Where it says use_dora (Liu et al. 2024,
+arXiv:2402.09353), the columns of W' have the lengths m [out]. The files have A and B transposed,
+and one pair for each layer of transformers' model; here a parameter has one pair: those of stacked
+layers are stacked, and parts of a joint tensor share their A. `fw.hub.attached` puts it on a model.
 """
 
-import dataclasses
 import json
 import math
 import re
@@ -19,7 +19,6 @@ from reprlib import repr as shown
 from typing import Any, TypeGuard
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
@@ -39,6 +38,7 @@ BASE = "base_model.model."
 """What PEFT puts before the names of transformers."""
 
 SIDES = (".lora_A.weight", ".lora_B.weight")
+MAGNITUDE = ".lora_magnitude_vector"
 
 ONLY: Mapping[str, Sequence[Any]] = {
     "peft_type": ("LORA",),
@@ -53,7 +53,7 @@ PLAIN = (
     "exclude_modules", "fan_in_fan_out", "inference_mode", "layers_pattern", "layers_to_transform",
     "loftq_config", "lora_alpha", "lora_dropout", "megatron_core", "modules_to_save",
     "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config",
-    "target_modules", "task_type", "use_rslora",
+    "target_modules", "task_type", "use_dora", "use_rslora",
 )  # fmt: skip
 """Keys that are read here, or that change nothing once an adapter is trained. `fan_in_fan_out` is
 for layers of another kind: PEFT ignores it for those that these models have."""
@@ -78,7 +78,7 @@ class Target:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("pairs", "heads"),
+    data_fields=("pairs", "heads", "magnitudes"),
     meta_fields=("targets", "config"),
 )
 @dataclass(frozen=True)
@@ -91,12 +91,15 @@ class Adapter:
       heads: by path, parameters that take the place of the model's.
       targets: what the pairs are in the files.
       config: `adapter_config.json`, as text.
+      magnitudes: by path, m [..., 1, out], if the adapter has them. As A and B are, they are zero
+        for layers of a stack that are not adapted, which keep the lengths that they have.
     """
 
     pairs: dict[str, tuple[jax.Array, jax.Array]] = field(repr=False)
     heads: dict[str, jax.Array] = field(repr=False)
     targets: tuple[Target, ...]
     config: str = field(repr=False)
+    magnitudes: dict[str, jax.Array] = field(default_factory=dict, repr=False)
 
 
 def load_adapter(folder: str | Path, loaded: Loaded, *, dtype: DTypeLike = np.float32) -> Adapter:
@@ -112,7 +115,7 @@ def load_adapter(folder: str | Path, loaded: Loaded, *, dtype: DTypeLike = np.fl
       dtype: of the arrays, whatever the file has.
 
     Raises:
-      FwError: a broken folder; another method than LoRA, or a variant of it (DoRA, biases,
+      FwError: a broken folder; another method than LoRA or DoRA, or a variant of it (biases,
         embeddings …); a layer that the model lacks, or tensors that are missing, too many, of
         another shape or of another rank than the config says.
     """
@@ -120,98 +123,27 @@ def load_adapter(folder: str | Path, loaded: Loaded, *, dtype: DTypeLike = np.fl
     config = read_json(folder / CONFIG)
     _check_config(config, folder / CONFIG)
     check_file(folder / WEIGHTS)
-    model, family = loaded.model, _family(loaded)
-    shapes = _by_path(jax.eval_shape(model.init, jax.random.key(0)))
+    model, family = loaded.model, family_of(loaded)
+    shapes = by_path(jax.eval_shape(model.init, jax.random.key(0)))
     with open_tensors(folder, WEIGHTS) as tensors:
         bare = _bare(tensors, family, folder / WEIGHTS)
-        layers, heads = _modules(family, model.config, shapes, joined=not bare)
+        layers, heads = modules(family, model.config, shapes, joined=not bare)
         targets = _targets(config, tensors, layers, folder)
         kept = _kept(config, tensors, layers, heads, folder)
-        axes = _by_path(model.axes, is_leaf=lambda node: type(node) is tuple)
-        pairs = {}
-        for path, own in _by_parameter(targets).items():
-            pairs[path] = _pair(path, own, tensors, shapes[path].shape, axes[path], dtype, loaded)
+        axes = by_path(model.axes, is_leaf=lambda node: type(node) is tuple)
+        pairs, magnitudes = {}, {}
+        for path, own in by_parameter(targets).items():
+            a, b, *m = _sides(config, path, own, tensors, shapes[path].shape, axes[path], dtype,
+                              loaded)  # fmt: skip
+            pairs[path] = a, b
+            magnitudes |= dict.fromkeys([path], *m) if m else {}
         found = {}
         for module, name in kept.items():
             tensor, shape = tensors[BASE + module], shapes[name.path].shape
             _check_tensor(tensor, shape[::-1] if name.transposed else shape)
             read = partial(_head, tensor, name, dtype)
             found[name.path] = _place(name.path, shape, axes[name.path], read, dtype, loaded)
-    return Adapter(pairs, found, targets, json.dumps(config, sort_keys=True))
-
-
-def merge(loaded: Loaded, adapter: Adapter) -> Loaded:
-    """The model with an adapter's changes in its parameters, which stay where they are.
-
-    Args:
-      loaded: parameters that are not compressed; it is not changed.
-      adapter: for this model.
-
-    Returns:
-      The same with other variables; heads that the adapter brings are no longer `fresh`.
-
-    Raises:
-      FwError: the adapter is for another model, or the parameters are compressed.
-
-    >>> from fw.models.llama import LlamaConfig, llama
-    >>> model = llama(LlamaConfig(30, 8, 2, 2, 16, num_key_value_heads=1))
-    >>> shapes = jax.eval_shape(model.init, jax.random.key(0))
-    >>> loaded = Loaded(model, jax.tree.map(lambda x: jnp.zeros(x.shape), shapes), labels=())
-    >>> path = "stack/layers/attention/key/kernel"
-    >>> name = Name(path, "model.layers.1.self_attn.k_proj.weight", True, (1,))
-    >>> targets = (Target("model.layers.1.self_attn.k_proj", (name,), rank=1, scale=2.0),)
-    >>> pair = jnp.ones((2, 8, 1)), jnp.ones((2, 1, 4))
-    >>> merged = merge(loaded, Adapter({path: pair}, {}, targets, "{}"))
-    >>> kernel = merged.variables["params"]["stack"]["layers"]["attention"]["key"]["kernel"]
-    >>> [float(jnp.mean(layer)) for layer in kernel]  # the first is not adapted
-    [0.0, 2.0]
-    """
-    leaves, structure = jax.tree.flatten(loaded.variables)
-    every = dict(zip(paths(loaded.variables), leaves, strict=True))
-    scales = {}
-    for path, own in _by_parameter(adapter.targets).items():
-        a, _ = adapter.pairs[path]
-        scales[path] = np.zeros((*a.shape[:-2], 1, 1), np.float32)
-        for target, name in own:
-            scales[path][name.entry] = target.scale
-    turned = {name.path for t in adapter.targets for name in t.names if not name.transposed}
-    changed = {f"params/{path}": every.get(f"params/{path}") for path in scales}
-    for path, leaf in changed.items():
-        a, b = (np.shape(side) for side in adapter.pairs[path.removeprefix("params/")])
-        ends = (a[-2], b[-1])
-        expected = (*a[:-2], *(ends[::-1] if path.removeprefix("params/") in turned else ends))
-        if not isinstance(leaf, jax.Array | np.ndarray) or leaf.shape != expected:
-            raise FwError(
-                f"{path.removeprefix('params/')}: the adapter is for {expected}, got "
-                f"{getattr(leaf, 'shape', 'none')}; it is merged with the model that it was loaded "
-                "for, and before that is compressed"
-            )
-
-    def add(weights: dict[str, jax.Array], pairs: dict[str, Any]) -> dict[str, jax.Array]:
-        found = {}
-        for path, w in weights.items():
-            short = path.removeprefix("params/")
-            dtype = jnp.promote_types(w.dtype, jnp.float32)
-            a, b = (side.astype(dtype) for side in pairs[short])
-            delta = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
-            delta = delta * scales[short].astype(dtype)
-            delta = jnp.swapaxes(delta, -1, -2) if short in turned else delta
-            found[path] = (w.astype(dtype) + delta).astype(w.dtype)
-        return found
-
-    weights = {path: jnp.asarray(leaf) for path, leaf in changed.items()}
-    places = {path: leaf.sharding for path, leaf in weights.items()}
-    every |= jax.jit(add, out_shardings=places)(weights, adapter.pairs)
-    for path, head in adapter.heads.items():
-        old = every.get(f"params/{path}")
-        if np.shape(old) != head.shape:
-            raise FwError(f"{path}: the adapter's is {head.shape}, the model's {np.shape(old)}")
-        every[f"params/{path}"] = head.astype(old.dtype)
-    return dataclasses.replace(
-        loaded,
-        variables=jax.tree.unflatten(structure, [every[p] for p in paths(loaded.variables)]),
-        fresh=tuple(path for path in loaded.fresh if path not in adapter.heads),
-    )
+    return Adapter(pairs, found, targets, json.dumps(config, sort_keys=True), magnitudes)
 
 
 def save_adapter(folder: str | Path, loaded: Loaded, adapter: Adapter) -> None:
@@ -226,8 +158,10 @@ def save_adapter(folder: str | Path, loaded: Loaded, adapter: Adapter) -> None:
       FwError: the folder exists, or cannot be written; parts of a joint tensor with different A,
         for which the files have one.
     """
-    folder, family = Path(folder), _family(loaded)
-    host = gather({"pairs": adapter.pairs, "heads": adapter.heads})
+    folder, family = Path(folder), family_of(loaded)
+    host = gather(
+        {"pairs": adapter.pairs, "heads": adapter.heads, "magnitudes": adapter.magnitudes}
+    )
     found: dict[str, np.ndarray] = {}
     for target in adapter.targets:
         sides = [
@@ -240,6 +174,12 @@ def save_adapter(folder: str | Path, loaded: Loaded, adapter: Adapter) -> None:
             raise FwError(f"{own}: have different A, but {target.module} is one layer in the files")
         found[BASE + target.module + SIDES[0]] = sides[0][0].T
         found[BASE + target.module + SIDES[1]] = np.concatenate([b for _, b in sides], axis=1).T
+        if lengths := [
+            host["magnitudes"][name.path][name.entry][0]
+            for name in target.names
+            if name.path in host["magnitudes"]
+        ]:
+            found[BASE + target.module + MAGNITUDE] = np.concatenate(lengths)
     for name in family.stored(loaded.model.config):
         if name.path in host["heads"]:
             head = host["heads"][name.path]
@@ -254,7 +194,8 @@ def save_adapter(folder: str | Path, loaded: Loaded, adapter: Adapter) -> None:
     on_first_process(write, folder)
 
 
-def _family(loaded: Loaded) -> Family:
+def family_of(loaded: Loaded) -> Family:
+    """The row of the table for a model."""
     config = loaded.model.config
     family = FAMILIES.get(getattr(config, "model_type", ""))
     if family is None:
@@ -262,7 +203,7 @@ def _family(loaded: Loaded) -> Family:
     return family
 
 
-def _by_path(tree: Any, is_leaf: Any = None) -> dict[str, Any]:
+def by_path(tree: Any, is_leaf: Any = None) -> dict[str, Any]:
     """The parameters of a tree by their paths below "params"."""
     own = tree["params"]
     return dict(zip(paths(own, is_leaf), jax.tree.leaves(own, is_leaf=is_leaf), strict=True))
@@ -299,8 +240,9 @@ def _check_config(config: Mapping[str, Any], where: Path) -> None:
         text = isinstance(value, str) and key != "modules_to_save"
         if value is not None and not text and not _texts(value):
             refuse(key, "a list of names")
-    if not isinstance(config.get("use_rslora") or False, bool):
-        refuse("use_rslora", "true or false")
+    flags = ("use_rslora", "use_dora")
+    if odd := [key for key in flags if not isinstance(config.get(key) or False, bool)]:
+        refuse(odd[0], "true or false")
 
 
 def _check_number(value: Any, where: str, *, whole: bool) -> None:
@@ -326,7 +268,7 @@ def _bare(tensors: Tensors, family: Family, where: Path) -> bool:
     return not any(name.startswith(BASE + family.prefix) for name in tensors)
 
 
-def _modules(
+def modules(
     family: Family, config: Any, shapes: Mapping[str, Any], *, joined: bool
 ) -> tuple[dict[str, tuple[Name, ...]], dict[str, Name]]:
     """The dense layers of a model and the tensors of its head, by transformers' names.
@@ -362,19 +304,20 @@ def _targets(
 ) -> tuple[Target, ...]:
     """The adapted layers, each with both of its tensors, as the config describes them."""
     where, pattern = folder / WEIGHTS, config.get("target_modules")
+    sides = _endings(config)
     adapted = {
         name.removesuffix(side)[len(BASE) :]
         for name in tensors
-        for side in SIDES
+        for side in sides
         if name.endswith(side)
     }
     listed = {module for module in layers if _ends(module, pattern)} if _texts(pattern) else None
     # A choice among the listed: which are left out, the tensors say.
     some = config.get("exclude_modules") or config.get("layers_to_transform") is not None
     saved = config.get("modules_to_save") or []
-    due = {module for module in listed or () if not some and not _inside(module, saved)}
+    due = {module for module in listed or () if not some and not inside(module, saved)}
     for module in sorted(adapted | due):
-        for side in SIDES:
+        for side in sides:
             name = f"{BASE}{module}{side}"
             if name not in tensors:
                 raise FwError(f"{where}: tensor {shown_name(name)} is missing")
@@ -409,17 +352,17 @@ def _kept(
     """The parameters of the head that come whole, by the names of their tensors without `BASE`."""
     modules, where = config.get("modules_to_save") or [], folder / WEIGHTS
     for module in layers:
-        if _inside(module, modules) and f"{module}.weight" not in heads:
+        if inside(module, modules) and f"{module}.weight" not in heads:
             raise FwError(
                 f"{folder / CONFIG}: modules_to_save is {shown(modules)}; only a head can be "
                 f"replaced, not {module}"
             )
-    expected = {tensor: name for tensor, name in heads.items() if _inside(tensor, modules)}
+    expected = {tensor: name for tensor, name in heads.items() if inside(tensor, modules)}
     for tensor in expected:
         if BASE + tensor not in tensors:
             raise FwError(f"{where}: tensor {BASE + tensor!r} is missing; modules_to_save names it")
     for name in tensors:
-        if not name.endswith(SIDES) and name[len(BASE) :] not in expected:
+        if not name.endswith(_endings(config)) and name[len(BASE) :] not in expected:
             raise FwError(
                 f"{where}: tensor {shown_name(name)} is there, but it is neither A nor B of a "
                 f"dense layer, nor in a head that modules_to_save of {CONFIG} name"
@@ -427,15 +370,20 @@ def _kept(
     return expected
 
 
+def _endings(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the names of an adapted layer's tensors end with."""
+    return (*SIDES, MAGNITUDE) if config.get("use_dora") else SIDES
+
+
 def _ends(module: str, names: Iterable[str]) -> bool:
     """Whether a module has one of these names, or ends with one."""
     return any(module == name or module.endswith(f".{name}") for name in names)
 
 
-def _inside(tensor: str, modules: Sequence[str]) -> bool:
+def inside(tensor: str, modules: Sequence[str]) -> bool:
     """Whether a name lies in a module that ends with one of these, as PEFT has it, or is one.
 
-    >>> _inside("pre_classifier.bias", ["classifier"])
+    >>> inside("pre_classifier.bias", ["classifier"])
     True
     """
     return any(f"{module}." in f"{tensor}." for module in modules)
@@ -452,7 +400,8 @@ def _matched(config: Mapping[str, Any], key: str, module: str, otherwise: Any) -
     return otherwise
 
 
-def _by_parameter(targets: Iterable[Target]) -> dict[str, list[tuple[Target, Name]]]:
+def by_parameter(targets: Iterable[Target]) -> dict[str, list[tuple[Target, Name]]]:
+    """What is adapted of each parameter, by its path."""
     found: dict[str, list[tuple[Target, Name]]] = {}
     for target in targets:
         for name in target.names:
@@ -460,7 +409,8 @@ def _by_parameter(targets: Iterable[Target]) -> dict[str, list[tuple[Target, Nam
     return found
 
 
-def _pair(
+def _sides(
+    config: Mapping[str, Any],
     path: str,
     own: Sequence[tuple[Target, Name]],
     tensors: Tensors,
@@ -468,8 +418,8 @@ def _pair(
     axes: tuple[Any, ...],
     dtype: np.dtype,
     loaded: Loaded,
-) -> tuple[jax.Array, jax.Array]:
-    """A and B of a parameter."""
+) -> list[jax.Array]:
+    """A and B of a parameter, and the magnitudes if there are any."""
     lead = len(shape) - 2
     ends, names = shape[lead:], axes[lead:]
     if not own[0][1].transposed:  # the parameter is [out, in], as in the files
@@ -478,11 +428,11 @@ def _pair(
     of = {name.entry: (target, name) for target, name in own}
     for target, name in own:
         parts = name.part[1]
-        sizes = ((target.rank, ends[0]), (parts * ends[1], target.rank))
-        for side, size in zip(SIDES, sizes, strict=True):
+        sizes = ((target.rank, ends[0]), (parts * ends[1], target.rank), (parts * ends[1],))
+        for side, size in zip(_endings(config), sizes, strict=False):
             _check_tensor(tensors[BASE + target.module + side], size)
 
-    def read(b: bool, index: tuple[slice, ...]) -> np.ndarray:
+    def read(side: str, index: tuple[slice, ...]) -> np.ndarray:
         *front, rows, columns = index
         found = np.zeros([s.stop - s.start for s in index], dtype)
         entries = [range(s.start, s.stop) for s in front]
@@ -490,20 +440,27 @@ def _pair(
             if entry not in of:  # a layer that is not adapted
                 continue
             target, name = of[entry]
-            ranks = slice(0, target.rank)
-            if b:
-                skip = name.part[0] * ends[1]
-                part = (slice(skip + columns.start, skip + columns.stop), ranks)
-                found[place][ranks] = tensors[BASE + target.module + SIDES[1]].read(part).T
+            ranks, tensor = slice(0, target.rank), tensors[BASE + target.module + side]
+            skip = name.part[0] * ends[1]
+            part = slice(skip + columns.start, skip + columns.stop)
+            if side == SIDES[0]:
+                found[place][:, ranks] = tensor.read((ranks, rows)).T
+            elif side == SIDES[1]:
+                found[place][ranks] = tensor.read((part, ranks)).T
             else:
-                part = tensors[BASE + target.module + SIDES[0]].read((ranks, rows))
-                found[place][:, ranks] = part.T
+                found[place][0] = tensor.read((part,))
         return found
 
     front, stack = shape[:lead], axes[:lead]
-    a = (*front, ends[0], rank), (*stack, names[0], None), partial(read, False)
-    b = (*front, rank, ends[1]), (*stack, None, names[1]), partial(read, True)
-    return _place(path, *a, dtype, loaded), _place(path, *b, dtype, loaded)
+    each = (
+        ((ends[0], rank), (names[0], None)),
+        ((rank, ends[1]), (None, names[1])),
+        ((1, ends[1]), (None, names[1])),
+    )
+    return [
+        _place(path, (*front, *size), (*stack, *own), partial(read, side), dtype, loaded)
+        for side, (size, own) in zip(_endings(config), each, strict=False)
+    ]
 
 
 def _head(tensor: AnyTensor, name: Name, dtype: np.dtype, index: tuple[slice, ...]) -> np.ndarray:

@@ -1,0 +1,220 @@
+"""What each JAX primitive does with a `LoRA` array.
+
+Products are those of `compress.adapters`. What moves or cuts the kernel does the same to every
+array in it: all have its rank, A has its inputs, B its outputs. Whatever is not here is refused by
+`Compressed.default`. Importing this file registers the rules with quax, once for the process.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import quax
+from jax import lax
+from jax.extend.core.primitives import sharding_constraint_p, stop_gradient_p
+from jax.sharding import NamedSharding
+from jax.typing import ArrayLike
+
+from compress.adapters import LoRA, dot
+from compress.arrays import Compressed, Quantized, describe
+
+
+@quax.register(lax.dot_general_p)
+def _dot(
+    x: ArrayLike,
+    w: LoRA,
+    *,
+    dimension_numbers: Any,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    out_sharding: Any = None,
+    **_: Any,
+) -> jax.Array:
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating) or out_sharding is not None:
+        raise NotImplementedError(
+            f"dot_general of {describe(w)}: the other operand must be floating and out_sharding "
+            f"unset; got {x.dtype} and out_sharding={out_sharding}"
+        )
+    ((contract, contract_w), (batch, batch_w)) = dimension_numbers
+    dims = ((tuple(contract), tuple(contract_w)), (tuple(batch), tuple(batch_w)))
+    return dot(x, w, dims, dtype=preferred_element_type, precision=precision)
+
+
+@quax.register(lax.dot_general_p)
+def _dot_swapped(
+    w: LoRA, x: ArrayLike, *, dimension_numbers: Any, precision: Any = None, **params: Any
+) -> jax.Array:
+    (contract_w, contract), (batch_w, batch) = dimension_numbers
+    swapped = ((contract, contract_w), (batch, batch_w))
+    if isinstance(precision, tuple):
+        precision = precision[::-1]
+    y = _dot(x, w, dimension_numbers=swapped, precision=precision, **params)
+    lead, free_w = len(batch_w), w.ndim - len(batch_w) - len(contract_w)
+    order = (*range(lead), *range(y.ndim - free_w, y.ndim), *range(lead, y.ndim - free_w))
+    return lax.transpose(y, order)
+
+
+@quax.register(lax.dot_general_p)
+def _dot_left(a: LoRA, b: Compressed, **params: Any) -> jax.Array:
+    """What is multiplied with a compressed array becomes floats, as an activation is."""
+    return _dot_swapped(a, b.dense(), **params)
+
+
+@quax.register(lax.dot_general_p)
+def _dot_right(a: Quantized, b: LoRA, **params: Any) -> jax.Array:
+    return _dot(a.dense(), b, **params)
+
+
+@quax.register(lax.gather_p)
+def _gather(w: LoRA, *_: Any, **__: Any) -> jax.Array:
+    raise NotImplementedError(
+        f"gather of {describe(w)}: a low-rank change is for kernels, not for tables whose rows are "
+        "looked up; leave this leaf out of the rules, or train it whole ('train')"
+    )
+
+
+def _by_rule(primitive: Any, **params: Any) -> Callable[[Any], Any]:
+    """What a primitive does with a base, compressed or not."""
+    return quax.quaxify(lambda base: primitive.bind(base, **params))
+
+
+@quax.register(lax.convert_element_type_p)
+def _cast(w: LoRA, *, new_dtype: Any, **params: Any) -> LoRA:
+    """Scales and magnitudes stay float32."""
+    if not jnp.issubdtype(new_dtype, jnp.floating):
+        raise NotImplementedError(f"{describe(w)} can be cast to a floating dtype, not {new_dtype}")
+    cast = _by_rule(lax.convert_element_type_p, new_dtype=new_dtype, **params)
+    a, b = w.a.astype(new_dtype), w.b.astype(new_dtype)
+    return dataclasses.replace(w, base=cast(w.base), a=a, b=b)
+
+
+@quax.register(lax.copy_p)
+def _same(w: LoRA, **_: Any) -> LoRA:
+    return w
+
+
+@quax.register(stop_gradient_p)
+def _stop(w: LoRA, **_: Any) -> LoRA:
+    return jax.tree.map(lax.stop_gradient, w)
+
+
+@quax.register(sharding_constraint_p)
+def _constrain(w: LoRA, *, sharding: Any, **_: Any) -> LoRA:
+    if not isinstance(sharding, NamedSharding):
+        raise NotImplementedError(
+            f"sharding constraint of {describe(w)}: expected a NamedSharding, got {sharding}"
+        )
+    return lax.with_sharding_constraint(w, w.place(sharding))
+
+
+@quax.register(lax.transpose_p)
+def _transpose(w: LoRA, *, permutation: Sequence[int]) -> LoRA:
+    where = [tuple(permutation).index(w.ndim + k) - w.ndim for k in (w.input, w.output)]
+    return w.map(
+        _by_rule(lax.transpose_p, permutation=permutation),
+        lambda part, _: lax.transpose(part, permutation),
+        input=where[0],
+        output=where[1],
+    )
+
+
+@quax.register(lax.squeeze_p)
+def _squeeze(w: LoRA, *, dimensions: Sequence[int]) -> LoRA:
+    kept = [k for k in range(w.ndim) if k not in dimensions]
+    core = (w.ndim + w.input, w.ndim + w.output)
+    if not set(core) <= set(kept):
+        raise NotImplementedError(f"squeeze of {describe(w)} removes its input or output axis")
+    return w.map(
+        _by_rule(lax.squeeze_p, dimensions=dimensions),
+        lambda part, _: lax.squeeze(part, dimensions),
+        input=kept.index(core[0]) - len(kept),
+        output=kept.index(core[1]) - len(kept),
+    )
+
+
+@quax.register(lax.broadcast_in_dim_p)
+def _broadcast(
+    w: LoRA, *, shape: Sequence[int], broadcast_dimensions: Sequence[int], **params: Any
+) -> LoRA:
+    """New axes of size 1 and nothing else."""
+    at = tuple(broadcast_dimensions)
+    if int(np.prod(shape)) != w.size:
+        raise NotImplementedError(f"{describe(w)} cannot be broadcast to {list(shape)}")
+
+    def wider(part: jax.Array, _: Any) -> jax.Array:
+        sizes = [1] * len(shape)
+        for n, k in zip(part.shape, at, strict=True):
+            sizes[k] = n
+        return lax.broadcast_in_dim(part, sizes, at)
+
+    base = _by_rule(
+        lax.broadcast_in_dim_p, shape=shape, broadcast_dimensions=broadcast_dimensions, **params
+    )
+    places = [at[w.ndim + k] - len(shape) for k in (w.input, w.output)]
+    return w.map(base, wider, input=places[0], output=places[1])
+
+
+@quax.register(lax.reshape_p)
+def _reshape(w: LoRA, *, new_sizes: Sequence[int], **params: Any) -> LoRA:
+    if {w.input, w.output} != {-2, -1} or tuple(new_sizes[-2:]) != w.shape[-2:]:
+        raise NotImplementedError(
+            f"reshape of {describe(w)} to {list(new_sizes)}: only the axes before its input and "
+            "output axis can be joined or split; leave this leaf out of the rules ('keep')"
+        )
+    return w.map(
+        _by_rule(lax.reshape_p, new_sizes=new_sizes, **params),
+        lambda part, _: lax.reshape(part, (*new_sizes[:-2], *part.shape[-2:])),
+    )
+
+
+@quax.register(lax.slice_p)
+def _slice(w: LoRA, *, start_indices: Any, limit_indices: Any, strides: Any) -> LoRA:
+    steps = strides or [1] * w.ndim
+    cuts = list(zip(start_indices, limit_indices, steps, strict=True))
+    _check_inputs(w, [len(range(*cut)) for cut in cuts])
+
+    def cut(part: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+        own = [c if k in axes else (0, part.shape[k], 1) for k, c in enumerate(cuts)]
+        return lax.slice(part, *zip(*own, strict=True))
+
+    base = _by_rule(
+        lax.slice_p, start_indices=start_indices, limit_indices=limit_indices, strides=strides
+    )
+    return w.map(base, cut)
+
+
+@quax.register(lax.split_p)
+def _split(w: LoRA, *, sizes: Sequence[int], axis: int) -> list[LoRA]:
+    ends = np.cumsum(sizes).tolist()
+    found = []
+    for start, end in zip([0, *ends], ends, strict=False):
+        first, last = [0] * w.ndim, list(w.shape)
+        first[axis], last[axis] = start, end
+        found.append(_slice(w, start_indices=tuple(first), limit_indices=tuple(last), strides=None))
+    return found
+
+
+@quax.register(lax.dynamic_slice_p)
+def _dynamic_slice(w: LoRA, *starts: ArrayLike, slice_sizes: Sequence[int]) -> LoRA:
+    _check_inputs(w, slice_sizes)
+
+    def cut(part: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+        own = [
+            s if k in axes else jnp.zeros_like(s) for k, s in enumerate(map(jnp.asarray, starts))
+        ]
+        sizes = [n if k in axes else part.shape[k] for k, n in enumerate(slice_sizes)]
+        return lax.dynamic_slice(part, own, sizes)
+
+    base = quax.quaxify(lambda base: lax.dynamic_slice(base, starts, slice_sizes))
+    return w.map(base, cut)
+
+
+def _check_inputs(w: LoRA, sizes: Sequence[int]) -> None:
+    if w.magnitude is not None and sizes[w.input] != w.shape[w.input]:
+        raise NotImplementedError(
+            f"a slice of {describe(w)} cuts the axis that its norms are of; merge it before"
+        )
