@@ -57,6 +57,9 @@ def unmet(leaf: Any, role: str, observed: Observed) -> str:
     >>> unmet(jnp.ones((4, 2)), "kernel", measure(jnp.ones((5, 3)), channels=1))
     'its statistics are of 3 channels, and a kernel of (4, 2) has 4; observe the function that ...'
     """
+    known = isinstance(leaf, Quantized) and (leaf.hadamard or leaf.input_scale is not None)
+    if observed.prepared and not known:
+        return "its statistics are of a leaf that was prepared; observe the function with this one"
     K, channels = _channels(leaf.shape, role), observed.absmax.shape[-1]
     if observed.axes and tuple(observed.axes) != inputs(role):
         return (
@@ -127,8 +130,8 @@ def met(leaf: Any, observed: Observed, role: str) -> Observed:
         role: of `compress.scheme.ROLES`.
 
     Returns:
-        Statistics of x · input_scale; of a rotated leaf `hessian` alone is rotated. `histogram` is
-        as it was.
+        Statistics of x · input_scale, or as they are if they were taken there; of a rotated leaf
+        `hessian` alone is rotated. `histogram` is as it was.
 
     >>> from compress.observed import measure
     >>> w = Quantized(jnp.ones((2, 3)), input_scale=jnp.array([[2.0], [1.0]]), format="float")
@@ -137,7 +140,7 @@ def met(leaf: Any, observed: Observed, role: str) -> Observed:
     (Array([2., 1.], dtype=float32), [[20.0, 10.0], [10.0, 5.0]])
     """
     seen = observed.over(leaf.shape[: -core(role)])
-    if not isinstance(leaf, Quantized):
+    if not isinstance(leaf, Quantized) or observed.prepared:
         return seen
     s = None if leaf.input_scale is None else to_channels(leaf.input_scale, leaf.shape, role)
 

@@ -102,6 +102,22 @@ def _custom_vjp(self: Any, primitive: Any, fun: Any, *fwd_bwd_tracers: Any, **pa
     return [self.stage_value(x) for x in out]
 
 
+_plain_custom_jvp = _QuaxTrace.process_custom_jvp_call
+
+
+def _custom_jvp(self: Any, primitive: Any, fun: Any, jvp: Any, tracers: Any, **params: Any) -> Any:
+    """`custom_jvp` under quax: with a compressed operand interpreted, as `custom_vjp` is.
+
+    Its own derivative would be asked for that of codes.
+    """
+    if any(is_compressed(self.to_value(t)) for t in tracers):
+        with set_current_trace(self):
+            return fun.call_wrapped(*tracers)
+    return _plain_custom_jvp(self, primitive, fun, jvp, tracers, **params)
+
+
+cast(Any, _QuaxTrace).process_custom_jvp_call = _custom_jvp
+
 # quax (0.4.6) raises NotImplementedError here; a later version may bring its own.
 if "process_custom_vjp_call" not in vars(_QuaxTrace):
     cast(Any, _QuaxTrace).process_custom_vjp_call = _custom_vjp

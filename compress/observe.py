@@ -18,7 +18,7 @@ from jax import lax
 from jax.core import eval_jaxpr
 from jax.extend import core
 
-from compress.arrays import is_compressed
+from compress.arrays import Quantized, is_compressed
 from compress.contractions import Links, Walk, record
 from compress.follow import Link, Loop, follow
 from compress.histogram import threshold
@@ -96,7 +96,8 @@ def observe[R](
         walk = Walk(lambda path: any(match(pattern, path) for pattern in hessians))
         followed = [link for link, d in zip(links, dynamic, strict=True) if d]
         out, _, found = _evaluate(closed, arrays, followed, walk)
-        stats = assembled(found)
+        after = _prepared(params)
+        stats = {p: replace(s, prepared=p in after) for p, s in assembled(found).items()}
         for pattern in hessians:
             if not any(match(pattern, path) for path in stats):
                 word = pattern.replace("**/", "").replace("*", "")
@@ -120,6 +121,12 @@ def _links(params: Any) -> list[Link | None]:
             floating = hasattr(part, "dtype") and jnp.issubdtype(part.dtype, jnp.floating)
             links.append(Link.to(path, part.shape) if held and floating else None)
     return links
+
+
+def _prepared(params: Any) -> set[str]:
+    """The leaves whose values meet other inputs than the leaf does."""
+    leaves = [(p, x) for p, x in named_leaves(params)[0] if isinstance(x, Quantized)]
+    return {p for p, x in leaves if x.input_scale is not None or x.hadamard is not None}
 
 
 def _evaluate(

@@ -8,7 +8,6 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +20,7 @@ from compress.histogram import BINS, bin_of, counts
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["rows", "absmax", "abssum", "histogram", "nonfinite", "hessian"],
-    meta_fields=["kind", "axes"],
+    meta_fields=["kind", "axes", "prepared"],
 )
 @dataclass(frozen=True)
 class Observed:
@@ -37,8 +36,10 @@ class Observed:
         histogram: float32 [*stack, BINS], how many |x| are in each bin of `compress.histogram`.
         nonfinite: int32 [*stack], how many values are NaN or infinite.
         hessian: float32 [*stack, K, K], Σ x xᵀ, or None.
-        kind: "dot", "conv" or "ragged_dot".
+        kind: "dot" or "conv".
         axes: of the leaf that were contracted, negative, ascending.
+        prepared: whether x came by way of a leaf that `smooth` or `rotate` had prepared, as what
+            meets its values, and not as the leaf's own inputs.
     """
 
     rows: jax.Array
@@ -49,6 +50,7 @@ class Observed:
     hessian: jax.Array | None
     kind: str = field(metadata={"static": True})
     axes: tuple[int, ...] = field(metadata={"static": True})
+    prepared: bool = field(default=False, metadata={"static": True})
 
     def map(self, change: Callable[[jax.Array, str], jax.Array]) -> "Observed":
         """Each array changed, given with its name."""
@@ -204,7 +206,7 @@ def measure_groups(x: jax.Array, sizes: jax.Array, *, hessian: bool = False) -> 
         histogram=bins.add(np.float32(1), mode="drop"),
         nonfinite=spread(jnp.sum(~finite, 1, dtype=jnp.int32)),
         hessian=squares,
-        kind="ragged_dot",
+        kind="dot",
         axes=(-2,),
     )
 
@@ -255,8 +257,8 @@ def merge(*stats: Mapping[str, Observed]) -> Stats:
 def _signature(seen: Observed) -> str:
     hessian = "with" if seen.hessian is not None else "without"
     return (
-        f"a {seen.kind} over axes {seen.axes}, {list(seen.absmax.shape)} channels, "
-        f"{hessian} Hessian"
+        f"a {'prepared ' * seen.prepared}{seen.kind} over axes {seen.axes}, "
+        f"{list(seen.absmax.shape)} channels, {hessian} Hessian"
     )
 
 

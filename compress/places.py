@@ -121,6 +121,7 @@ def stacked(parts: Sequence[tuple[tuple[Any, ...], Observed]], shape: tuple[int,
             the same for all entries.
         shape: of the stack.
 
+    >>> from compress.observed import measure
     >>> seen = measure(jnp.ones((5, 3)), channels=1)
     >>> stacked([((0,), seen), ((2,), seen)], (3,)).rows
     Array([5., 0., 5.], dtype=float32)

@@ -121,5 +121,5 @@ def calibrated(
     stats: Any = None
     for batch in batches:
         _, seen = call(params, batch)
-        stats = seen if stats is None else compress.merge(stats, seen)
+        stats = seen if stats is None else compress.merge_stats(stats, seen)
     return stats

@@ -177,7 +177,7 @@ PRODUCTS: dict[str, tuple[Any, tuple[int, ...]]] = {  # of x and the stack of ke
 SUM_OF_EXPERTS = (lambda x, w: jnp.einsum("bli,lio->bo", x, w), (5, L, N_IN))
 
 
-@pytest.mark.parametrize("member", ["rslora", "int8", "int4", "dora over nf4"])
+@pytest.mark.parametrize("member", ["rslora", "int8", "dora over nf4"])
 def test_products_are_those_of_numpy(member):
     w = trained(member)
     if w.magnitude is not None:
@@ -189,11 +189,12 @@ def test_products_are_those_of_numpy(member):
     def all_of(xs: Any, w: Any) -> Any:
         return {name: cases[name][0](x, w) for name, x in xs.items()}
 
+    plain = jax.jit(all_of)
     got = jax.jit(compress.apply(all_of))(xs, w)
-    want = all_of(xs, jnp.asarray(merged_np(w), jnp.float32))
+    want = plain(xs, merged_np(w).astype(np.float32))
     if member == "int8":  # rounded activations meet the codes, but not A and B
         rounded = jax.jit(compress.apply(all_of))(xs, w.base)
-        exact = all_of(xs, w.base.dense())
+        exact = plain(xs, base_np(w).astype(np.float32))
         want = jax.tree.map(lambda y, q, e: y + (q - e), want, rounded, exact)
     for name, y in want.items():
         assert got[name].dtype == y.dtype, name
@@ -214,7 +215,7 @@ OPS: dict[str, Any] = {
 }
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(st.lists(st.sampled_from(list(OPS)), min_size=2, max_size=5), st.booleans())
 def test_moving_and_cutting_commute_with_merging(names, dora):
     """Or it is refused, where it cuts the axis that norms are of."""
@@ -232,7 +233,7 @@ def test_moving_and_cutting_commute_with_merging(names, dora):
         assert dora
         return
     assert isinstance(got, LoRA)
-    want = moved(jnp.asarray(merged_np(w), jnp.float32))
+    want = jax.jit(moved)(merged_np(w).astype(np.float32))
     close(got.dense(), want, 3e-2 if "cast" in names else 1e-5)
 
 
@@ -307,25 +308,29 @@ def test_transformations_agree_with_a_loop():
         return lambda t: jnp.sum(compress.apply(fn)(X, combine(t, frozen)) ** 2)
 
     @jax.jit
-    def everything(w, t):
+    def everything(w, t, plain):
         values = {name: compress.apply(fn)(X, w) for name, fn in BODIES.items()}
+        values["loop of floats"] = loop(X, plain)
         losses = {name: loss(BODIES[name]) for name in BODIES if name != "fori"}  # has no reverse
         losses |= {"loop": loss(loop), "checkpointed outside": jax.checkpoint(loss(BODIES["scan"]))}
         return values, {name: jax.grad(fn)(t) for name, fn in losses.items()}
 
-    values, slopes = everything(w, trainable)
-    want = loop(jnp.asarray(X), jnp.asarray(merged_np(w), jnp.float32))
+    values, slopes = everything(w, trainable, merged_np(w).astype(np.float32))
     for name, value in values.items():
-        close(value, want, 1e-5, name)
+        close(value, values["loop of floats"], 1e-5, name)
     for name, slope in slopes.items():
         jax.tree.map(lambda a, b, name=name: close(a, b, 1e-4, name), slope, slopes["loop"])
 
 
+def body(x, w):
+    return step(x, w), None
+
+
 def test_ranks_do_not_meet_the_program_of_others():
-    """A loop's body is traced anew for arrays of other shapes inside the same structure."""
+    """A loop's body, JAX knows it already, is interpreted anew for arrays of other shapes."""
     for rank in (2, 5):
         tree, _ = lora({"w": {"rank": rank, "role": "kernel"}})({"w": W})
-        y = jax.jit(compress.apply(BODIES["scan"]))(X, tree["w"])
+        y, _ = jax.jit(compress.apply(lambda x, w: jax.lax.scan(body, x, w)))(X, tree["w"])
         assert y.shape == X.shape
 
 

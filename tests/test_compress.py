@@ -260,6 +260,22 @@ def test_custom_vjp_is_interpreted_on_compressed_operands():
     np.testing.assert_allclose(grad, want, rtol=1e-4, atol=1e-4)
 
 
+@jax.custom_jvp
+def jvp_dense(x, w):
+    return x @ w
+
+
+jvp_dense.defjvp(lambda p, t: (jvp_dense(*p), t[0] @ p[1] + p[0] @ t[1]))
+
+
+def test_custom_jvp_is_interpreted_on_compressed_operands():
+    x, w = jnp.asarray(X), kernel(W)
+    tree_equal(compress.apply(jvp_dense)(x, w), compress.apply(jnp.matmul)(x, w))
+    grad = jax.jit(jax.grad(lambda x: compress.apply(jvp_dense)(x, w).sum()))(x)
+    want = compress.dequantize(w).sum(1) * jnp.ones_like(x)
+    np.testing.assert_allclose(grad, want, rtol=1e-4, atol=1e-4)
+
+
 def test_vmap_around_and_forward_mode():
     x, ws = jnp.asarray(normal(4, 3, 6, 32)), kernel(LAYERS)
     got = jax.jit(jax.vmap(compress.apply(jnp.matmul)))(x, ws)

@@ -125,11 +125,15 @@ def test_the_command_prints_what_the_function_returns(loaded, folder, capsys):
     assert capsys.readouterr().out == f"{text}\n"
     assert main(["generate", str(folder), "ab", "--chat", "--max-tokens", "12"]) == 0
     assert capsys.readouterr().out == f"{text}\n"  # its template is the message alone
+    small = fw.generate(loaded, "ab", max_tokens=12, cache="int8")
+    assert main(["generate", str(folder), "ab", "--max-tokens", "12", "--cache", "int8"]) == 0
+    assert capsys.readouterr().out == f"{small}\n"
     for words, message in (
         (["--temperature", "-1"], "temperature is -1.0; expected 0 or more"),
         (["--max-tokens", "0"], "max-tokens is 0; expected 1 or more"),
         (["--max-tokens", "900"], "900 more are asked for; the model has 600 positions"),
         (["--precision", "f8"], "precision 'f8' is unknown"),
+        (["--cache", "int4"], "cache 'int4' is unknown; choose one of f32, int8"),
     ):
         assert main(["generate", str(folder), "ab", *words]) == 1
         assert message in capsys.readouterr().err

@@ -1,7 +1,6 @@
 """compress.qat: gradients against LSQ's formulas in numpy, and training that hardens exactly."""
 
 import dataclasses
-import json
 from typing import Any
 
 import jax
@@ -14,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 import compress
 from compress import Scheme, apply
-from compress.qat import Harden, Learned, Qat, harden, qat
+from compress.qat import Learned, harden, qat
+from compress.recipe import dumps, loads
 from tests.marks import slow
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
@@ -286,9 +286,8 @@ def test_transforms_are_data():
         harden(),
         harden({"a": "keep", "**": "harden"}),
     ):
-        data = json.loads(json.dumps(t.data()))
-        kind = {"qat": Qat, "harden": Harden}[data.pop("transform")]
-        assert kind.of_data(data) == t
+        assert loads(dumps(t)) == t
+        assert loads(dumps(compress.chain(t, t))) == compress.chain(t, t)
 
 
 def test_what_cannot_be_learned_is_refused():

@@ -51,14 +51,13 @@ KINDS: dict[str, tuple[Any, Any, Any, P]] = {  # function, parameters, input, th
     "conv": (convolved, {"stem": {"kernel": normal(5, 3, 3, 16, 8)}}, normal(6, ROWS, 6, 6, 16),
              P(None, None, "b", "a")),
     "embedding": (
-        lambda p, x: jnp.take(p["words"]["embedding"], x.argmax(1), axis=0) @ p["words"]["embedding"].T,
+        lambda p, x: jnp.take(p["words"]["embedding"], x.argmax(1), 0) @ p["words"]["embedding"].T,
         {"words": {"embedding": normal(7, 64, 32)}},
         normal(8, ROWS, 64),
         P("a", "b"),
     ),
 }  # fmt: skip
 
-ANY = {"**/kernel": "{}", "**/embedding": "{}"}
 INPUTS = "**/kernel"
 STATIC = Scheme("int8", activations="static")
 
@@ -114,7 +113,11 @@ PAIRS = [
     if (kind != "embedding" or member in FOR_TABLES)
     and (kind != "conv" or member in FOR_CONVOLUTIONS)
 ]
-FAST = [(m, k) for m, k in PAIRS if k == "scanned" or m in ("int8", "int4")]
+FAST = [
+    *(("int8", kind) for kind in KINDS),
+    *(("int4", "scanned"), ("gptq", "scanned"), ("qlora", "scanned")),
+    *(("smooth, int8", "dense"), ("nvfp4", "dense"), ("int8 static", "conv")),
+]
 
 
 def made(member: str, kind: str) -> tuple[Any, Any]:

@@ -15,6 +15,7 @@ Continue texts, or answer messages, with a decoder.
   fw generate model/ - < prompts.txt             a text a line, in one batch
   fw generate big/ --draft small/ "Once"         the same output as without, sooner
   fw generate big/ --mesh tensor=8 "Once"        on 8 devices
+  fw generate big/ --cache int8 "Once"           a quarter of the memory for what it has read
 """
 
 

@@ -196,9 +196,12 @@ def quantize_onnx_statically(options: argparse.Namespace) -> None:
 
     plain = options.work / "plain.onnx"
     quant_pre_process(options.work / "model.onnx", plain, skip_symbolic_shape=True)
+    # Of an encoder, what has weights: scores with a mask of -3e38 have no scale.
+    kinds = None if options.task == "images" else ["MatMul", "Gemm", "Gather"]
     quantize_static(
         plain, options.work / "ort-static.onnx", Reader(), per_channel=True,
         reduce_range=not has_vnni(), weight_type=QuantType.QInt8, activation_type=QuantType.QUInt8,
+        op_types_to_quantize=kinds, extra_options={"MatMulConstBOnly": True},
     )  # fmt: skip
 
 

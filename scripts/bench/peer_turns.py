@@ -151,7 +151,8 @@ class Worker:
         """The answer to a question; to none, what it says by itself when it is ready."""
         assert self.process.stdin is not None and self.process.stdout is not None
         if what:
-            print(what, file=self.process.stdin, flush=True)
+            with contextlib.suppress(BrokenPipeError):  # it has ended: the empty line tells
+                print(what, file=self.process.stdin, flush=True)
         line = self.process.stdout.readline()
         if not line:
             sys.exit(f"{self.one}: ended with status {self.process.wait()}; see above")

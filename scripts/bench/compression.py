@@ -1,13 +1,14 @@
 """Quality, size and latency of compressed models, by recipe, beside their peers in the same run.
 
-    .venv/bin/python scripts/bench/compress.py --model runs/wnut/model --task ner --data wnut17/
-    .venv/bin/python scripts/bench/compress.py --language SmolLM2-135M-Instruct --text input.txt
+    .venv/bin/python scripts/bench/compression.py --model runs/wnut/model --task ner --data wnut17/
 
-The first is of a fine-tuned folder: fw in float32, bfloat16 and by each recipe; torch, ONNX Runtime
+Of a fine-tuned folder: fw in float32, bfloat16 and by each recipe; torch, ONNX Runtime
 and OpenVINO in float32 and int8 (`peer_compress.py`), Qwix where it is installed (`qwix_side.py`).
 Every side answers the whole test split and is then timed on a batch of 16 × 64 tokens, or of 16
-images: each a process of its own, in turns, medians. The second is of a decoder: the perplexity of
-a text in float32 and by recipes of weights. `--picture` draws size and latency against what is lost.
+images: each a process of its own, in turns, medians. `--picture` draws size and latency against
+quality. Decoders: `compress_language.py`.
+
+The script is not called compress.py: beside the others, it would be what they import by that name.
 """
 
 import argparse
@@ -126,7 +127,7 @@ def main() -> int:
     try:
         rows = classifiers(options)
     except FwError as error:
-        print(f"compress: {error}", file=sys.stderr)
+        print(f"compression: {error}", file=sys.stderr)
         return 1
     shown = [k for k in rows[0] if k != "how"]
     print(report.table([[_cell(r[k]) for k in shown] for r in rows], shown))
@@ -148,8 +149,8 @@ def picture(rows: Sequence[dict[str, Any]], metric: str) -> str:
     """
     width, height, pad = 520, 340, 54
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {2 * width} {height}" '
-        'font-family="sans-serif" font-size="11">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {2 * width} {height}">',
+        "<style>text { font: 11px sans-serif }</style>",
         f'<rect width="{2 * width}" height="{height}" fill="white"/>',
     ]
     best = [r[metric] for r in rows]

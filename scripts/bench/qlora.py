@@ -1,0 +1,107 @@
+"""Whether QLoRA of an 8B decoder fits one TPU v5e of 16 GB, by the TPU's own compiler.
+
+A Llama of 8 billion parameters (Llama-3-8B's sizes): kernels in nf4, tables in int8, low-rank
+changes of all kernels of a layer, AdamW for these alone; one row of `--length` tokens a step, each
+layer computed again on the way back. Compiled from shapes: no array is made and no TPU is needed.
+
+    .venv/bin/python scripts/bench/qlora.py
+"""
+
+import argparse
+import os
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import steps
+from jax.sharding import NamedSharding, PartitionSpec
+
+import compress
+from compress.scheme import Scheme
+from fw import precision
+from fw.models.llama import LlamaConfig, llama
+from sharding import make_mesh, rules, scope
+
+CHIP = 16 * 1024**3
+"""Bytes of a v5e's memory."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--length", type=int, default=2048, help="tokens (default: %(default)s)")
+    parser.add_argument("--rows", type=int, default=1, help="(default: %(default)s)")
+    parser.add_argument("--rank", type=int, default=16, help="(default: %(default)s)")
+    parser.add_argument("--layers", type=int, default=32, help="(default: %(default)s)")
+    parser.add_argument("--save", default="", help="write the program to this file")
+    options = parser.parse_args()
+    if steps.ENVIRONMENT.items() - os.environ.items():  # JAX reads it as it is imported
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | steps.ENVIRONMENT)
+    model = llama(
+        LlamaConfig(
+            128_256, 4096, options.layers, 32, 14_336, num_key_value_heads=8, scan=True,
+            remat="layer",
+        )
+    )  # fmt: skip
+    adapt = compress.chain(
+        compress.quantize(
+            {"**/embedding": Scheme("int8", activations="float"), "**/kernel": "nf4"}
+        ),
+        compress.lora({"**/layers/**/kernel": options.rank}),
+    )
+    whole = jax.eval_shape(model.init, jax.random.key(0))["params"]
+    params, _ = jax.eval_shape(adapt, whole)
+    trainable, frozen = compress.partition(params)
+    tx = optax.adamw(1e-4)
+    moments = jax.eval_shape(tx.init, trainable)
+    mesh, names = make_mesh("data=1", steps.devices("tpu")[:1]), rules()
+    place = NamedSharding(mesh, PartitionSpec())
+
+    def there(tree: Any) -> Any:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
+
+    ids = jax.ShapeDtypeStruct((options.rows, options.length), jnp.int32)
+    batch = dict.fromkeys(("input_ids", "segment_ids", "position_ids", "targets"), ids)
+
+    def loss(trainable: Any, frozen: Any, batch: Any) -> jax.Array:
+        variables = {"params": compress.combine(trainable, frozen), "state": {}}
+        outputs, _ = compress.apply(model.apply)(variables, batch, train=True)
+        return outputs["losses"].mean()
+
+    def step(trainable: Any, moments: Any, frozen: Any, batch: Any) -> Any:
+        value, slope = jax.value_and_grad(precision.apply(loss, "bf16"))(trainable, frozen, batch)
+        updates, moments = tx.update(slope, moments, trainable)
+        return optax.apply_updates(trainable, updates), moments, value
+
+    began = time.perf_counter()
+    with scope(mesh, names, differentiate=True), jax.numpy_dtype_promotion("standard"):
+        traced = jax.jit(step, donate_argnums=(0, 1)).trace(
+            *map(there, (trainable, moments, frozen, batch))
+        )
+    program = traced.lower(lowering_platforms=("tpu",)).compile()
+    if options.save:
+        with open(options.save, "w", encoding="utf-8") as file:  # noqa: PTH123
+            file.write(program.as_text() or "")
+    memory = program.memory_analysis()
+    assert memory is not None
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    held += memory.temp_size_in_bytes - memory.alias_size_in_bytes
+    count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(whole))
+    own = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(trainable))
+    print(f"{count / 1e9:.2f} billion parameters, {own / 1e6:.1f} million of them trained")
+    print(f"compiled in {time.perf_counter() - began:.0f} s for {steps.devices('tpu')[0]}")
+    for name in ("argument", "output", "alias", "temp"):
+        print(f"{name:9} {getattr(memory, f'{name}_size_in_bytes') / 1024**3:7.2f} GiB")
+    fits = held < CHIP
+    said = "fits" if fits else "too much"
+    print(f"held      {held / 1024**3:7.2f} GiB of {CHIP / 1024**3:.0f}: {said}")
+    return 0 if fits else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
