@@ -210,7 +210,7 @@ def test_int8_costs_little(trained, task):
     text = stages.compress_run(folder)
     small = stages.export_run(folder, name="int8", output=folder / "small")
     artifact = export.load(small)
-    assert artifact.manifest["compression"]["int8"]
+    assert artifact.manifest["compression"]["formats"]
     f32, int8 = (run.read_json(folder / run.RESULT)["variants"][i] for i in (0, 1))
     metric = {"tabular": "auc", "image": "accuracy"}[task]
     assert int8[metric] > f32[metric] - 0.1, text
@@ -224,7 +224,7 @@ def test_a_folder_that_cannot_be_written_is_named(trained, monkeypatch, stage):
 
     folder, _ = trained("tabular")
     monkeypatch.setattr(Path, "mkdir", refuse)
-    with pytest.raises(FwError, match=r"run/(int8|artifact): cannot be written: .*denied"):
+    with pytest.raises(FwError, match=r"run/(compressed/int8|artifact): cannot be written: .*denied"):
         stage(folder)
 
 
