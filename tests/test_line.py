@@ -224,7 +224,9 @@ def test_a_folder_that_cannot_be_written_is_named(trained, monkeypatch, stage):
 
     folder, _ = trained("tabular")
     monkeypatch.setattr(Path, "mkdir", refuse)
-    with pytest.raises(FwError, match=r"run/(compressed/int8|artifact): cannot be written: .*denied"):
+    with pytest.raises(
+        FwError, match=r"run/(compressed/int8|artifact): cannot be written: .*denied"
+    ):
         stage(folder)
 
 
