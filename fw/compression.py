@@ -55,11 +55,8 @@ RECIPES: Mapping[str, tuple[str, Callable[[Any], compress.Transform]]] = {
         lambda _: compress.quantize(Scheme("int8", activations="float")),
     ),
     "int8-static": (
-        "int8, with scales of activations found in calibration, after SmoothQuant",
-        lambda _: compress.chain(
-            compress.smooth(0.5),
-            compress.quantize(Scheme("int8", activations="static")),
-        ),
+        "int8, with the scales of activations that lose least in calibration",
+        lambda _: compress.quantize(Scheme("int8", activations="static", calibration="mse")),
     ),
     "int4": (
         "weights in int4 by GPTQ, a scale for 128 neighbours at most, activations as they are",

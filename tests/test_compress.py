@@ -45,11 +45,11 @@ def normal(seed, *shape, dtype: Any = np.float32) -> Any:
     return np.random.default_rng(seed).normal(size=shape).astype(dtype)
 
 
-def kernel(w):
+def kernel(w) -> Any:  # what stands for an array is none to a type checker
     return compress.fit(w, "int8", "kernel")
 
 
-def table(w):
+def table(w) -> Any:
     return compress.fit(w, "int8", "table")
 
 

@@ -3,6 +3,7 @@
 import functools
 import json
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,7 @@ def problem(seed, inputs=96, outputs=24, rows=400):
 
 def seen(x):
     """What `compress.observe` finds of a dense kernel that met x, by numpy."""
-    fields = {
+    fields: dict[str, Any] = {
         "rows": np.float32(len(x)),
         "absmax": np.abs(x).max(0),
         "abssum": np.abs(x).sum(0),
@@ -53,7 +54,8 @@ def seen(x):
         "nonfinite": np.int32(0),
         "hessian": x.T @ x,
     }
-    return Observed(**{k: jnp.asarray(v) for k, v in fields.items()}, kind="dot", axes=(-2,))
+    arrays: Any = {k: jnp.asarray(v) for k, v in fields.items()}
+    return Observed(**arrays, kind="dot", axes=(-2,))
 
 
 def nearest(leaf, scheme):

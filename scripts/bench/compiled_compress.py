@@ -36,11 +36,13 @@ GEMM = r"__cublas\$lt\$matmul\$f8|__cublas\$lt\$matmul|__cublas\$gemm|__cudnn\$c
 
 def cases(dtype: Any) -> dict[str, tuple[Any, Any, Any, dict[str, Any]]]:
     """Function, activations and weight's shape by name, and fields of its scheme."""
-    window = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+    names = ("NHWC", "HWIO", "NHWC")
     return {
         "dense": (jnp.matmul, ((ROWS, SIZE), dtype), (SIZE, SIZE), {}),
         "conv": (
-            lambda x, w: jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", **window),
+            lambda x, w: jax.lax.conv_general_dilated(
+                x, w, (1, 1), "SAME", dimension_numbers=names
+            ),
             ((16, SIDE, SIDE, CHANNELS), dtype),
             (3, 3, CHANNELS, CHANNELS),
             {"role": "conv2d"},
