@@ -45,7 +45,7 @@ LABELS = {
     "sequence_classification": ("negative", "neutral", "positive"),
 }
 WORDS = "ada love ##lace wrote to char ##les in london par ##is her note ##s . , ' é 北 京 @ # u s"
-FORMS = ("f32", "bf16", "int8")
+FORMS = ("f32", "bf16", "int8", "int4")
 FILES = manifest.file_names(TASKS[0])
 
 
@@ -63,8 +63,9 @@ def arguments(task, form, tokenizer):
     model = bert(BertConfig(40, 32, LAYERS, 2, 64, initializer_range=0.3, **config))
     variables = model.init(jax.random.key(7))
     report = ()
-    if form == "int8":
-        params, report = compress.quantize("int8")(variables["params"])
+    if form in ("int8", "int4"):
+        scheme = compress.Scheme(form, per=16 if form == "int4" else None)
+        params, report = compress.quantize({"**/kernel": scheme})(variables["params"])
         variables = variables | {"params": params}
     return {
         "model": model,
@@ -182,6 +183,26 @@ def test_int8_weights_are_int8_in_the_file_and_in_the_compiled_dots(saved):
     assert len(dots) == len(kernels)
     for name in {n for pair in dots for n in pair}:
         assert re.search(rf"%{re.escape(name)} = s8\[", text), name
+
+
+def test_int4_weights_are_two_to_a_byte_in_the_file_and_become_floats_inside_of_products(saved):
+    it = saved("token_classification", "int4")
+    weights = it.artifact.weights
+    codes = {n: x for n, x in weights.items() if ":int4:" in n}
+    assert len(codes) == LAYERS * 6 + 1
+    formats = it.artifact.manifest["compression"]["formats"]
+    assert {formats[n.partition(":")[0]] for n in codes} == {"int4:float32:pack=-2"}
+    report = {r["path"]: r for r in it.artifact.manifest["compression"]["report"]}
+    for name, x in codes.items():
+        path = name.partition(":")[0]
+        told = report[path.removeprefix("params/")]
+        assert x.dtype == np.uint8 and 2 * x.size == np.prod(told["shape"])
+        assert told["bytes_after"] == x.nbytes + weights[f"{path}:scale"].nbytes
+    batch = random_batch(it.task, 4, 16, np.random.default_rng(0))
+    text = it.artifact.call.lower(it.artifact.weights, batch).as_text()
+    # An array of all codes, one to a byte, is nowhere: only halves of it are.
+    whole = {f"{told['shape'][0]}x{told['shape'][1]}xi8>" for told in report.values()}
+    assert "ui8" in text and not any(shape in text for shape in whole)
 
 
 def test_bf16_kernels_are_stored_as_what_they_are_rounded_to(saved):
