@@ -17,7 +17,7 @@ import numpy as np
 from jax.core import Tracer
 
 from compress.adapters import LoRA, Trained
-from compress.arrays import describe, is_compressed
+from compress.arrays import Quantized, describe, is_compressed
 from compress.transform import named_leaves, sharding_of
 
 
@@ -33,7 +33,8 @@ class Adapter:
     Attributes:
         a: A [*stack, in, r].
         b: B [*stack, r, out].
-        scaling: s, a number or float32 [*stack, 1, 1].
+        scaling: s, a number or float32 [*stack, 1, 1]; layers with 0 are not adapted, nor do they
+            take m.
         magnitude: m, float32 [*stack, 1, out], or None.
         turned: the leaf is [*stack, out, in], such as a table of words that gives their scores.
     """
@@ -92,15 +93,16 @@ def attach(base: Any, adapters: Adapters) -> Any:
     """Put adapters on a tree; the reverse of `detach`.
 
     Args:
-        base: floats, or quantised; not adapted yet. Where a kernel lies on a mesh, its adapter is
-            laid beside it.
+        base: floats, or quantised below an `Adapter`; not adapted yet. Where a kernel lies on a
+            mesh, its adapter is laid beside it.
         adapters: by path.
 
     Returns:
         The tree with `LoRA` and `Trained` leaves.
 
     Raises:
-        ValueError: a path is not in the tree, or an adapter does not fit its leaf.
+        ValueError: a path is not in the tree, an adapter does not fit its leaf, or the leaf is
+            neither floats nor `Quantized`.
 
     >>> adapter = Adapter(jnp.ones((3, 1)), jnp.ones((1, 2)), 0.5)
     >>> attach({"w": jnp.zeros((3, 2))}, {"w": adapter})["w"].dense()[0]
@@ -117,11 +119,15 @@ def attach(base: Any, adapters: Adapters) -> Any:
 def _attached(path: str, leaf: Any, adapter: Any) -> Any:
     if isinstance(leaf, LoRA | Trained):
         raise ValueError(f"{path}: is adapted already; detach or merge it before")
+    codes = is_compressed(leaf)
+    if (codes and not isinstance(leaf, Quantized)) or not jnp.issubdtype(leaf.dtype, jnp.floating):
+        what = describe(leaf) if codes else f"{leaf.dtype}{list(leaf.shape)}"
+        raise ValueError(f"{path}: is {what}; adapters go on floats, or on a Quantized array")
     where = sharding_of(leaf)
     shape = tuple(leaf.shape)
     if not isinstance(adapter, Adapter):
-        if tuple(adapter.shape) != shape or is_compressed(leaf):
-            what = describe(leaf) if is_compressed(leaf) else f"an array of {list(shape)}"
+        if tuple(adapter.shape) != shape or codes:
+            what = describe(leaf) if codes else f"an array of {list(shape)}"
             raise ValueError(f"{path}: {list(adapter.shape)} cannot take the place of {what}")
         array = jnp.asarray(adapter, leaf.dtype)
         return Trained(array if where is None else jax.device_put(array, where))
@@ -164,7 +170,7 @@ def stack_adapters(trees: Sequence[Any]) -> Any:
         The tree; `choose` says what rows take.
 
     Raises:
-        ValueError: the trees have different bases.
+        ValueError: there is no tree, or the trees have different bases.
 
     Source: many adapters on one base, https://arxiv.org/abs/2311.03285.
 
@@ -173,6 +179,8 @@ def stack_adapters(trees: Sequence[Any]) -> Any:
     >>> stack_adapters([a, b])["w"].a.shape
     (4, 4)
     """
+    if not trees:
+        raise ValueError("stack_adapters: expected one tree or more, got none")
     columns = [named_leaves(tree)[0] for tree in trees]
     treedef = named_leaves(trees[0])[1]
     if any([p for p, _ in c] != [p for p, _ in columns[0]] for c in columns):

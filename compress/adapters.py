@@ -68,7 +68,8 @@ class LoRA(Compressed):
         base: W, floats or `Quantized`.
         a: A [*stack, in, r], floats; of n adapters [*stack, in, n·r].
         b: B [*stack, r, out], floats; of n adapters [*stack, n·r, out].
-        scaling: s, float32 [*stack, 1, 1].
+        scaling: s, float32 [*stack, 1, 1]; 0 for layers of a stack that are not adapted, which keep
+            the lengths that they have: no gradient reaches their A, B and m.
         magnitude: m, float32 [*stack, 1, out], or None. Of n adapters, which are not trained,
             m / n [*stack, n, out].
         ids: int32 [*stack, 1, batch], the adapter of every row of activations, -1 for none.
@@ -128,10 +129,13 @@ class LoRA(Compressed):
         return lax.stop_gradient(self.turned(jnp.sqrt(jnp.maximum(square, TINY))))
 
     def gain(self) -> jax.Array | None:
-        """m / n, float32, of every adapter along the input axis; None where it is 1."""
+        """m / n, float32, of every adapter along the input axis; None where it is 1.
+
+        1 for layers of a stack with scaling 0, whatever m is.
+        """
         if self.magnitude is None or self.adapters > 1:
             return self.magnitude
-        return self.magnitude / self.norm()
+        return jnp.where(self.scaling == 0, np.float32(1), self.magnitude / self.norm())
 
     def merged(self) -> jax.Array:
         """W' = (W + s·A·B) · m / n, float32.
@@ -149,7 +153,8 @@ class LoRA(Compressed):
         if self.magnitude is None:
             return w
         square = jnp.sum(w * w, self.input, keepdims=True)
-        return w * (self.magnitude / jnp.sqrt(jnp.maximum(square, TINY)))
+        gain = self.magnitude / jnp.sqrt(jnp.maximum(square, TINY))
+        return w * jnp.where(self.scaling == 0, np.float32(1), gain)
 
     def dense(self) -> jax.Array:
         """See `Compressed.dense`."""

@@ -173,8 +173,9 @@ class Quantized(Compressed):
     def place(self, spec: Any) -> "Quantized":
         """See `Compressed.place`: a part is cut as the array is, where it has its own entries.
 
-        Entries of groups are cut if the mesh, which a `NamedSharding` knows, divides their number;
-        a `PartitionSpec` leaves them whole.
+        Entries of groups, and bytes of two codes, are cut if the mesh divides their number. It is a
+        `NamedSharding` that knows; with a `PartitionSpec` they are cut as the array is, and what
+        takes it refuses a size that its mesh does not divide.
         """
         return self.map(lambda name, part: place_part(part, self.aval().shape, spec, name))
 
@@ -202,7 +203,7 @@ def place_part(part: Any, shape: Sequence[int], spec: Any, name: str = "") -> An
         )
     entries += (None,) * (len(shape) - len(entries))
     kept = [
-        entry if name == "values" or _own(s, n, entry, mesh) else None
+        entry if _own(s, n, entry, mesh, shared=name != "values") else None
         for s, n, entry in zip(part.shape, shape, entries, strict=True)
     ]
     new = PartitionSpec(*kept)
@@ -211,12 +212,12 @@ def place_part(part: Any, shape: Sequence[int], spec: Any, name: str = "") -> An
     return new
 
 
-def _own(s: int, n: int, entry: Any, mesh: Any) -> bool:
-    """Whether the entries of a part along an axis are cut as the array is."""
-    if s in (1, n):
-        return s > 1
+def _own(s: int, n: int, entry: Any, mesh: Any, *, shared: bool) -> bool:
+    """Whether a part's entries along an axis are cut as the array is; one for all is not."""
+    if s == n or (s == 1 and shared):
+        return s > 1 or not shared
     axes = (entry,) if isinstance(entry, str) else entry or ()
-    return mesh is not None and s % math.prod(mesh.shape[axis] for axis in axes) == 0
+    return mesh is None or s % math.prod(mesh.shape[axis] for axis in axes) == 0
 
 
 def describe(array: Compressed) -> str:

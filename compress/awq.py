@@ -20,6 +20,7 @@ from jax import lax
 from compress.arrays import Quantized
 from compress.calibrated import (
     Calibrated,
+    fixed,
     matrices,
     met,
     of_channels,
@@ -64,6 +65,10 @@ class Awq(Calibrated):
             or unscalable(leaf, self.name)
             or unknown_scale(leaf, option, scaled=True)
         )
+
+    def unmet(self, leaf: Any, option: Scheme, observed: Any) -> str:
+        """See `Calibrated.unmet`."""
+        return fixed(observed, self.name) or super().unmet(leaf, option, observed)
 
     def hessians(self) -> tuple[str, ...]:
         """See `Transform.hessians`."""

@@ -97,6 +97,8 @@ def _merge(axes: Sequence[tuple[int, int]]) -> int | None:
 
 def _split(entries: int, size: int, new: Shape) -> list[int] | None:
     """The reverse: entries along one axis as entries along several."""
+    if not entries or not size:
+        return None
     block, out = size // entries, []
     for n in reversed(new):
         if block % n == 0:

@@ -20,7 +20,9 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from compress.arrays import Quantized
 from compress.hadamard import rotate
+from compress.histogram import EDGES, parse_method, threshold
 from compress.observe import Observed, Stats
+from compress.observed import preparation
 from compress.scheme import Scheme, core, inputs, unfit
 from compress.transform import Leafwise
 
@@ -39,7 +41,7 @@ class Calibrated(Leafwise):
 
     def unmet(self, leaf: Any, option: Any, observed: Observed) -> str:
         """Why statistics are not enough for a leaf, in words, or ""."""
-        return unmet(leaf, option.role, observed)
+        return not_enough(leaf, option, observed)
 
     def _observed(
         self, path: str, leaf: Any, option: Any, stats: Mapping[str, Any] | None
@@ -50,6 +52,12 @@ class Calibrated(Leafwise):
         return observed
 
 
+def not_enough(leaf: Any, option: Any, observed: Observed) -> str:
+    """Why statistics are not enough for a leaf and its option, which has a `role`, or ""."""
+    why = unmet(leaf, option.role, observed)
+    return why or (unscaled(leaf, option, observed) if isinstance(option, Scheme) else "")
+
+
 def unmet(leaf: Any, role: str, observed: Observed) -> str:
     """Why statistics are not those of a leaf of a role, in words, or "".
 
@@ -57,14 +65,16 @@ def unmet(leaf: Any, role: str, observed: Observed) -> str:
     >>> unmet(jnp.ones((4, 2)), "kernel", measure(jnp.ones((5, 3)), channels=1))
     'its statistics are of 3 channels, and a kernel of (4, 2) has 4; observe the function that ...'
     """
-    known = isinstance(leaf, Quantized) and (leaf.hadamard or leaf.input_scale is not None)
-    if observed.prepared and not known:
-        return "its statistics are of a leaf that was prepared; observe the function with this one"
+    if observed.prepared and observed.prepared != (own := preparation(leaf)):
+        return (
+            f"its statistics are of a leaf that was {observed.prepared}, and it is "
+            f"{own or 'not prepared'}; observe the function with this one, or with the original"
+        )
     K, channels = _channels(leaf.shape, role), observed.absmax.shape[-1]
     if observed.axes and tuple(observed.axes) != inputs(role):
         return (
             f"calibration saw products over its axes {tuple(observed.axes)}, and a {role}'s inputs "
-            f"are {inputs(role)}; use quantize, or keep this leaf"
+            f"are {inputs(role)}; use quantize without static activations, or keep this leaf"
         )
     if channels != K:
         return (
@@ -78,6 +88,45 @@ def unmet(leaf: Any, role: str, observed: Observed) -> str:
     if not isinstance(observed.rows, Tracer) and not bool(jnp.any(observed.rows > 0)):
         return "it met no rows in calibration; give it data"
     return ""
+
+
+def unscaled(leaf: Any, scheme: Scheme, observed: Observed) -> str:
+    """Why a static scale of activations cannot be told from statistics, in words, or "".
+
+    Every array of a stack has its own, which its own rows tell. Where statistics are traced nobody
+    knows their values: there `compress.quantize.static_scale` keeps to what is positive.
+
+    >>> from compress.observed import measure
+    >>> seen = measure(jnp.array([[[1.0, 2.0]], [[0.0, 0.0]]]), channels=1, stack=1)
+    >>> unscaled(jnp.ones((2, 2, 3)), Scheme(activations="static", role="kernel"), seen)
+    '1 of 2 arrays of its stack met no rows in calibration, or zeros only, so that their static ...'
+    """
+    if scheme.activations != "static" or isinstance(observed.absmax, Tracer):
+        return ""
+    assert scheme.role is not None
+    seen = observed.over(leaf.shape[: -core(scheme.role)])
+    zero = jnp.max(seen.absmax, -1) == 0
+    name, percent = parse_method(scheme.calibration)
+    if name == "percentile":  # the first bin is that of zeros
+        zero |= threshold(seen, f"percentile:{percent}") < EDGES[1]
+    empty = int(jnp.sum(zero))
+    if not empty:
+        return ""
+    return (
+        f"{empty} of {zero.size} arrays of its stack met no rows in calibration, or zeros only, so "
+        "that their static scale of activations is not known; calibrate on more data, or use "
+        "activations='dynamic'"
+    )
+
+
+def fixed(observed: Observed, name: str) -> str:
+    """Why what changes `input_scale` cannot use statistics of a prepared leaf, or ""."""
+    if not observed.prepared:
+        return ""
+    return (
+        f"its statistics are of what meets a leaf that is {observed.prepared}, which {name} "
+        "changes; give it those of the original leaf"
+    )
 
 
 def unfit_method(leaf: Any, scheme: Scheme, role: str | None) -> str:

@@ -7,7 +7,8 @@ that fits float16, and any activation worth eight bits, lies between; smaller va
 in the first bin, larger ones in the last.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -27,7 +28,10 @@ BINS = (HIGHEST - LOWEST) << MANTISSA
 LINEAR, STRIDE = 2048, 8
 """Bins of equal width between which "entropy" chooses, and how many it moves on at a time."""
 
-_LANES = 32  # partial histograms: a float32 counts to 2²⁴, each of them by itself
+EXACT = 1 << 24
+"""How far a float32 counts. Beyond, partial histograms ("lanes") each count a part."""
+
+_LANES = 32  # at least: they also spread what is added to the same bin at once
 
 
 def _edges() -> np.ndarray:
@@ -53,6 +57,45 @@ def bin_of(magnitude: jax.Array) -> jax.Array:
     return jnp.clip((bits >> (23 - MANTISSA)) - first, 0, BINS - 1)
 
 
+def lane_of(shape: Sequence[int], lanes: int) -> jax.Array:
+    """Each element's number modulo lanes, int32: each lane has as many elements, but for one.
+
+    From the elements' indices by axis, not of the flattened array, which a mesh would have to
+    gather.
+
+    >>> lane_of((2, 3), 4).tolist()
+    [[0, 1, 2], [3, 0, 1]]
+    """
+    lane = jnp.zeros(shape, jnp.int32)
+    for axis in range(len(shape)):
+        stride = math.prod(shape[axis + 1 :]) % lanes if lanes else 0
+        if stride:
+            index = lax.broadcasted_iota(jnp.int32, shape, axis)
+            lane += index % np.int32(lanes) * np.int32(stride)
+    return lane % np.int32(max(lanes, 1))
+
+
+def parse_method(method: str) -> tuple[str, float | None]:
+    """A calibration method's name and its percentage, if it has one.
+
+    Raises:
+        ValueError: an unknown method, or a percentage that is none.
+
+    >>> parse_method("percentile:99.9"), parse_method("percentile"), parse_method("mse")
+    (('percentile', 99.9), ('percentile', 99.99), ('mse', None))
+    """
+    if isinstance(method, str):
+        name, colon, number = method.partition(":")
+        if name == "percentile":
+            return name, _percent(method, number if colon else "99.99")
+        if method in ("absmax", "mse", "entropy"):
+            return method, None
+    raise ValueError(
+        f"calibration method {method!r} is unknown; expected 'absmax', 'percentile:99.99', "
+        "'mse' or 'entropy'"
+    )
+
+
 def counts(magnitude: jax.Array, stack: int = 0) -> jax.Array:
     """Histograms of magnitudes.
 
@@ -70,8 +113,8 @@ def counts(magnitude: jax.Array, stack: int = 0) -> jax.Array:
     if stack:
         return jax.vmap(lambda m: counts(m, stack - 1))(magnitude)
     magnitude = jnp.atleast_1d(magnitude)
-    lane = lax.broadcasted_iota(jnp.int32, magnitude.shape, magnitude.ndim - 1) % _LANES
-    lanes = min(_LANES, magnitude.shape[-1])
+    lanes = max(min(_LANES, magnitude.size), -(-magnitude.size // EXACT))
+    lane = lane_of(magnitude.shape, lanes)
     # Of float32: XLA:CPU scatters integers ten times more slowly.
     each = jnp.zeros((lanes, BINS), jnp.float32).at[lane, bin_of(magnitude)].add(np.float32(1))
     return jnp.sum(each, 0)
@@ -108,20 +151,15 @@ def threshold(observed: Any, method: str, *, levels: int = 127) -> jax.Array:
     """
     absmax = jnp.max(observed.absmax, -1)
     histogram = observed.histogram
-    name, _, number = method.partition(":")
-    if method == "absmax":
+    name, percent = parse_method(method)
+    if name == "absmax":
         return absmax
-    if name == "percentile":
-        return jnp.minimum(percentile(histogram, _percent(method, number or "99.99")), absmax)
-    if method == "mse":
+    if percent is not None:
+        return jnp.minimum(percentile(histogram, percent), absmax)
+    if name == "mse":
         return least_error(histogram, absmax, levels)
-    if method == "entropy":
-        one = lambda h, m: least_divergence(h, m, levels)  # noqa: E731
-        return _each(one, histogram.ndim - 1)(histogram, absmax)
-    raise ValueError(
-        f"calibration method {method!r} is unknown; expected 'absmax', 'percentile:99.99', "
-        "'mse' or 'entropy'"
-    )
+    one = lambda h, m: least_divergence(h, m, levels)  # noqa: E731
+    return _each(one, histogram.ndim - 1)(histogram, absmax)
 
 
 def _percent(method: str, number: str) -> float:

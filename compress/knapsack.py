@@ -60,7 +60,8 @@ def solve(
     bound, prices = _dual(value, costs, budgets)
     best, upper = None, math.inf
     for width in WIDTHS:
-        aim = upper - tolerance * abs(upper) if best is not None else math.inf
+        # If none is up to the aim, then upper ≤ (1 + tolerance) · least, least being positive.
+        aim = upper / (1 + tolerance) if upper > 0 else upper + tolerance * upper
         found, total, complete = _sweep(
             value, costs, budgets, prices, (checks, cheapest, limits), aim, width
         )

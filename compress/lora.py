@@ -15,6 +15,7 @@ import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, ClassVar
 
 import jax
@@ -52,8 +53,12 @@ class LowRank:
         """Check."""
         if type(self.rank) is not int or self.rank < 1:
             raise ValueError(f"rank {self.rank!r}: expected a whole number of 1 or more")
-        if self.alpha is not None and not (0 < self.alpha < math.inf):
-            raise ValueError(f"alpha {self.alpha!r}: expected a number of more than 0")
+        _check_alpha(self.alpha)
+
+
+def _check_alpha(alpha: Any) -> None:
+    if alpha is not None and not (isinstance(alpha, Real) and 0 < float(alpha) < math.inf):
+        raise ValueError(f"alpha {alpha!r}: expected a finite number of more than 0")
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,14 @@ class Lora(Leafwise):
     dora: bool = False
     rslora: bool = False
     name: ClassVar[str] = "lora"
+
+    def __post_init__(self) -> None:
+        """Check, and parse the rules."""
+        try:
+            _check_alpha(self.alpha)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from None
+        super().__post_init__()
 
     @property
     def local(self) -> bool:  # type: ignore[override]
@@ -88,9 +101,10 @@ class Lora(Leafwise):
         """See `Leafwise.resolve`."""
         if option == TRAIN:
             return option
+        alpha = self.alpha if option.alpha is None else option.alpha
         return dataclasses.replace(
             option,
-            alpha=float(option.alpha or self.alpha or option.rank),
+            alpha=float(option.rank if alpha is None else alpha),
             role=option.role or role_of(path, leaf.shape),
             salt=zlib.crc32(path.encode()),
         )
@@ -180,7 +194,7 @@ def lora(
         The transform; its call raises as `Transform` says.
 
     Raises:
-        ValueError: a rule's option is none.
+        ValueError: a rule's option is none, or alpha is no finite number of more than 0.
 
     Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685, over codes Dettmers et al. 2023,
     https://arxiv.org/abs/2305.14314; A as PEFT's (Kaiming's uniform with a = √5). DoRA: Liu et al.

@@ -21,7 +21,10 @@ from compress.follow import Link, follow
 from compress.interpreter import apply
 from compress.transform import named_leaves
 
-PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general", "gather")
+PRODUCTS = ("dot_general", "conv_general_dilated", "gather")
+"""Not `ragged_dot_general`: how many rows a group has is in the data, and no compressed array has a
+rule for it."""
+
 REARRANGES = (
     "broadcast_in_dim", "convert_element_type", "dynamic_slice", "reshape", "rev", "slice", "split",
     "squeeze", "transpose",
@@ -90,7 +93,7 @@ def meetings(fn: Callable[..., Any], params: Any, *args: Any) -> list[Meeting]:
     """The products of a function that its floating parameters take part in, in order.
 
     Of a `while_loop`, whose iterations nobody knows before, one is counted; what runs in
-    `shard_map` is not found.
+    `shard_map`, and `ragged_dot`, are not found.
 
     Args:
         fn: `(params, *args) -> anything`.

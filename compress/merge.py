@@ -11,7 +11,7 @@ from compress.arrays import Quantized, is_compressed
 from compress.blocks import spread
 from compress.formats import FLOAT, FORMATS
 from compress.hadamard import rotate
-from compress.scheme import Scheme, assemble, coded, grid
+from compress.scheme import Scheme, assemble, coded, grid, inputs
 from compress.transform import named_leaves, sharding_of
 
 
@@ -71,15 +71,21 @@ def _requantized(leaf: LoRA) -> Quantized:
     )
     if base.format == FLOAT:
         return prepared
-    scheme = scheme_of(base)
-    found = grid(w, scheme, "kernel")
-    new = assemble(coded(w, found, scheme), found, scheme, "kernel", prepared)
+    # The input axis of a table of words that gives scores is its last.
+    role = "table" if leaf.input > leaf.output else "kernel"
+    scheme = scheme_of(base, role)
+    found = grid(w, scheme, role)
+    new = assemble(coded(w, found, scheme), found, scheme, role, prepared)
     # What meets the kernel is what met it before.
     return dataclasses.replace(new, activations=base.activations, act_scale=base.act_scale)
 
 
-def scheme_of(w: Quantized) -> Scheme:
-    """The scheme of a quantised kernel, but for how its range and activations were found.
+def scheme_of(w: Quantized, role: str = "kernel") -> Scheme:
+    """The scheme of a quantised array, but for how its range and activations were found.
+
+    Args:
+        w: of codes.
+        role: "kernel" [..., in, out] or "table" [..., out, in].
 
     >>> from compress import fit
     >>> scheme_of(fit(jax.numpy.ones((256, 8)), "int4")) == Scheme("int4")
@@ -87,11 +93,13 @@ def scheme_of(w: Quantized) -> Scheme:
     """
     row, scale = FORMATS[w.format], w.scale
     assert scale is not None
-    entries, n_in = scale.shape[-2], w.shape[-2]
+    axis = inputs(role)[-1]
+    other = -3 - axis
+    entries, n_in = scale.shape[axis], w.shape[axis]
     per: str | int = row.per
     if row.scales == "float32":
         per = "channel" if entries == 1 else n_in // entries
-        per = "tensor" if entries == 1 != w.shape[-1] and scale.shape[-1] == 1 else per
+        per = "tensor" if entries == 1 != w.shape[other] and scale.shape[other] == 1 else per
     activations = FLOAT if w.activations == FLOAT else "dynamic"
     return Scheme(w.format, per=per, symmetric=w.zero is None, activations=activations)
 

@@ -18,12 +18,13 @@ from jax import lax
 from jax.core import eval_jaxpr
 from jax.extend import core
 
-from compress.arrays import Quantized, is_compressed
+from compress.adapters import bare
+from compress.arrays import is_compressed
 from compress.contractions import Links, Walk, record
 from compress.follow import Link, Loop, follow
 from compress.histogram import threshold
-from compress.observed import Observed, Stats, check, merge
-from compress.places import Found, Place, add, assembled, size_of, spread
+from compress.observed import Observed, Stats, check, merge, preparation
+from compress.places import Found, Place, add, agree, assembled, size_of, spread
 from compress.transform import match, named_leaves
 
 __all__ = ["Observed", "Stats", "check", "merge", "observe", "threshold"]
@@ -45,11 +46,22 @@ def observe[R](
         w [layers, in, out], scanned or indexed    ->    absmax [layers, in]
         w [experts, in, out], picked by a router   ->    absmax [experts, in]
 
-    Of compressed leaves, under `compress.apply`, those are observed that hold floats. Not observed
-    are leaves inside `while_loop` (a `fori_loop` of known length is a scan), `shard_map` and Pallas
-    kernels, leaves of which other arithmetic makes the operand of a product, parts of an input
-    axis, and look-ups in a table, which have no activations: they are not in the result. Rows that
-    a program pads with zeros count as rows.
+    Of compressed leaves, under `compress.apply`, those are observed that hold floats, and `Trained`
+    leaves are passed to the function as the arrays that they mark. `rows`, sums and counts have an
+    input once for each product that it meets a leaf in: twice if the function multiplies twice.
+    Rows that a program pads with zeros count too.
+
+    Not observed, and not in the result, are
+
+    - leaves inside `while_loop` (a `fori_loop` of known length is a scan), `shard_map` and Pallas
+      kernels, and leaves of which other arithmetic makes the operand of a product;
+    - parts of an input axis, and parts of an output axis that begin where data say
+      (`dynamic_slice` or indexing by a traced number);
+    - experts that are gathered for each token by indices [tokens, k]; one router's pick for all
+      rows, a scan over experts, and `ragged_dot` are observed;
+    - kernels of convolutions that `vmap` maps over;
+    - floats within `LoRA` and `Learned` leaves;
+    - look-ups in a table, which have no activations.
 
     Of a convolution, K runs over a window's places and channels like the kernel's axes; rows are
     windows, and `hessian` is exact. `absmax` and `abssum` do not tell a window's places apart:
@@ -80,6 +92,7 @@ def observe[R](
 
     @functools.wraps(fn)
     def observing(params: Any, *args: Any, **kwargs: Any) -> tuple[R, Stats]:
+        params = bare(params)  # what is marked as trained is a leaf like any other
         leaves, tree = jax.tree.flatten((params, args, kwargs))
         dynamic = [isinstance(x, jax.Array | np.ndarray) for x in leaves]
         arrays = [x for x, d in zip(leaves, dynamic, strict=True) if d]
@@ -96,8 +109,8 @@ def observe[R](
         walk = Walk(lambda path: any(match(pattern, path) for pattern in hessians))
         followed = [link for link, d in zip(links, dynamic, strict=True) if d]
         out, _, found = _evaluate(closed, arrays, followed, walk)
-        after = _prepared(params)
-        stats = {p: replace(s, prepared=p in after) for p, s in assembled(found).items()}
+        after = {path: preparation(leaf) for path, leaf in named_leaves(params)[0]}
+        stats = {p: replace(s, prepared=after[p]) for p, s in assembled(found).items()}
         for pattern in hessians:
             if not any(match(pattern, path) for path in stats):
                 word = pattern.replace("**/", "").replace("*", "")
@@ -121,12 +134,6 @@ def _links(params: Any) -> list[Link | None]:
             floating = hasattr(part, "dtype") and jnp.issubdtype(part.dtype, jnp.floating)
             links.append(Link.to(path, part.shape) if held and floating else None)
     return links
-
-
-def _prepared(params: Any) -> set[str]:
-    """The leaves whose values meet other inputs than the leaf does."""
-    leaves = [(p, x) for p, x in named_leaves(params)[0] if isinstance(x, Quantized)]
-    return {p for p, x in leaves if x.input_scale is not None or x.hadamard is not None}
 
 
 def _evaluate(
@@ -279,7 +286,7 @@ def _cond(eqn: Any, values: Sequence[Any], links: Links, walk: Walk) -> Result:
     shapes: Found = {}
     for branch in branches:
         for place, shape in zip(branch.places, branch.shapes, strict=True):
-            shapes.setdefault(place, shape)
+            agree(place.path, shapes.setdefault(place, shape), shape)
 
     def returning(branch: _Traced) -> Callable[..., Any]:
         def run(*args: Any) -> Any:

@@ -8,13 +8,15 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from compress.histogram import BINS, bin_of, counts
+from compress.arrays import Quantized
+from compress.histogram import BINS, EXACT, bin_of, counts, lane_of
 
 
 @functools.partial(
@@ -38,8 +40,8 @@ class Observed:
         hessian: float32 [*stack, K, K], Σ x xᵀ, or None.
         kind: "dot" or "conv".
         axes: of the leaf that were contracted, negative, ascending.
-        prepared: whether x came by way of a leaf that `smooth` or `rotate` had prepared, as what
-            meets its values, and not as the leaf's own inputs.
+        prepared: "" if x are the leaf's own inputs. If they came by way of a leaf that `smooth` or
+            `rotate` had prepared, as what meets its values: how, as `preparation` says it.
     """
 
     rows: jax.Array
@@ -50,7 +52,7 @@ class Observed:
     hessian: jax.Array | None
     kind: str = field(metadata={"static": True})
     axes: tuple[int, ...] = field(metadata={"static": True})
-    prepared: bool = field(default=False, metadata={"static": True})
+    prepared: str = field(default="", metadata={"static": True})
 
     def map(self, change: Callable[[jax.Array, str], jax.Array]) -> "Observed":
         """Each array changed, given with its name."""
@@ -93,6 +95,21 @@ _FIELDS = ("rows", "absmax", "abssum", "histogram", "nonfinite", "hessian")
 
 Stats = dict[str, Observed]
 """By the path of the leaf, as `compress.transform.named_leaves` spells it."""
+
+
+def preparation(leaf: Any) -> str:
+    """How a leaf's values meet other inputs than the leaf does, in words, or "".
+
+    >>> w = Quantized(jnp.eye(4), input_scale=jnp.ones((4, 1)), format="float", hadamard=(-2, 4))
+    >>> preparation(w), preparation(jnp.eye(4))
+    ('scaled, rotated by 4 along axis -2', '')
+    """
+    if not isinstance(leaf, Quantized):
+        return ""
+    words = ["scaled"] if leaf.input_scale is not None else []
+    if leaf.hadamard is not None:
+        words.append("rotated by {1} along axis {0}".format(*leaf.hadamard))
+    return ", ".join(words)
 
 
 def combine(name: str) -> Callable[[jax.Array, jax.Array], jax.Array]:
@@ -198,12 +215,14 @@ def measure_groups(x: jax.Array, sizes: jax.Array, *, hessian: bool = False) -> 
             preferred_element_type=jnp.float32,
         )  # fmt: skip
     magnitude = jnp.abs(x)
-    bins = jnp.zeros((groups, BINS), jnp.float32).at[group[:, None], bin_of(magnitude)]
+    lanes = max(-(-x.size // EXACT), 1)  # no more than counts need: groups may be many
+    at = group[:, None], lane_of(x.shape, lanes), bin_of(magnitude)
+    bins = jnp.zeros((groups, lanes, BINS), jnp.float32).at[at].add(np.float32(1), mode="drop")
     return Observed(
         rows=spread(jnp.ones(m, jnp.float32)),
         absmax=spread(magnitude, "absmax"),
         abssum=spread(magnitude),
-        histogram=bins.add(np.float32(1), mode="drop"),
+        histogram=jnp.sum(bins, 1),
         nonfinite=spread(jnp.sum(~finite, 1, dtype=jnp.int32)),
         hessian=squares,
         kind="dot",
@@ -257,7 +276,7 @@ def merge(*stats: Mapping[str, Observed]) -> Stats:
 def _signature(seen: Observed) -> str:
     hessian = "with" if seen.hessian is not None else "without"
     return (
-        f"a {'prepared ' * seen.prepared}{seen.kind} over axes {seen.axes}, "
+        f"a {seen.prepared and seen.prepared + ' '}{seen.kind} over axes {seen.axes}, "
         f"{list(seen.absmax.shape)} channels, {hessian} Hessian"
     )
 

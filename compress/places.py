@@ -39,17 +39,20 @@ Found = dict[Place, Observed]
 
 def add(found: Found, place: Place, seen: Observed) -> None:
     """Add what was seen at a place to what was seen there before."""
-    if place in found and _use_of(found[place]) != _use_of(seen):
-        raise _conflict(place.path, found[place], seen)
+    if place in found:
+        agree(place.path, found[place], seen)
     found[place] = found[place] + seen if place in found else seen
 
 
-def _use_of(seen: Observed) -> tuple[str, tuple[int, ...]]:
-    return seen.kind, seen.axes
+def agree(path: str, a: Observed, b: Observed) -> None:
+    """Refuse statistics, or their shapes, of one leaf in two uses.
 
-
-def _conflict(path: str, a: Observed, b: Observed) -> ValueError:
-    return ValueError(
+    Raises:
+        ValueError: they are of other axes, or of a dot and a convolution.
+    """
+    if (a.kind, a.axes) == (b.kind, b.axes):
+        return
+    raise ValueError(
         f"{path}: met in a {a.kind} over its axes {a.axes} and in a {b.kind} over its axes "
         f"{b.axes}, which have different channels; observe a function that uses it one way, or "
         "hold it as two leaves"
@@ -81,8 +84,7 @@ def assembled(found: Found) -> Stats:
     stats = {}
     for path, items in paths.items():
         for _, seen in items:
-            if _use_of(seen) != _use_of(items[0][1]):
-                raise _conflict(path, items[0][1], seen)
+            agree(path, items[0][1], seen)
         depth = max(place.depth for place, _ in items)
         parts = [_whole(place, seen, depth) for place, seen in items]
         stats[path] = stacked(parts, items[0][0].shape[:depth])

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from compress.arrays import Quantized
-from compress.calibrated import Calibrated, met, of_channels
+from compress.calibrated import Calibrated, fixed, met, of_channels
 from compress.formats import FLOAT
 from compress.hadamard import largest_block
 from compress.hadamard import rotate as turn
@@ -93,6 +93,10 @@ class Smooth(Calibrated):
         if option.role == "table":
             return "rows of a table are looked up and meet no activations"
         return unscalable(leaf, self.name)
+
+    def unmet(self, leaf: Any, option: Smoothing, observed: Any) -> str:
+        """See `Calibrated.unmet`."""
+        return fixed(observed, self.name) or super().unmet(leaf, option, observed)
 
     def leaf(self, leaf: Any, option: Smoothing, observed: Any) -> Quantized:
         """See `Leafwise.leaf`."""

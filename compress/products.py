@@ -11,6 +11,7 @@ the floats that the codes stand for.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +26,9 @@ from compress.blocks import spread
 from compress.formats import FLOAT, FORMATS, bounds, decode, halves
 from compress.hadamard import rotate
 from compress.scheme import TINY
+
+MOST_TERMS = 2**31 // 127**2
+"""Products of int8 that an int32 can sum; longer sums are computed with floats."""
 
 
 def rounded(
@@ -67,7 +71,8 @@ def rounded_dot(
 
     s_m = max_k |x_mk| / 127,   y_mn = s_m · Σ_k round(x_mk / s_m) · codes_kn
 
-    Sums of int8 are exact up to K = 2¹⁷ terms (127² · 2¹⁷ < 2³¹). The derivative is that of the
+    Sums of int8 are exact up to `MOST_TERMS`. Codes have no derivative: that of float8, which JAX
+    would take for floats, is 0. The derivative is that of the
     product itself: rounding counts as the identity (straight-through), clipping as what it is.
 
     Args:
@@ -188,7 +193,8 @@ def dot(
     on_columns = _shared(scale, contract_w) and _shared(w.zero, contract_w)
     on_rows = w.zero is None and scale is not None and _shared(scale, free_w)
     on_rows &= scale is not None and all(scale.shape[d] in (1, w.shape[d]) for d in contract_w)
-    if scale is not None and w.activations != FLOAT and (on_columns or on_rows):
+    fits = math.prod(x.shape[d] for d in contract) <= MOST_TERMS
+    if scale is not None and w.activations != FLOAT and fits and (on_columns or on_rows):
         x, codes = x.astype(jnp.float32), w.codes()
         if not on_columns:
             x = x * _along_x(scale, dims, x.ndim)
@@ -309,9 +315,11 @@ def convolve(
     scale = w.multiplier()
     if scale is None or w.zero is not None or not _shared(scale, (size_in, *spatial)):
         return wide(x, w.prepared().astype(x.dtype)).astype(dtype)
-    columns = jnp.broadcast_to(scale.reshape(-1), (w.shape[out],))
+    columns = _full(scale, w, (size_in, *spatial))
+    columns = jnp.broadcast_to(columns.reshape(-1), (w.shape[out],))
     columns = lax.expand_dims(columns, [a for a in range(x.ndim) if a != d.out_spec[1]])
-    if w.activations == "int8" and how.batch_group_count == 1:
+    one = w.act_scale is None or w.act_scale.size == 1
+    if w.activations == "int8" and how.batch_group_count == 1 and one:
         static = None if w.act_scale is None else w.act_scale.reshape(())
         y = rounded_conv(x.astype(jnp.float32), w.codes(), static, how, w.activations)
     else:
@@ -335,6 +343,7 @@ def update(w: Quantized, new: jax.Array, starts: Sequence[Any]) -> Quantized:
         or w.hadamard
         or w.input_scale is not None
         or w.scale is None
+        or any(s not in (1, n) for s, n in zip(w.scale.shape, w.shape, strict=True))
         or any(new.shape[d] != w.shape[d] for d in axes)
     ):
         raise NotImplementedError(

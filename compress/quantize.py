@@ -1,6 +1,7 @@
 """Quantise: chosen leaves of a parameter tree become codes with scales, rounded to nearest."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -9,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from compress.arrays import Quantized
-from compress.calibrated import met, unknown_scale
+from compress.calibrated import met, not_enough, unknown_scale
 from compress.formats import FORMATS, bounds
-from compress.scheme import Scheme, as_scheme, core, fit, role_of, unfit
+from compress.histogram import threshold
+from compress.scheme import TINY, Scheme, as_scheme, core, fit, role_of, unfit
 from compress.transform import KEEP, Leafwise, Rules
 
 USUAL = "**/kernel"
@@ -44,6 +46,14 @@ class Quantize(Leafwise):
     def needs(self, option: Scheme) -> bool:
         """Static scales are found in calibration."""
         return option.activations == "static"
+
+    def _observed(
+        self, path: str, leaf: Any, option: Scheme, stats: Mapping[str, Any] | None
+    ) -> Any:
+        observed = super()._observed(path, leaf, option, stats)
+        if observed is not None and (why := not_enough(leaf, option, observed)):
+            raise ValueError(f"{path}: {self.name}: {why}")
+        return observed
 
     def leaf(self, leaf: Any, option: Scheme, observed: Any) -> Quantized:
         """See `Leafwise.leaf`."""
@@ -92,9 +102,11 @@ def finished(new: Quantized, scheme: Scheme, observed: Any) -> Quantized:
 
 
 def static_scale(scheme: Scheme, observed: Any, role: str) -> jax.Array:
-    """The scale of activations that calibration found, [*stack, 1 …], of the leaf's rank."""
-    from compress.observe import threshold
+    """The scale of activations that calibration found, [*stack, 1 …], of the leaf's rank.
 
+    It is positive, also where nothing came: activations are divided by it.
+    """
     largest = bounds(FORMATS[scheme.row.activations])[1]
     scale = threshold(observed, scheme.calibration) * np.float32(1 / largest)
-    return scale.reshape(*scale.shape, *[1] * core(role)).astype(jnp.float32)
+    scale = jnp.maximum(scale.astype(jnp.float32), TINY)
+    return scale.reshape(*scale.shape, *[1] * core(role))

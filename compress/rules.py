@@ -236,9 +236,11 @@ def _broadcast(
 def _reshape(
     w: Quantized, *, new_sizes: Sequence[int], dimensions: Any = None, **_: Any
 ) -> Quantized:
+    if dimensions is not None:
+        w = _transpose(w, permutation=dimensions)
     new = tuple(new_sizes)
     sizes = {name: regroup(part.shape, w.shape, new) for name, part in w.parts()}
-    hadamard, fits = None, dimensions is None
+    hadamard, fits = None, True
     if w.hadamard is not None:
         axis = w.ndim + w.hadamard[0]
         before, size = math.prod(w.shape[:axis]), w.shape[axis]
@@ -281,7 +283,8 @@ def _slice(w: Quantized, *, start_indices: Any, limit_indices: Any, strides: Any
             step.append(by)
         return lax.slice(part, first, last, step)
 
-    _check_rotated(w, [b - a for a, b in zip(start_indices, limit_indices, strict=True)])
+    ranges = zip(start_indices, limit_indices, steps, strict=True)
+    _check_rotated(w, [-(-(b - a) // by) for a, b, by in ranges])
     return w.map(cut)
 
 
@@ -324,11 +327,15 @@ def _concatenate(first: Quantized, *others: Quantized, dimension: int) -> Quanti
     """Along an axis that has scales of its own, such as that of layers."""
     ws = (first, *others)
     kinds = {jax.tree.structure(w) for w in ws}
+    beside = {
+        tuple(tuple(np.delete(part.shape, dimension).tolist()) for _, part in w.parts()) for w in ws
+    }
     shared = any(part.shape[dimension] != w.shape[dimension] for w in ws for _, part in w.parts())
-    if shared or len(kinds) > 1:
+    if shared or len(kinds) > 1 or len(beside) > 1:
         raise NotImplementedError(
             f"concatenation of {', '.join(map(describe, ws))} along axis {dimension}: expected "
-            "arrays of one kind, joined along an axis on which each has scales of its own"
+            "arrays of one kind and one size of groups, joined along an axis on which each has "
+            "scales of its own"
         )
     return first.map(lambda name, _: lax.concatenate([getattr(w, name) for w in ws], dimension))
 

@@ -32,6 +32,7 @@ from compress.formats import (
     encode_scale,
     pack,
 )
+from compress.histogram import parse_method
 
 TINY = np.float32(1e-30)
 """Smallest range a scale is made from: keeps 127 / range finite, and zeros zero."""
@@ -91,6 +92,13 @@ class Scheme:
             )
         if self.activations != FLOAT and row.activations == FLOAT:
             raise ValueError(f"activations={self.activations!r}: {self.format} keeps them 'float'")
+        method, _ = parse_method(self.calibration)
+        equal_steps = method in ("mse", "entropy")
+        if equal_steps and self.activations == "static" and row.activations != "int8":
+            raise ValueError(
+                f"calibration={self.calibration!r}: it weighs the equal steps of int8, and "
+                f"{self.format} rounds activations to {row.activations}; use 'absmax' or 'percentile'"
+            )
         if self.activations != FLOAT and group:
             raise ValueError(
                 f"activations={self.activations!r} with groups of {self.per}: a sum of integers "
@@ -214,16 +222,17 @@ def unfit(leaf: Any, scheme: Scheme, role: str | None) -> str:
 
 
 def _undivided(size: int, scheme: Scheme) -> str:
-    per = scheme.per
+    per, even = scheme.per, scheme.row.bits == 4
     if isinstance(per, int) and size % per:
-        divisors = [d for d in range(1, size + 1) if size % d == 0]
+        why = f"its input axis has {size} elements, which groups of {per} do not divide; "
+        if scheme.row.scales != "float32":
+            return why + "keep it, or take int8 or int4"
+        divisors = [d for d in range(1, size + 1) if size % d == 0 and not (even and d % 2)]
         near = sorted(divisors, key=lambda d: abs(d - per))[:2]
-        return (
-            f"its input axis has {size} elements, which groups of {per} do not divide; "
-            f"groups of {' or '.join(map(str, near))} would, or per='channel'"
-        )
+        groups = f"groups of {' or '.join(map(str, near))} would, or " if near else "take "
+        return f"{why}{groups}per='channel'"
     odd = size if size % 2 else per if isinstance(per, int) else 0
-    if scheme.row.bits == 4 and odd % 2:
+    if even and odd % 2:
         return f"{odd} elements along its input axis, or a group: two codes of 4 bits share a byte"
     return ""
 

@@ -113,8 +113,13 @@ def search(
         aim = "bytes" if times is None else "seconds"
     hard = {name: limit for name, limit in limits.items() if name != aim}
     best = _best(figures, aim, hard, tolerance)
-    over = best is None or (aim in limits and _total(figures[aim], best) > limits[aim])
-    if best is None or over:
+
+    def over() -> bool:
+        return best is None or (aim in limits and _total(figures[aim], best) > limits[aim])
+
+    if tolerance and best is not None and over():  # the least may keep what this one does not
+        best = _best(figures, aim, hard, 0.0)
+    if best is None or over():
         raise ValueError(_infeasible(figures, limits, tolerance))
     rules = tuple(
         (exactly(path), t.candidates[c][1]) for path, c in zip(t.paths, best, strict=True)
@@ -176,11 +181,11 @@ def _infeasible(
 ) -> str:
     """The least that each budget could be: alone, or else with the others."""
 
-    def least(name: str, others: Mapping[str, float]) -> float:
+    def least(name: str, others: Mapping[str, float], tolerance: float) -> float:
         best = _best(figures, name, others, tolerance)
         return math.inf if best is None else _total(figures[name], best)
 
-    alone = {name: least(name, {}) for name in limits}
+    alone = {name: least(name, {}, 0.0) for name in limits}
     said = [
         f"max_{name}={limit:g} is not to be had: the least is {_say(alone[name], name)}"
         for name, limit in limits.items()
@@ -188,9 +193,10 @@ def _infeasible(
     ]
     for name in limits if not said else ():
         others = {other: limit for other, limit in limits.items() if other != name}
-        if math.isfinite(figure := least(name, others)):
+        if math.isfinite(figure := least(name, others, tolerance)):
             given = " and ".join(f"max_{other}={limit:g}" for other, limit in others.items())
-            said.append(f"with {given} the least is {_say(figure, name)}")
+            near = f" (found to within {tolerance:g} of it)" if tolerance else ""
+            said.append(f"with {given} the least is {_say(figure, name)}{near}")
     budgets = ", ".join(f"max_{name}={limit:g}" for name, limit in limits.items())
     return f"no choice keeps {budgets}: {'; '.join(said) or 'loosen two of them'}"
 

@@ -25,6 +25,9 @@ from compress.transform import named_leaves
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 """The dtypes that a compressed array may stand for."""
 
+LARGEST = 4096
+"""Rows of a Hadamard matrix, at most: it is made when the array is first used."""
+
 STATIC = ("activations", "pack", "hadamard")
 """Static fields that a name spells where they are not usual, in this order."""
 
@@ -50,6 +53,8 @@ def to_arrays(tree: Any) -> dict[str, Any]:
     arrays: dict[str, Any] = {}
     pairs, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_compressed)
     for (path, leaf), (name, _) in zip(pairs, named_leaves(tree)[0], strict=True):
+        if not path:
+            raise ValueError("expected a tree with names, such as a dict, and got one array")
         if ":" in name or name.count("/") != len(path) - 1:
             raise ValueError(f"{name!r}: a key holds ':' or '/'; rename it before saving")
         if isinstance(leaf, Quantized):
@@ -138,7 +143,7 @@ def _quantized(name: str, values: Any, parts: Mapping[str, Any]) -> Quantized:
     static = _static(name, form)
     kind, ndim = static["format"], values.ndim
     want = values.dtype if kind == FLOAT else _stored(kind)
-    if ndim < 2 or values.dtype != want:
+    if ndim < 2 or values.dtype != want or (kind == FLOAT and str(values.dtype) not in DTYPES):
         raise ValueError(
             f"{path}: expected {want} values of two axes or more, got "
             f"{values.dtype}{list(values.shape)}"
@@ -152,22 +157,39 @@ def _quantized(name: str, values: Any, parts: Mapping[str, Any]) -> Quantized:
         raise ValueError(f"{name!r}: its scales '{path}:scale' are missing or not wanted")
     if (static["pack"] is not None) != (kind != FLOAT and FORMATS[kind].bits == 4):
         raise ValueError(f"{name!r}: codes of 4 bits are packed along an axis, others are not")
+    if static["activations"] not in (FLOAT, FLOAT if kind == FLOAT else FORMATS[kind].activations):
+        raise ValueError(f"{name!r}: {kind} has no activations in {static['activations']}")
     array = Quantized(values, **parts, **static)
     shape = array.shape
-    block = (static["hadamard"] or (0, 1))[1]
-    if block < 1 or block & (block - 1) or (block > 1 and shape[static["hadamard"][0]] % block):
+    axis, block = static["hadamard"] or (0, 1)
+    if not 1 <= block <= LARGEST or block & (block - 1) or shape[axis] % block or not all(shape):
         raise ValueError(f"{name!r}: blocks of {block} do not divide {list(shape)}")
     for part, x in parts.items():
         dtype = _scale_dtype(kind) if part == "scale" else np.dtype("float32")
-        fits = len(x.shape) == ndim and all(
-            s and n % s == 0 for s, n in zip(x.shape, shape, strict=False)
-        )
-        if x.dtype != dtype or not fits:
+        if x.dtype != dtype or not _fits(part, x.shape, array):
             raise ValueError(
                 f"{path}: {part} {x.dtype}{list(x.shape)}: expected {dtype}, of the values' rank, "
-                f"each axis a divisor of {list(shape)}"
+                f"and parts of {list(shape)} as {part} has them"
             )
     return array
+
+
+def _fits(part: str, sizes: tuple[int, ...], array: Quantized) -> bool:
+    """Whether the shape of a part is one that the transforms make."""
+    shape = array.shape
+    if len(sizes) != len(shape) or not all(
+        s and n % s == 0 for s, n in zip(sizes, shape, strict=True)
+    ):
+        return False
+    whole = all(s in (1, n) for s, n in zip(sizes, shape, strict=True))
+    if part == "scale":
+        # Of two codes in a byte, both are of one group.
+        packed = array.pack
+        return packed is None or sizes[packed] == 1 or shape[packed] // sizes[packed] % 2 == 0
+    if part == "zero":
+        integer = array.format != FLOAT and FORMATS[array.format].integer
+        return integer and array.scale is not None and sizes == tuple(array.scale.shape)
+    return whole
 
 
 def _stored(kind: str) -> Any:

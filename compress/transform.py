@@ -163,6 +163,8 @@ class Leafwise(Transform):
 
     def __post_init__(self) -> None:
         """Parse the rules."""
+        if type(self.strict) is not bool:
+            raise ValueError(f"{self.name}: strict={self.strict!r}: expected true or false")
         pairs = self.rules.items() if isinstance(self.rules, Mapping) else self.rules
         parsed = []
         for pattern, option in pairs:
@@ -203,7 +205,7 @@ class Leafwise(Transform):
     def __call__(self, params: Any, stats: Mapping[str, Any] | None = None) -> tuple[Any, Report]:
         """See `Transform`."""
         leaves, treedef = named_leaves(params)
-        new_leaves, report, applied_by = [], [], set()
+        new_leaves, report, applied_by, reasons = [], [], set(), {}
         for (path, leaf), rule in zip(leaves, self._choose(leaves), strict=True):
             new, applied, error = leaf, "kept: no rule", 0.0
             if rule is not None:
@@ -213,6 +215,7 @@ class Leafwise(Transform):
                 if why and self.strict and option != KEEP:
                     raise ValueError(f"{path}: {self.name} by rule {pattern!r}: {why}")
                 applied = f"kept: {why}"
+                reasons.setdefault(pattern, f"{path}: {why}")
                 if option == KEEP or not why:
                     applied_by.add(pattern)
                 if not why:
@@ -226,8 +229,9 @@ class Leafwise(Transform):
             report.append(Record(path, tuple(leaf.shape), size(leaf), size(new), applied, error))
         for pattern, _ in self.rules:
             if pattern not in applied_by:
-                why = next(r.applied for r in report if match(pattern, r.path))
-                raise ValueError(f"{self.name}: rule {pattern!r} can be applied to no leaf: {why}")
+                raise ValueError(
+                    f"{self.name}: rule {pattern!r} can be applied to no leaf: {reasons[pattern]}"
+                )
         return jax.tree_util.tree_unflatten(treedef, new_leaves), tuple(report)
 
     def _choose(self, leaves: Sequence[tuple[str, Any]]) -> list[tuple[str, Any] | None]:
@@ -285,10 +289,20 @@ _leaf_jit = jax.jit(_leaf, static_argnums=(0, 1))
 
 
 def _broken(leaf: Any, observed: Any) -> str:
-    arrays = [x for x in jax.tree.leaves(leaf) if jnp.issubdtype(x.dtype, jnp.floating)]
-    if all(bool(jnp.isfinite(x).all()) for x in arrays) and observed is not None:
+    def finite(tree: Any) -> bool:
+        arrays = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+        return all(bool(jnp.isfinite(x).all()) for x in arrays)
+
+    if observed is None or not finite(leaf):
+        return "holds NaN or infinity and cannot be compressed"
+    if not finite(observed):
         return "its calibration statistics hold NaN or infinity; look at the calibration data"
-    return "holds NaN or infinity and cannot be compressed"
+    if observed.hessian is not None:
+        return "its Hessian could not be factored; give more calibration data or more damping"
+    return (
+        "it and its calibration statistics are finite, but what is made of them is not: it is too "
+        "large for float32; look for outliers in both"
+    )
 
 
 def _nothing(pattern: str, paths: Sequence[str]) -> str:
@@ -358,6 +372,9 @@ def relative_error(before: Any, after: Any) -> jax.Array:
     Array(1., dtype=float32)
     """
     a, b = ((x.dense() if is_compressed(x) else x).astype(jnp.float32) for x in (before, after))
+    # In units of the largest element, so that no square overflows.
+    unit = jnp.maximum(jnp.max(jnp.abs(a), initial=0), np.float32(1e-30))
+    a, b = a / unit, b / unit
     norm = jnp.linalg.norm(a)
     return jnp.linalg.norm(a - b) / jnp.where(norm == 0, np.float32(1), norm)
 

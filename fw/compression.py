@@ -4,6 +4,7 @@
 What it was is saved with what it made, and in the artifact's manifest.
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,10 @@ RECIPES: Mapping[str, tuple[str, Callable[[Any], compress.Transform]]] = {
 """Name -> what it is, and the transform for some parameters."""
 
 
+TAKEN = ("f32", "bf16", *RECIPES)
+"""Names of variants that no file of a recipe may have."""
+
+
 def recipe(name: str, params: Any) -> tuple[str, compress.Transform]:
     """A recipe by its name or file, and what to call what it makes.
 
@@ -86,6 +91,11 @@ def recipe(name: str, params: Any) -> tuple[str, compress.Transform]:
     if path.suffix not in (".toml", ".json"):
         raise FwError(
             f"recipe {name!r}: expected one of {', '.join(RECIPES)}, or a .toml or .json file"
+        )
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", path.stem) or path.stem in TAKEN:
+        raise FwError(
+            f"{path}: its stem {path.stem!r} names what it makes, so it begins with a letter or digit, "
+            f"goes on with those, '_', '-' and '.', and is none of {', '.join(TAKEN)}; rename it"
         )
     try:
         if path.stat().st_size > LIMIT:

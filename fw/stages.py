@@ -135,6 +135,7 @@ def _relayout(arrays: Mapping[str, Any], paths: Sequence[str]) -> dict[str, Any]
     for name, array in arrays.items():
         path, _, kind = name.partition(":")
         kinds.setdefault(kind, {})[path] = array
+    _check_stacks(kinds, paths)
     found = {}
     for kind, parts in kinds.items():
         stacks = {layer[1] for path in parts if (layer := layer_of(path))}
@@ -148,6 +149,25 @@ def _relayout(arrays: Mapping[str, Any], paths: Sequence[str]) -> dict[str, Any]
         moved = relayout(parts, wanted)
         found |= {f"{path}:{kind}" if kind else path: x for path, x in moved.items()}
     return found
+
+
+def _check_stacks(kinds: Mapping[str, Mapping[str, Any]], paths: Sequence[str]) -> None:
+    """Refuses to join layers that are compressed in different ways.
+
+    Raises:
+      ValueError: with the path of the stack.
+    """
+    layers = [
+        (kind, layer) for kind, parts in kinds.items() for p in parts if (layer := layer_of(p))
+    ]
+    for path in paths:
+        of = [(kind, number) for kind, (number, stack) in layers if stack == path]
+        each = {kind: sum(k == kind for k, _ in of) for kind, _ in of}
+        if each and set(each.values()) != {len({number for _, number in of})}:
+            raise ValueError(
+                f"{path}: its layers are compressed in different ways and are to be one array "
+                "here; open it where layers are apart, as on a CPU"
+            )
 
 
 def _compressed(model: Model) -> Model:
@@ -272,23 +292,24 @@ def compress_run(
     opened = open_run(folder, mesh)
     params = opened.loaded.variables["params"]
     variant_name, transform = named_recipe(recipe, params)
-    if variant_name in PLAIN:
-        raise FwError(f"{recipe}: {variant_name!r} is what another variant is called; rename it")
     rows_by_domain = _rows_by_domain(opened, split, data)
     stats = calibrated(transform, _outputs(opened), params, _examples(opened, transform, data))
     with replacing(opened.folder / COMPRESSED / variant_name) as part:
         try:
             small, leaves = transform(params, stats)
-        except ValueError as error:
+            changed = [leaf for leaf in leaves if not leaf.applied.startswith("kept")]
+            if not changed:
+                raise ValueError("it changes no leaf")
+            trees = {"f32": params, variant_name: small}
+            arrays = {name: compress.to_arrays(gather(tree)) for name, tree in trees.items()}
+            _try(opened, small, rows_by_domain)
+        except (ValueError, TypeError, NotImplementedError) as error:
             raise FwError(f"{opened.folder / MODEL}: recipe {recipe}: {error}") from error
-        trees = {"f32": params, variant_name: small}
-        arrays = {name: compress.to_arrays(gather(tree)) for name, tree in trees.items()}
         write_tensors(part / WEIGHTS, arrays[variant_name])
         run.write_json(part / RECIPE, transform.data())
         cost = [{**dataclasses.asdict(leaf), "error": float(leaf.error)} for leaf in leaves]
         run.write_json(part / REPORT, {"leaves": cost})
 
-    changed = [leaf for leaf in leaves if leaf.bytes_after != leaf.bytes_before]
     before, after = (sum(getattr(r, f"bytes_{k}") for r in changed) for k in ("before", "after"))
     worst = max(float(leaf.error) for leaf in changed)
     shrunk = f"{before / 1e6:.2f} MB → {after / 1e6:.2f} MB ({after / before:.3f})"
@@ -308,18 +329,31 @@ def _outputs(opened: Opened) -> Callable[[Any, Any], Any]:
     return lambda params, batch: opened.model.apply({"params": params, **rest}, batch)[0]
 
 
+def _try(opened: Opened, small: Any, rows_by_domain: Mapping[str, AnyRows]) -> None:
+    """Traces the function with the compressed parameters, before they take anyone's place."""
+    rows = next(iter(rows_by_domain.values()))
+    batch = next(iter(eval_batches(rows.arrays, opened.recipe.batch, empty=rows.empty)))
+    with scope(opened.mesh, opened.rules):
+        jax.eval_shape(
+            compress.apply(_outputs(opened)), small, put(batch, opened.mesh, opened.rules)
+        )
+
+
 def _examples(opened: Opened, transform: compress.Transform, data: str) -> Iterator[Any]:
     """Batches of the training split, as evaluation has them, if the transform looks at any."""
     if not transform.observes() and not transform.hessians():
         return
-    left = CALIBRATION
-    for rows in _rows_by_domain(opened, "train", data).values():
-        for batch in eval_batches(rows.arrays, opened.recipe.batch, empty=rows.empty):
-            if left <= 0:
-                return
-            left -= opened.recipe.batch
-            with scope(opened.mesh, opened.rules):
-                yield put(batch, opened.mesh, opened.rules)
+    by_domain, size = _rows_by_domain(opened, "train", data), opened.recipe.batch
+    each = max(1, CALIBRATION // size // len(by_domain))
+    for rows in by_domain.values():
+        # From all over the split, and whole batches: what fills one up is no example.
+        count = max(1, len(next(iter(rows.arrays.values()))) // size)
+        wanted = min(each, count)
+        chosen = {i * count // wanted for i in range(wanted)}
+        for i, batch in enumerate(eval_batches(rows.arrays, size, empty=rows.empty)):
+            if i in chosen:
+                with scope(opened.mesh, opened.rules):
+                    yield put(batch, opened.mesh, opened.rules)
 
 
 def export_run(folder: str | Path, *, name: str = "f32", output: str | Path | None = None) -> Path:

@@ -246,6 +246,40 @@ def test_a_quantised_base(llama, tmp_path):
         hub.attach(attached, adapter)
 
 
+@pytest.mark.usefixtures("quickly_compiled")
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("name", ["llama", "modernbert"])
+def test_some_layers_come_back(tmp_path, name, dora):
+    """An adapter of one layer of a stack, attached and detached, is the same in the files."""
+    base = make(tmp_path / "base", MODELS[name])
+    modules = modules_of(base, {"llama": ["q_proj"], "modernbert": ["Wqkv"]}[name])[1:]
+    ends = [module.split(".")[-1] for module in modules][:1]
+    folder = adapt(tmp_path / "a", base, ends, modules, layers_to_transform=[1], use_dora=dora)
+    loaded = load(base)
+    attached = hub.attach(loaded, hub.load_adapter(folder, loaded))
+    plain, detached = hub.detach(attached)
+    assert [target.module for target in detached.targets] == modules
+    hub.save_adapter(tmp_path / "again", plain, detached)
+    again = hub.attach(loaded, hub.load_adapter(tmp_path / "again", loaded))
+    jax.tree.map(np.testing.assert_array_equal, again.variables, attached.variables)
+    weights = "adapter_model.safetensors"
+    assert (tmp_path / "again" / weights).read_bytes() == (folder / weights).read_bytes()
+
+    if name == "modernbert":  # a part with an A of its own: the layer's is all of them
+        attention = attached.variables["params"]["stack"]["layers"]["attention"]
+        leaf = attention["query"]["kernel"]
+        attention["query"]["kernel"] = dataclasses.replace(leaf, a=2 * leaf.a)
+        plain, detached = hub.detach(attached)
+        assert [target.module for target in detached.targets] == modules
+        hub.save_adapter(tmp_path / "joined", plain, detached)
+        merged = hub.merge(loaded, hub.load_adapter(tmp_path / "joined", loaded)).variables
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6),
+            merged,
+            compress.merge(attached.variables),
+        )
+
+
 def test_detach_refuses(llama):
     loaded = load(llama)
     for chosen, message in (
@@ -255,6 +289,12 @@ def test_detach_refuses(llama):
         tree, _ = compress.lora(chosen)(loaded.variables)
         with pytest.raises(FwError, match=message):
             hub.detach(dataclasses.replace(loaded, variables=tree))
+    tree, _ = compress.lora({"params/**/query/kernel": 2})(loaded.variables)
+    leaf = tree["params"]["stack"]["layers"]["attention"]["query"]["kernel"]
+    leaf = dataclasses.replace(leaf, scaling=0 * leaf.scaling)
+    tree["params"]["stack"]["layers"]["attention"]["query"]["kernel"] = leaf
+    with pytest.raises(FwError, match="query/kernel: the scale of its adapter is 0, as that of"):
+        hub.detach(dataclasses.replace(loaded, variables=tree))
 
 
 # --- forms of a folder ----------------------------------------------------------------------------

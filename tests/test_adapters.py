@@ -449,6 +449,66 @@ def test_a_table_of_words_that_gives_scores():
     close(run(rows["w"], x), np.stack([x[0] @ wants[1], x[1] @ wants[0]]))
 
 
+TABLES: dict[str, Scheme] = {
+    "int8": Scheme("int8"),
+    "int8, weight only": Scheme("int8", activations="float"),
+    "int8 per tensor": Scheme("int8", per="tensor", activations="float"),
+    "int4 per 8": Scheme("int4", per=8, symmetric=False),
+    "mxfp8": Scheme("mxfp8"),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_of_codes_becomes_codes_of_its_form(name):
+    """[words, features]: the scale of a word, or of features in a row, not of a feature."""
+    scheme, table = TABLES[name], normal(0, 32, 64)
+    base = fit(table, scheme, "table")
+    adapter = Adapter(normal(1, 64, 2), normal(2, 2, 32) / 8, turned=True)
+    tree = attach({"w": base}, {"w": adapter})
+    again = merge(tree, requantize=True)["w"]
+    assert scheme_of(again, "table") == scheme_of(base, "table") == scheme
+    same_bits(again, fit(merge(tree)["w"], scheme, "table"))
+    assert jax.tree.map(jnp.shape, again) == jax.tree.map(jnp.shape, base)
+    want = np.asarray(base.dense()) + (np.asarray(adapter.a) @ np.asarray(adapter.b)).T
+    assert np.linalg.norm(again.dense() - want) < 0.1 * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_layers_of_scale_0_keep_their_lengths(turned):
+    """Whatever their m is: it is not in files, and so no gradient may move it."""
+    w, m = W.swapaxes(-1, -2) if turned else W, np.abs(normal(3, L, 1, N_OUT))
+    scaling = np.array([0.5, 0, 2], np.float32).reshape(L, 1, 1)
+    adapter = Adapter(normal(1, L, N_IN, R) / 8, normal(2, L, R, N_OUT) / 8, scaling, m, turned)
+    tree = attach({"w": w}, {"w": adapter})
+    new = W + scaling * (np.asarray(adapter.a) @ np.asarray(adapter.b))
+    want = new * (m / np.linalg.norm(new, axis=-2, keepdims=True))
+    want[1] = W[1]
+    plain = merge(tree)["w"]
+    close(plain.swapaxes(-1, -2) if turned else plain, want)
+    trainable, frozen = partition(tree)
+
+    def run(w, x):
+        return jnp.einsum("bi,loi->lbo" if turned else "bi,lio->lbo", x, w)
+
+    close(compress.apply(run)(tree["w"], X), np.einsum("bi,lio->lbo", X, want))
+    for loss in (
+        lambda t: jnp.sum(compress.apply(run)(combine(t, frozen)["w"], X) ** 2),
+        lambda t: jnp.sum(merge(combine(t, frozen))["w"] ** 3),
+    ):
+        slope = jax.grad(loss)(trainable)["w"]
+        for part in (slope.a, slope.b, slope.magnitude):
+            assert [bool(np.any(layer)) for layer in part] == [True, False, True]
+
+
+def test_alphas():
+    """A rule's before the transform's, and the rank where neither says one."""
+    rules = {"a": {"rank": 2, "alpha": 8}, "b": 2}
+    params = {"a": W[0], "b": W[0]}
+    for alpha, want in ((None, 1), (6, 3)):
+        tree, _ = lora(rules, alpha=alpha)(params)
+        assert [float(tree[name].scaling[0, 0]) for name in "ab"] == [4, want]
+
+
 def test_a_bfloat16_base():
     w = trained("dense", jnp.asarray(W, jnp.bfloat16))
     assert (w.dtype, w.a.dtype, w.b.dtype) == (jnp.bfloat16, jnp.float32, jnp.float32)
@@ -594,7 +654,14 @@ REFUSED: dict[str, Any] = {
     "no such path": (lambda: lora({"v/*": 2})(TREE), "rule 'v/\\*' matches no path"),
     "rank 0": (lambda: lora({"w": 0}), "rule 'w': rank 0: expected a whole number"),
     "true": (lambda: lora({"w": True}), "rank True: expected a whole number"),
-    "alpha": (lambda: lora({"w": {"rank": 2, "alpha": -1}}), "alpha -1: expected a number"),
+    "alpha": (
+        lambda: lora({"w": {"rank": 2, "alpha": -1}}),
+        "rule 'w': alpha -1: expected a finite number of more than 0",
+    ),
+    "alpha 0": (lambda: lora({"w": 2}, alpha=0), "^lora: alpha 0: expected a finite number"),
+    "negative alpha": (lambda: lora(2, alpha=-1), "^lora: alpha -1: expected a finite number"),
+    "endless alpha": (lambda: lora(2, alpha=float("nan")), "^lora: alpha nan: expected a finite"),
+    "alpha as text": (lambda: lora(2, alpha="8"), "^lora: alpha '8': expected a finite number"),  # type: ignore[arg-type]
     "a word": (lambda: lora({"w": {"r": 2}}), "expected a rank, 'train', 'keep', or a mapping"),
     "too high": (lambda: lora({"w": 33})(TREE), r"^w: .*rank 33 is more than the smaller side"),
     "integers": (lambda: lora({"ids": "train"})(TREE), "^ids: .*int32 is not floating"),
@@ -612,11 +679,21 @@ REFUSED: dict[str, Any] = {
     "shape of B": (lambda: attach(TREE, {"w": Adapter(A, B.T)}), r"^w: b of .*expected \[2, 32\]"),
     "magnitude": (lambda: attach(TREE, {"w": Adapter(A, B, 1.0, B)}), "^w: magnitude of the adapt"),
     "whole": (lambda: attach(TREE, {"w": A}), r"^w: \[64, 2\] cannot take the place of an array"),
+    "on integers": (
+        lambda: attach({"w": np.ones((N_IN, N_OUT), np.int32)}, {"w": Adapter(A, B)}),
+        r"^w: is int32\[64, 32\]; adapters go on floats, or on a Quantized array",
+    ),
+    "whole, of integers": (lambda: attach(TREE, {"ids": np.ones(3)}), r"^ids: is int32\[3\]; ada"),
+    "on a learned leaf": (
+        lambda: attach(qat("int8")({"kernel": W[0]})[0], {"kernel": Adapter(A, B)}),
+        r"^kernel: is Learned\(float32\[64, 32\]\); adapters go on floats",
+    ),
     "attached twice": (lambda: attach(adapted(), {"w": Adapter(A, B)}), "^w: is adapted already"),
     "codes": (
         lambda: unmerge({"w": fit(W[0], "int8")}, {"w": Adapter(A, B)}),
         "^w: cannot be unmerged, for codes are rounded",
     ),
+    "none to stack": (lambda: stack_adapters([]), "^stack_adapters: expected one tree or more"),
     "other bases": (
         lambda: stack_adapters([adapted(), lora({"w": 2})({**TREE, "bias": W[0, 1]})[0]]),
         "^bias: is not the same in all trees",

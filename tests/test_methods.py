@@ -524,6 +524,83 @@ def test_bad_statistics_name_the_leaf(make, option):
         make({"**": option})({"words": {"embedding": jnp.ones((32, 16))}}, {})
 
 
+def stacked_case():
+    """Two kernels, of which the second met zeros only."""
+    x, w = problem(15, 32, 8)
+    met_rows = jnp.stack([jnp.asarray(x), jnp.zeros_like(x)])
+    params = {"experts": {"kernel": jnp.stack([jnp.asarray(w)] * 2)}}
+    return params, {"experts/kernel": measure(met_rows, channels=1, stack=1, hessian=True)}
+
+
+@pytest.mark.parametrize("calibration", ["absmax", "percentile:99", "mse"])
+@pytest.mark.parametrize("make", [quantize, gptq, awq])
+def test_a_static_scale_of_nothing_is_refused(make, calibration):
+    params, stats = stacked_case()
+    option = {"format": "int8", "role": "kernel", "calibration": calibration}
+    t = make({"**/kernel": {**option, "activations": "static"}})
+    with pytest.raises(
+        ValueError, match="experts/kernel: .*1 of 2 arrays of its stack met no rows"
+    ):
+        t(params, stats)
+    make({"**/kernel": option})(params, stats)  # of dynamic ones nothing must be known
+    # Of traced statistics nobody can tell: scales are positive.
+    scale = jax.jit(lambda s: t(params, s)[0]["experts"]["kernel"].act_scale)(stats)
+    assert np.all(np.asarray(scale) > 0)
+
+
+def test_a_percentile_of_zeros_is_refused():
+    x = jnp.zeros((100, 4)).at[0].set(1.0)
+    t = quantize({"*": Scheme(activations="static", calibration="percentile:90", role="kernel")})
+    with pytest.raises(ValueError, match="kernel: .*1 of 1 arrays"):
+        t({"kernel": jnp.ones((4, 2))}, {"kernel": measure(x, channels=1)})
+
+
+def test_static_activations_need_statistics_of_the_leaf():
+    t = quantize({"**/kernel": Scheme(activations="static")})
+    with pytest.raises(ValueError, match="dense/kernel: quantize: .*of 16 channels"):
+        t(PARAMS, {"dense/kernel": seen(X[:, :16])})
+    with pytest.raises(ValueError, match="dense/kernel: quantize: it met no rows"):
+        t(PARAMS, but(rows=jnp.float32(0)))
+
+
+def test_statistics_of_a_prepared_leaf_are_of_that_preparation():
+    def model(p, x):
+        return x @ p["dense"]["kernel"]
+
+    def stats_of(params):
+        return observe(apply(model), hessians=["**"])(params, jnp.asarray(X))[1]
+
+    rules: Any = {"**/kernel": {"format": "int8", "activations": "static"}}
+    scaled, _ = smooth({"**/kernel": 0.5})(PARAMS, STATS)
+    turned, _ = rotate({"**/kernel": 16})(scaled)
+    of_scaled, of_turned = stats_of(scaled), stats_of(turned)
+    assert of_scaled["dense/kernel"].prepared == "scaled"
+    assert of_turned["dense/kernel"].prepared == "scaled, rotated by 16 along axis -2"
+    assert stats_of(PARAMS)["dense/kernel"].prepared == ""
+    # As it was prepared, its scale is the same by either statistics.
+    a, b = (quantize(rules)(scaled, s)[0]["dense"]["kernel"] for s in (STATS, of_scaled))
+    np.testing.assert_allclose(a.act_scale, b.act_scale, rtol=1e-6)
+    gptq({"**/kernel": SMALL})(turned, of_turned)
+    other, _ = rotate({"**/kernel": 8})(scaled)
+    for params in (turned, PARAMS):
+        with pytest.raises(
+            ValueError, match="dense/kernel: .*of a leaf that was scaled, and it is"
+        ):
+            gptq({"**/kernel": SMALL})(params, of_scaled)
+    with pytest.raises(ValueError, match="dense/kernel: .*and it is scaled, rotated by 8"):
+        gptq({"**/kernel": SMALL})(other, of_turned)
+    for t in (smooth({"**/kernel": 0.5}), awq({"**/kernel": SMALL})):
+        with pytest.raises(ValueError, match="dense/kernel: .*of what meets a leaf that is scaled"):
+            t(scaled, of_scaled)
+
+
+def test_a_hessian_that_cannot_be_factored_is_told_from_broken_statistics():
+    # Finite, but indefinite by far more than damping ever adds.
+    bad = jnp.diag(jnp.full(32, 1.0)).at[0, 1].set(1e9).at[1, 0].set(1e9)
+    with pytest.raises(ValueError, match="dense/kernel: its Hessian could not be factored"):
+        gptq({"**/kernel": SMALL})(PARAMS, but(hessian=bad))
+
+
 def test_what_cannot_follow_what_is_refused():
     turned, _ = rotate({"**/kernel": 16})(PARAMS)
     with pytest.raises(ValueError, match=r"dense/kernel: .*put smooth before rotate"):
@@ -560,6 +637,13 @@ def test_what_cannot_follow_what_is_refused():
         (lambda: gptq({"a": "int4"}, order="best"), "order='best'"),
         (lambda: awq({"a": "int5"}), "format 'int5'"),
         (lambda: awq({"a": "int4"}, steps=0), "steps=0"),
+        (
+            lambda: quantize({"a": {"calibration": "percentil:9"}}),
+            "method 'percentil:9' is unknown",
+        ),
+        (lambda: Scheme(calibration="percentile:0"), "above 0 and up to 100"),
+        (lambda: Scheme("e4m3", activations="static", calibration="mse"), "rounds .* to e4m3"),
+        (lambda: Scheme("e4m3", activations="static", calibration="entropy"), "rounds .* to e4m3"),
         (lambda: rotate({"*/*": 64})(PARAMS), "dense/kernel: .*blocks of 64 do not divide; .*32"),
         (lambda: rotate({"*": "auto"})({"kernel": jnp.ones((7, 2))}), "kernel: .*7 elements"),
     ],

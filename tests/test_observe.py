@@ -16,9 +16,9 @@ from jax.sharding import PartitionSpec as P
 
 import compress
 from compress.arrays import Quantized
-from compress.histogram import BINS, EDGES, counts
+from compress.histogram import BINS, EDGES, counts, lane_of
 from compress.observe import check, merge, observe, threshold
-from compress.observed import measure
+from compress.observed import measure, measure_groups
 from compress.transform import named_leaves
 from fw.models.bert import BertConfig, bert
 from fw.models.llama import LlamaConfig, llama
@@ -630,6 +630,36 @@ def test_a_leaf_that_is_used_in_two_ways_is_refused():
     fn = observe(lambda p, x: (x @ p["w"]) @ p["w"].T)
     with pytest.raises(ValueError, match=r"w: met in a dot over its axes \(-2,\) and .* \(-1,\)"):
         jax.eval_shape(fn, {"w": jnp.ones((6, 4))}, X)
+
+
+def test_branches_that_use_a_leaf_in_two_ways_are_refused():
+    fn = observe(lambda p, x: lax.cond(x[0, 0] > 0, lambda: x @ p["w"], lambda: x @ p["w"].T))
+    with pytest.raises(ValueError, match=r"w: met in a dot over its axes \(-2,\) and .* \(-1,\)"):
+        jax.eval_shape(fn, {"w": jnp.ones((6, 6))}, X)
+
+
+def test_marked_leaves_are_seen_under_their_own_names():
+    params = {"head": compress.Trained(jnp.ones((6, 2)))}
+    fn = compress.apply(lambda p, x: x @ p["head"])
+    equal(jax.jit(observe(fn, hessians=["head"]))(params, X)[1]["head"], seen_np(X))
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_histograms_count_on_where_one_float_stops(grouped):
+    rows, channels = 4097 * 32, 128  # 2²⁴ + 4096 zeros, of one bin
+    shape = (rows * channels, 1)
+    if grouped:
+        sizes = jnp.array([shape[0]], jnp.int32)
+        got = jax.jit(lambda: measure_groups(jnp.zeros(shape), sizes).histogram[0, 0])()
+    else:
+        got = jax.jit(lambda: counts(jnp.zeros(shape))[0])()
+    assert float(got) == rows * channels == 16781312
+
+
+@pytest.mark.parametrize(("shape", "lanes"), [((7, 3, 1), 32), ((5, 40), 32), ((6,), 5)])
+def test_lanes_are_equally_long(shape, lanes):
+    want = np.arange(np.prod(shape)).reshape(shape) % lanes
+    np.testing.assert_array_equal(lane_of(shape, lanes), want)
 
 
 def test_broken_values_are_counted_and_named():

@@ -334,6 +334,41 @@ def test_forty_leaves_are_solved_as_by_a_table_of_all_sizes(seed):
     assert value[each, near].sum() <= 1.1 * least.min()
 
 
+def hard(seed):
+    """Lists for which the first sweep, of one partial choice, is far from the best."""
+    rng = np.random.default_rng(seed)
+    value, cost = rng.random((7, 4)).round(2) + 0.01, rng.integers(1, 30, (7, 4))
+    budget = int(cost.min(1).sum() * 1.6)
+    return value, cost, budget
+
+
+@pytest.mark.parametrize("tolerance", [0.2, 1.0, 3.0])
+def test_a_tolerance_is_of_the_least_value(tolerance, monkeypatch):
+    monkeypatch.setattr("compress.knapsack.WIDTHS", (1, 262_144))
+    off = []
+    for seed in range(40):
+        value, cost, budget = hard(seed)
+        args = value, cost[None].astype(float), np.array([float(budget)])
+        least, near = (solve(*args, tolerance=t) for t in (0.0, tolerance))
+        assert least is not None and near is not None
+        each = np.arange(7)
+        off.append(value[each, near].sum() / value[each, least].sum())
+    assert 1 < max(off) <= 1 + tolerance + 1e-9
+
+
+def test_a_tolerance_does_not_hide_what_keeps_the_budgets(monkeypatch):
+    monkeypatch.setattr("compress.knapsack.WIDTHS", (1, 262_144))
+    hidden = 0
+    for seed in range(40):
+        value, cost, budget = hard(seed)
+        t, _ = problem(cost.tolist(), value.tolist(), value.tolist())
+        least = search(t, max_bytes=budget).damage
+        hidden += search(t, max_bytes=budget, tolerance=1.0).damage > least
+        kept = search(t, max_bytes=budget, max_damage=least, tolerance=1.0)
+        assert kept.damage == least and kept.bytes <= budget
+    assert hidden  # there were some
+
+
 def test_the_faster_is_preferred_under_a_budget_of_time():
     # c1 does the least damage and c0 is the fastest; of layer1 all are as fast.
     t, times = problem(
@@ -489,6 +524,7 @@ SQUARE, ROWS = (8, 8), (5, 8)
         (tied, (20, 8), np.arange(6), [(1, (6, 8)), (1, (6, 20))]),
         (convolved, (3, 3, 4, 6), (2, 5, 5, 4), [(1, (2, 5, 5, 6))]),
         (lambda w, x: x * w[0], SQUARE, ROWS, []),
+        (lambda w, x: jax.lax.ragged_dot(x, w, jnp.array([2, 3])), (2, 8, 8), ROWS, []),
     ],
 )
 def test_products_are_found_as_often_as_they_run(fn, shape, x, want):

@@ -239,7 +239,7 @@ def _compression(weights: Mapping[str, np.ndarray], report: Sequence["Record"]) 
         "report": [
             dataclasses.asdict(r) | {"error": float(r.error)}
             for r in report
-            if r.bytes_after != r.bytes_before
+            if not r.applied.startswith("kept")
         ],
     }
 

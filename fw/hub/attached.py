@@ -9,6 +9,7 @@ says what trains. `merge` makes plain parameters of it.
 """
 
 import dataclasses
+import functools
 import json
 from collections import Counter
 from collections.abc import Mapping
@@ -68,13 +69,11 @@ def attach(loaded: Loaded, adapter: Adapter) -> Loaded:
     """
     leaves = dict(named_leaves(loaded.variables)[0])
     found: dict[str, Any] = {}
-    missing: dict[str, np.ndarray] = {}
     for path, own in by_parameter(adapter.targets).items():
         a, b = adapter.pairs[path]
         scaling = np.zeros((*a.shape[:-2], 1, 1), np.float32)
-        adapted = np.zeros(scaling.shape, bool)
         for target, name in own:
-            scaling[name.entry], adapted[name.entry] = target.scale, True
+            scaling[name.entry] = target.scale
         turned, leaf = not own[0][1].transposed, leaves.get(PARAMS + path)
         ends = (a.shape[-2], b.shape[-1])
         expected = (*a.shape[:-2], *(ends[::-1] if turned else ends))
@@ -85,8 +84,6 @@ def attach(loaded: Loaded, adapter: Adapter) -> Loaded:
                 "no other on it"
             )
         lengths = adapter.magnitudes.get(path)
-        if lengths is not None and not adapted.all():
-            missing[PARAMS + path] = np.swapaxes(adapted, -1, -2) if turned else adapted
         found[PARAMS + path] = adapter_trees.Adapter(a, b, scaling, lengths, turned)
     for path, head in adapter.heads.items():
         if (shape := _shape(leaves.get(PARAMS + path))) != head.shape:
@@ -96,23 +93,12 @@ def attach(loaded: Loaded, adapter: Adapter) -> Loaded:
         variables = adapter_trees.attach(loaded.variables, found)
     except ValueError as error:
         raise FwError(str(error)) from None
-    if missing:
-        pairs, structure = named_leaves(variables)
-        kept = [_filled(leaf, missing[path]) if path in missing else leaf for path, leaf in pairs]
-        variables = jax.tree.unflatten(structure, kept)
     fresh = tuple(path for path in loaded.fresh if path not in adapter.heads)
     return dataclasses.replace(loaded, variables=variables, fresh=fresh)
 
 
 def _shape(leaf: Any) -> tuple[int, ...]:
     return () if leaf is None else tuple(leaf.shape)
-
-
-@jax.jit
-def _filled(leaf: LoRA, adapted: jax.Array) -> LoRA:
-    """Layers of a stack that are not adapted keep the lengths that their columns have."""
-    assert leaf.magnitude is not None
-    return dataclasses.replace(leaf, magnitude=jnp.where(adapted, leaf.magnitude, leaf.norm()))
 
 
 def merge(loaded: Loaded, adapter: Adapter | None = None) -> Loaded:
@@ -134,7 +120,8 @@ def detach(loaded: Loaded, *, base: str | None = None) -> tuple[Loaded, Adapter]
     """Take off what was trained: the model without it, and an adapter for `save_adapter`.
 
     Several parameters may be one layer in the files, whose parts have one A. Where theirs differ,
-    the layer's A is all of them, side by side, and its B has a block for each.
+    the layer's A is all of them, side by side, and its B has a block for each. Layers of a stack
+    whose scale is 0 are not adapted: the adapter lacks them.
 
     Args:
       loaded: with `LoRA` and `Trained` leaves, of `attach` or of `compress.lora`.
@@ -166,8 +153,16 @@ def detach(loaded: Loaded, *, base: str | None = None) -> tuple[Loaded, Adapter]
     for module, names in sorted(layers.items()):
         if names[0].path in sides:
             rank = sides[names[0].path].a.shape[-1]
+            # One for all names, as `_sides` leaves it.
             scale = float(scales[names[0].path][names[0].entry].reshape(()))
-            targets.append(Target(module, names, rank, scale))
+            if scale != 0:
+                targets.append(Target(module, names, rank, scale))
+    if not targets:
+        raise FwError(
+            f"{min(low)}: the scale of its adapter is 0, as that of all others, and the files have "
+            "no such layers; the model is its base"
+        )
+    sides = {path: sides[path] for path in by_parameter(targets)}
     saved = {tensor.rpartition(".")[0] for tensor, name in heads.items() if name.path in whole}
     kept = {name.path for tensor, name in heads.items() if inside(tensor, sorted(saved))}
     if strange := sorted(whole.keys() - kept):
@@ -225,7 +220,9 @@ def _joined(
     there = [part for part in parts if part is not None]
     wide = jnp.concatenate([jnp.asarray(part.a) for part in there], -1)
     lengths = any(part.magnitude is not None for part in there)
-    ones = jnp.ones((*wide.shape[:-2], 1, 1), jnp.float32)
+    # The scales are in B; 0 stays for layers of a stack that no part adapts.
+    adapted = functools.reduce(jnp.logical_or, [jnp.asarray(part.scaling) != 0 for part in there])
+    scaling = jnp.broadcast_to(adapted, (*wide.shape[:-2], 1, 1)).astype(jnp.float32)
     found, start = [], 0
     for part, leaf in zip(parts, leaves, strict=True):
         rank, rows = (0, None) if part is None else (part.a.shape[-1], part)
@@ -233,12 +230,14 @@ def _joined(
         magnitude = None
         if rows is not None:
             b = b.at[..., start : start + rank, :].set(jnp.asarray(rows.b) * rows.scaling)
-            magnitude = rows.magnitude
-        if lengths and magnitude is None:
+        if lengths:
             own = b if rows is None else jnp.matmul(wide, b, precision=jax.lax.Precision.HIGHEST)
             changed = floats(leaf) if rows is None else floats(leaf) + own
             magnitude = jnp.linalg.norm(changed, axis=-2, keepdims=True)
-        found.append(adapter_trees.Adapter(wide, b, ones, magnitude))
+            if rows is not None and rows.magnitude is not None:
+                moved = jnp.asarray(rows.scaling) != 0
+                magnitude = jnp.where(moved, rows.magnitude, magnitude)
+        found.append(adapter_trees.Adapter(wide, b, scaling, magnitude))
         start += rank
     return found
 
