@@ -196,7 +196,8 @@ def stack_adapters(trees: Sequence[Any]) -> Any:
         several = next((x for x in leaves if isinstance(x, LoRA) and x.adapters > 1), None)
         if several is not None:
             raise ValueError(f"{path}: {describe(several)} is stacked already")
-        new.append(_stacked(leaves) if any(isinstance(x, LoRA) for x in leaves) else leaves[0])
+        joined = len(leaves) > 1 and any(isinstance(x, LoRA) for x in leaves)
+        new.append(_stacked(leaves) if joined else leaves[0])
     return jax.tree.unflatten(treedef, new)
 
 

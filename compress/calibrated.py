@@ -99,7 +99,7 @@ def unscaled(leaf: Any, scheme: Scheme, observed: Observed) -> str:
     >>> from compress.observed import measure
     >>> seen = measure(jnp.array([[[1.0, 2.0]], [[0.0, 0.0]]]), channels=1, stack=1)
     >>> unscaled(jnp.ones((2, 2, 3)), Scheme(activations="static", role="kernel"), seen)
-    '1 of 2 arrays of its stack met no rows in calibration, or zeros only, so that their static ...'
+    "1 of 2 arrays of its stack met no rows in calibration, or zeros only, so that their static ..."
     """
     if scheme.activations != "static" or isinstance(observed.absmax, Tracer):
         return ""

@@ -96,8 +96,8 @@ class Scheme:
         equal_steps = method in ("mse", "entropy")
         if equal_steps and self.activations == "static" and row.activations != "int8":
             raise ValueError(
-                f"calibration={self.calibration!r}: it weighs the equal steps of int8, and "
-                f"{self.format} rounds activations to {row.activations}; use 'absmax' or 'percentile'"
+                f"calibration={self.calibration!r}: it weighs equal steps, and {self.format} "
+                f"rounds activations to {row.activations}; use 'absmax' or 'percentile'"
             )
         if self.activations != FLOAT and group:
             raise ValueError(

@@ -255,7 +255,7 @@ def test_some_layers_come_back(tmp_path, name, dora):
     modules = modules_of(base, {"llama": ["q_proj"], "modernbert": ["Wqkv"]}[name])[1:]
     ends = [module.split(".")[-1] for module in modules][:1]
     folder = adapt(tmp_path / "a", base, ends, modules, layers_to_transform=[1], use_dora=dora)
-    loaded = load(base)
+    loaded = load(base, scan=True)
     attached = hub.attach(loaded, hub.load_adapter(folder, loaded))
     plain, detached = hub.detach(attached)
     assert [target.module for target in detached.targets] == modules
