@@ -7,28 +7,28 @@ Transforms such as `quantize` replace chosen leaves of a parameter tree by compr
 from compress.adapter_trees import Adapter, attach, choose, detach, stack_adapters
 from compress.adapters import LoRA, Trained
 from compress.arrays import Compressed, Quantized, dequantize, is_compressed, specs
-from compress.awq import awq
+from compress.awq_scales import awq
 from compress.calibrated import stats_specs
-from compress.gptq import gptq
+from compress.choice import Choice, search
+from compress.damage import Sensitivity, sensitivity
+from compress.gptq_solver import gptq
 from compress.histogram import threshold
 from compress.interpreter import apply
 from compress.latency import Times, measure
-from compress.lora import combine, lora, partition, trainable_share
-from compress.merge import merge, unmerge
-from compress.observe import Stats, observe
+from compress.learned import Learned, harden, qat
+from compress.merging import merge, unmerge
+from compress.nearest import quantize
 from compress.observed import Observed
 from compress.observed import check as check_stats
 from compress.observed import merge as merge_stats
+from compress.observing import Stats, observe
 from compress.prepare import rotate, smooth
-from compress.qat import Learned, harden, qat
-from compress.quantize import quantize
 from compress.recipe import dumps, loads
 from compress.scheme import Scheme, fit
-from compress.search import Choice, search
-from compress.sensitivity import Sensitivity, sensitivity
 from compress.serialize import from_arrays, to_arrays
+from compress.trainable import combine, lora, partition, trainable_share
 from compress.transform import Record, Transform, chain, match
-from compress.verify import Verified, verify
+from compress.verified import Verified, verify
 
 __all__ = [
     "Adapter",

@@ -63,7 +63,7 @@ def detach(params: Any) -> tuple[Any, dict[str, Any]]:
     Raises:
         ValueError: a leaf holds several adapters.
 
-    >>> from compress.lora import lora
+    >>> from compress.trainable import lora
     >>> params, _ = lora({"w": 2})({"w": jnp.eye(4)})
     >>> base, adapters = detach(params)
     >>> type(base["w"]).__name__, adapters["w"].a.shape
@@ -174,7 +174,7 @@ def stack_adapters(trees: Sequence[Any]) -> Any:
 
     Source: many adapters on one base, https://arxiv.org/abs/2311.03285.
 
-    >>> from compress.lora import lora
+    >>> from compress.trainable import lora
     >>> a, b = (lora({"w": r}, seed=r)({"w": jnp.eye(4)})[0] for r in (1, 2))
     >>> stack_adapters([a, b])["w"].a.shape
     (4, 4)
@@ -265,7 +265,7 @@ def choose(params: Any, ids: Any) -> Any:
             not there.
 
     >>> from compress import apply
-    >>> from compress.lora import lora
+    >>> from compress.trainable import lora
     >>> trees = [lora({"w": 1}, seed=seed)({"w": jnp.eye(2)})[0] for seed in range(3)]
     >>> params = choose(stack_adapters(trees), jnp.array([2, -1]))
     >>> apply(lambda p, x: x @ p["w"])(params, jnp.ones((2, 2))).shape

@@ -21,8 +21,8 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from compress.arrays import Quantized
 from compress.hadamard import rotate
 from compress.histogram import EDGES, parse_method, threshold
-from compress.observe import Observed, Stats
 from compress.observed import preparation
+from compress.observing import Observed, Stats
 from compress.scheme import Scheme, core, inputs, unfit
 from compress.transform import Leafwise
 

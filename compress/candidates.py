@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from compress.arrays import Quantized
-from compress.quantize import Quantize
+from compress.nearest import Quantize
 from compress.scheme import Scheme, as_scheme
 from compress.transform import KEEP, match, plain
 

@@ -22,7 +22,7 @@ from compress.calibrated import Calibrated, fixed, met, of_channels
 from compress.formats import FLOAT
 from compress.hadamard import largest_block
 from compress.hadamard import rotate as turn
-from compress.quantize import USUAL
+from compress.nearest import USUAL
 from compress.scheme import ROLES, Scheme, core, floats, inputs, role_of, unfit
 from compress.transform import Leafwise, Rules
 
@@ -187,7 +187,7 @@ def smooth(rules: Rules | Smoothing | float = 0.5) -> Smooth:
     Source: SmoothQuant, https://arxiv.org/abs/2211.10438, whose α is 0.5, and 0.8 to 0.9 for models
     with stronger outliers.
 
-    >>> from compress.observe import observe
+    >>> from compress.observing import observe
     >>> params = {"kernel": jnp.ones((2, 3))}
     >>> model = lambda p, x: x @ p["kernel"]
     >>> _, stats = observe(model)(params, jnp.array([[4.0, 1.0]]))

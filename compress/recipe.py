@@ -22,12 +22,12 @@ from compress.transform import Chain, Transform
 
 def kinds() -> dict[str, type[Transform]]:
     """Transforms by the name that recipes know them by."""
-    from compress.awq import Awq
-    from compress.gptq import Gptq
-    from compress.lora import Lora
+    from compress.awq_scales import Awq
+    from compress.gptq_solver import Gptq
+    from compress.learned import Harden, Qat
+    from compress.nearest import Quantize
     from compress.prepare import Rotate, Smooth
-    from compress.qat import Harden, Qat
-    from compress.quantize import Quantize
+    from compress.trainable import Lora
 
     every = (Chain, Quantize, Smooth, Rotate, Awq, Gptq, Qat, Harden, Lora)
     return {kind.name: kind for kind in every}

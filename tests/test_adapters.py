@@ -19,10 +19,10 @@ import compress
 from compress.adapter_trees import Adapter, attach, choose, detach, stack_adapters
 from compress.adapters import LoRA, Trained
 from compress.arrays import Quantized
-from compress.lora import Lora, combine, lora, partition, trainable_share
-from compress.merge import merge, scheme_of, unmerge
-from compress.qat import Learned, qat
+from compress.learned import Learned, qat
+from compress.merging import merge, scheme_of, unmerge
 from compress.scheme import Scheme, fit
+from compress.trainable import Lora, combine, lora, partition, trainable_share
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 L, N_IN, N_OUT, R = 3, 64, 32, 4

@@ -15,14 +15,14 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from compress import Scheme, apply, chain, quantize
-from compress.awq import awq, search, weighed
+from compress.awq_scales import awq, search, weighed
 from compress.calibrated import met, stats_specs, unmet
 from compress.formats import NF4
-from compress.gptq import factor, gptq, solve
+from compress.gptq_solver import factor, gptq, solve
 from compress.hadamard import matrix
 from compress.histogram import BINS
-from compress.observe import observe
 from compress.observed import Observed, measure
+from compress.observing import observe
 from compress.prepare import rotate, smooth
 from compress.scheme import grid, snapped
 

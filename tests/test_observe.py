@@ -17,8 +17,8 @@ from jax.sharding import PartitionSpec as P
 import compress
 from compress.arrays import Quantized
 from compress.histogram import BINS, EDGES, counts, lane_of
-from compress.observe import check, merge, observe, threshold
 from compress.observed import measure, measure_groups
+from compress.observing import check, merge, observe, threshold
 from compress.transform import named_leaves
 from fw.models.bert import BertConfig, bert
 from fw.models.llama import LlamaConfig, llama

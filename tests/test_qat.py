@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import compress
 from compress import Scheme, apply
-from compress.qat import Learned, harden, qat
+from compress.learned import Learned, harden, qat
 from compress.recipe import dumps, loads
 from tests.marks import slow
 

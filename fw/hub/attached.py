@@ -21,7 +21,7 @@ import numpy as np
 
 from compress import adapter_trees
 from compress.adapters import LoRA, floats
-from compress.merge import merge as merged
+from compress.merging import merge as merged
 from compress.transform import named_leaves
 from fw.errors import FwError
 from fw.hub.adapter import (

@@ -27,9 +27,9 @@ from compress.calibrated import (
     unfit_method,
     unknown_scale,
 )
-from compress.gptq import HIGHEST
+from compress.gptq_solver import HIGHEST
+from compress.nearest import finished, with_role
 from compress.prepare import scaled, unscalable, usual
-from compress.quantize import finished, with_role
 from compress.scheme import Scheme, as_scheme, fit, floats, grid, snapped
 from compress.transform import KEEP, Rules
 
@@ -120,7 +120,7 @@ def awq(rules: Rules | Scheme | str = "int4", *, steps: int = 20) -> Awq:
     Source: https://arxiv.org/abs/2306.00978, whose scales go into the layer before; here they stay
     with the array, so that nothing else changes.
 
-    >>> from compress.observe import observe
+    >>> from compress.observing import observe
     >>> params = {"kernel": jnp.array([[0.7, 0.1], [7.0, 7.0]])}
     >>> x = jnp.array([[9.0, 0.1], [8.0, 0.1]])
     >>> _, stats = observe(lambda p, x: x @ p["kernel"])(params, x)

@@ -30,7 +30,7 @@ def merge(params: Any, *, requantize: bool = False) -> Any:
     Raises:
         ValueError: a leaf holds several adapters.
 
-    >>> from compress.lora import lora
+    >>> from compress.trainable import lora
     >>> params, _ = lora({"w": 1})({"w": jax.numpy.eye(2), "bias": jax.numpy.zeros(2)})
     >>> merge(params)["w"]
     Array([[1., 0.], [0., 1.]], dtype=float32)

@@ -26,8 +26,8 @@ from jax.typing import ArrayLike
 from compress.arrays import Compressed, Quantized, describe, is_compressed, place_part
 from compress.blocks import spread
 from compress.formats import FLOAT
+from compress.nearest import USUAL, Quantize
 from compress.products import rounded
-from compress.quantize import USUAL, Quantize
 from compress.scheme import TINY, Grid, Scheme, assemble, coded, grid
 from compress.transform import Leafwise, Rules
 

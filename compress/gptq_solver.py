@@ -25,8 +25,8 @@ from jax import lax
 
 from compress.arrays import Quantized
 from compress.calibrated import Calibrated, matrices, met, unfit_method
+from compress.nearest import finished, with_role
 from compress.prepare import usual
-from compress.quantize import finished, with_role
 from compress.scheme import (
     Grid,
     Scheme,
@@ -141,7 +141,7 @@ def gptq(
     Source: https://arxiv.org/abs/2210.17323; "activation" with such scales is the "static" order of
     llm-compressor.
 
-    >>> from compress.observe import observe
+    >>> from compress.observing import observe
     >>> params = {"kernel": jnp.array([[0.9, 0.1], [0.2, 1.0]])}
     >>> x = jnp.array([[1.0, 0.9], [0.8, 1.0], [1.0, 1.0]])
     >>> _, stats = observe(lambda p, x: x @ p["kernel"], hessians=["kernel"])(params, x)

@@ -14,10 +14,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from compress.candidates import Figures, exactly, table
+from compress.damage import Sensitivity
 from compress.knapsack import solve
 from compress.latency import Times
-from compress.quantize import Quantize
-from compress.sensitivity import Sensitivity
+from compress.nearest import Quantize
 from compress.transform import Report, Transform
 
 

@@ -24,8 +24,8 @@ import numpy as np
 
 from compress.adapters import LoRA, Trained
 from compress.arrays import Quantized, describe, is_compressed
-from compress.qat import Learned
-from compress.quantize import USUAL
+from compress.learned import Learned
+from compress.nearest import USUAL
 from compress.scheme import role_of
 from compress.transform import Leafwise, Rules, named_leaves
 

@@ -7,10 +7,10 @@ from typing import Any
 import jax
 
 from compress.candidates import table
+from compress.choice import Choice
+from compress.damage import damage_by
 from compress.interpreter import apply
 from compress.latency import medians
-from compress.search import Choice
-from compress.sensitivity import damage_by
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ def verify(
         NotImplementedError: `fn` uses a leaf as no compressed array can be used.
 
     >>> import jax.numpy as jnp
-    >>> from compress.search import search
-    >>> from compress.sensitivity import sensitivity
+    >>> from compress.choice import search
+    >>> from compress.damage import sensitivity
     >>> params, x = {"kernel": jnp.eye(64)}, jnp.ones((8, 64))
     >>> fn = lambda p, x: x @ p["kernel"]
     >>> choice = search(sensitivity(fn, params, x, candidates=["int8", "keep"]), max_bytes=5000)
