@@ -94,8 +94,8 @@ def recipe(name: str, params: Any) -> tuple[str, compress.Transform]:
         )
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", path.stem) or path.stem in TAKEN:
         raise FwError(
-            f"{path}: its stem {path.stem!r} names what it makes, so it begins with a letter or a "
-            f"digit, goes on with those, '_', '-' and '.', and is none of {', '.join(TAKEN)}; rename it"
+            f"{path}: its stem {path.stem!r} is to name what it makes: letters, digits and, after "
+            f"the first, '_', '-' and '.', but none of {', '.join(TAKEN)}; rename it"
         )
     try:
         if path.stat().st_size > LIMIT:
