@@ -8,7 +8,7 @@
 | `data`, `processors`, `tasks`, `metrics` | things to batches; what is minimised and counted |
 | `optimizer`, `table_optimizer`, `step`, `train`, `evaluate`, `checkpoint` | training |
 | `generation` | text from a decoder |
-| `run`, `report`, `export`, `tiles`, `compare` | what is left behind |
+| `run`, `report`, `compression`, `export`, `tiles`, `compare` | what is left behind |
 | `host`, `options`, `cli`, `errors` | around it |
 
 `load`, `save` and `generate` are functions of these. A module is imported when it is first used, so
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         checkpoint,
         cli,
         compare,
+        compression,
         convolve,
         data,
         errors,
@@ -65,6 +66,7 @@ __all__ = [
     "checkpoint",
     "cli",
     "compare",
+    "compression",
     "convolve",
     "data",
     "errors",

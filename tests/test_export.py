@@ -365,7 +365,7 @@ def forge(folder, edit):
 
 
 FORGERIES = {
-    "another format": (lambda m: m.update(format=1), r"manifest\.json: format 1; this fw reads 2"),
+    "another format": (lambda m: m.update(format=1), r"manifest\.json: format 1; this fw reads 3"),
     "no format": (lambda m: m.pop("format"), r"manifest\.json: format None"),
     "a path upwards": (
         lambda m: m["files"].update({"../secret": {"bytes": 1, "sha256": ""}}),

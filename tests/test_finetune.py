@@ -260,16 +260,19 @@ def private(scratch, *folders):
 
 
 def test_whoever_reads_one_file_of_a_run_reads_them_all(compressed, tmp_path):
-    assert private(tmp_path, compressed, compressed / "model", compressed / "int8") == set()
+    assert (
+        private(tmp_path, compressed, compressed / "model", compressed / stages.COMPRESSED / "int8")
+        == set()
+    )
 
 
 def test_a_damaged_stage_is_named(compressed, tmp_path):
     copy = shutil.copytree(compressed, tmp_path / "run")
-    weights = copy / "int8" / "model.safetensors"
+    weights = copy / stages.COMPRESSED / "int8" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
     with pytest.raises(FwError, match=r"int8/model\.safetensors"):
         stages.evaluate_run(copy, name="int8")
-    shutil.rmtree(copy / "int8")
+    shutil.rmtree(copy / stages.COMPRESSED / "int8")
     with pytest.raises(FwError, match="fw compress"):
         stages.evaluate_run(copy, name="int8")
     shutil.rmtree(copy / "model")

@@ -469,7 +469,7 @@ def test_next_words_are_learnt_and_judged_as_plain_numpy_does(
     *found, last = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     assert last["next"][0]["token"] == "london" and last["tokens"] == 5
     small = json.loads((artifact / "manifest.json").read_text())["compression"]
-    kernels = {"f32": [], "bf16": small["bfloat16"], "int8": small["int8"]}[variant]
+    kernels = {"f32": [], "bf16": small["bfloat16"], "int8": small["formats"]}[variant]
     assert sum(name.startswith("params/stack/layers/") for name in kernels) == (
         0 if variant == "f32" else 7  # stacked ones, too
     )
