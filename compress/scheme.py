@@ -104,6 +104,8 @@ class Scheme:
                 f"activations={self.activations!r} with groups of {self.per}: a sum of integers "
                 "has one scale; use per='channel', or activations='float'"
             )
+        if type(self.symmetric) is not bool:
+            raise ValueError(f"symmetric={self.symmetric!r}: expected true or false")
         if not self.symmetric and not row.integer:
             raise ValueError(f"symmetric=False: {self.format} has no zero point; int8 and int4 do")
         if self.clip not in ("absmax", "mse"):

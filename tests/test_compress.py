@@ -422,6 +422,7 @@ BAD = {  # rules, and what is said of them
     ),
     "role": ({"**/0/kernel": {"format": "int8", "role": "colum"}}, "role='colum': expected one of"),
     "format": ({"**/kernel": "int7"}, "format 'int7': expected one of int8"),
+    "a word for false": ({"**/kernel": {"symmetric": "false"}}, "symmetric='false': expected true"),
     "field": ({"**/kernel": {"formt": "int8"}}, "unknown field 'formt'; expected format, per"),
     "rounding by groups": (
         {"**/kernel": {"format": "int8", "per": 8}},
