@@ -23,7 +23,7 @@ from jax import lax
 from compress.arrays import Quantized, describe
 from compress.backends import Conv, Dims, dispatch
 from compress.blocks import spread
-from compress.formats import FLOAT, FORMATS, bounds, decode, halves
+from compress.formats import FLOAT, FORMATS, bounds, decode, encode, halves
 from compress.hadamard import rotate
 from compress.scheme import TINY
 
@@ -71,9 +71,9 @@ def rounded_dot(
 
     s_m = max_k |x_mk| / 127,   y_mn = s_m · Σ_k round(x_mk / s_m) · codes_kn
 
-    Sums of int8 are exact up to `MOST_TERMS`. Codes have no derivative: that of float8, which JAX
-    would take for floats, is 0. The derivative is that of the
-    product itself: rounding counts as the identity (straight-through), clipping as what it is.
+    Sums of int8 are exact up to `MOST_TERMS`. The derivative is that of the product itself:
+    rounding counts as the identity (straight-through), clipping as what it is. Codes have none: that
+    of float8, which JAX takes for floats, is 0.
 
     Args:
         x: float32.
@@ -189,21 +189,19 @@ def dot(
 
     if w.pack is not None and w.ndim + w.pack in contract_w and w.activations == FLOAT:
         return _dot_of_halves(x, w, dims, dtype, precision)
-    scale, codes = w.multiplier(), None
+    scale = w.multiplier()
     on_columns = _shared(scale, contract_w) and _shared(w.zero, contract_w)
     on_rows = w.zero is None and scale is not None and _shared(scale, free_w)
     on_rows &= scale is not None and all(scale.shape[d] in (1, w.shape[d]) for d in contract_w)
     fits = math.prod(x.shape[d] for d in contract) <= MOST_TERMS
     if scale is not None and w.activations != FLOAT and fits and (on_columns or on_rows):
-        x, codes = x.astype(jnp.float32), w.codes()
+        x = x.astype(jnp.float32)
         if not on_columns:
             x = x * _along_x(scale, dims, x.ndim)
-        static = w.act_scale
-        if static is not None and not on_columns:
-            static = None  # it was found for activations without these scales
-        if static is not None:
-            static = _along_x(static, dims, x.ndim)
-        y, total = rounded_dot(x, codes, static, dims, w.activations)
+        # A static scale was found for activations without the scales that move to them.
+        static = w.act_scale if on_columns else None
+        static = None if static is None else _along_x(static, dims, x.ndim)
+        y, total = rounded_dot(x, w.codes(), static, dims, w.activations)
         if w.zero is not None:
             y = y - total * _columns(_full(w.zero, w, contract_w), contract_w, batch_w, leading)
         if on_columns:
@@ -351,7 +349,8 @@ def update(w: Quantized, new: jax.Array, starts: Sequence[Any]) -> Quantized:
         )
     high = bounds(FORMATS[w.format])[1]
     end = jnp.max(jnp.abs(new.astype(jnp.float32)), axis=tuple(axes), keepdims=True, initial=TINY)
-    codes, scale = _codes_of(new, end, high, w.format)
+    codes = encode(new.astype(jnp.float32) * (np.float32(high) / end), FORMATS[w.format])
+    scale = end * np.float32(1 / high)
     at = [0 if d in axes else s for d, s in enumerate(starts)]
     zero = jnp.zeros((), jnp.asarray(starts[0]).dtype)
     at = [zero if isinstance(s, int) else s for s in at]
@@ -360,10 +359,3 @@ def update(w: Quantized, new: jax.Array, starts: Sequence[Any]) -> Quantized:
         values=lax.dynamic_update_slice(w.values, codes, starts),
         scale=lax.dynamic_update_slice(w.scale, scale, at),
     )
-
-
-def _codes_of(new: jax.Array, end: jax.Array, high: float, kind: str) -> tuple[Any, Any]:
-    from compress.formats import encode
-
-    codes = encode(new.astype(jnp.float32) * (np.float32(high) / end), FORMATS[kind])
-    return codes, end * np.float32(1 / high)
