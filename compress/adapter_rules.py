@@ -20,6 +20,7 @@ from jax.typing import ArrayLike
 
 from compress.adapters import LoRA, dot
 from compress.arrays import Compressed, Quantized, describe
+from compress.rules import swapped
 
 
 @quax.register(lax.dot_general_p)
@@ -48,14 +49,7 @@ def _dot(
 def _dot_swapped(
     w: LoRA, x: ArrayLike, *, dimension_numbers: Any, precision: Any = None, **params: Any
 ) -> jax.Array:
-    (contract_w, contract), (batch_w, batch) = dimension_numbers
-    swapped = ((contract, contract_w), (batch, batch_w))
-    if isinstance(precision, tuple):
-        precision = precision[::-1]
-    y = _dot(x, w, dimension_numbers=swapped, precision=precision, **params)
-    lead, free_w = len(batch_w), w.ndim - len(batch_w) - len(contract_w)
-    order = (*range(lead), *range(y.ndim - free_w, y.ndim), *range(lead, y.ndim - free_w))
-    return lax.transpose(y, order)
+    return swapped(_dot, w, x, dimension_numbers, precision, **params)
 
 
 @quax.register(lax.dot_general_p)

@@ -147,7 +147,7 @@ def _attached(path: str, leaf: Any, adapter: Any) -> Any:
     if adapter.turned:
         a, b, magnitude = (None if x is None else jnp.swapaxes(x, -1, -2)
                            for x in (new.a, new.b, magnitude))  # fmt: skip
-        new = LoRA(leaf, a, b, scaling, magnitude, input=-1, output=-2)  # type: ignore[arg-type]
+        new = LoRA(leaf, a, b, scaling, magnitude, input=-1, output=-2)  # type: ignore[arg-type] # leaf is an array, checked above
     if where is None:
         return new
     return dataclasses.replace(jax.device_put(new, new.place(where)), base=leaf)

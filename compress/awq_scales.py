@@ -28,9 +28,9 @@ from compress.calibrated import (
     unknown_scale,
 )
 from compress.gptq_solver import HIGHEST
-from compress.nearest import finished, with_role
+from compress.nearest import ByScheme, finished
 from compress.prepare import scaled, unscalable, usual
-from compress.scheme import Scheme, as_scheme, fit, floats, grid, snapped
+from compress.scheme import Scheme, fit, floats, grid, snapped
 from compress.transform import KEEP, Rules
 
 LEAST = np.float32(1e-4)
@@ -38,7 +38,7 @@ LEAST = np.float32(1e-4)
 
 
 @dataclass(frozen=True)
-class Awq(Calibrated):
+class Awq(ByScheme, Calibrated):
     """See `awq`, which makes it."""
 
     steps: int = 20
@@ -49,14 +49,6 @@ class Awq(Calibrated):
         super().__post_init__()
         if type(self.steps) is not int or self.steps < 1:
             raise ValueError(f"awq: steps={self.steps!r}: expected a whole number from 1")
-
-    def parse(self, option: Any) -> Scheme:
-        """See `Leafwise.parse`."""
-        return as_scheme(option)
-
-    def resolve(self, path: str, leaf: Any, option: Scheme) -> Scheme:
-        """See `Leafwise.resolve`."""
-        return with_role(path, leaf, option)
 
     def unfit(self, leaf: Any, option: Scheme) -> str:
         """See `Leafwise.unfit`."""

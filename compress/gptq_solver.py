@@ -25,12 +25,11 @@ from jax import lax
 
 from compress.arrays import Quantized
 from compress.calibrated import Calibrated, matrices, met, unfit_method
-from compress.nearest import finished, with_role
+from compress.nearest import ByScheme, finished
 from compress.prepare import usual
 from compress.scheme import (
     Grid,
     Scheme,
-    as_scheme,
     assemble,
     coded,
     floats,
@@ -52,7 +51,7 @@ HIGHEST = lax.Precision.HIGHEST
 
 
 @dataclass(frozen=True)
-class Gptq(Calibrated):
+class Gptq(ByScheme, Calibrated):
     """See `gptq`, which makes it."""
 
     damping: float = 0.01
@@ -67,14 +66,6 @@ class Gptq(Calibrated):
             raise ValueError(f"gptq: damping={d!r}: expected a number above 0")
         if self.order not in ORDERS:
             raise ValueError(f"gptq: order={self.order!r}: expected one of {', '.join(ORDERS)}")
-
-    def parse(self, option: Any) -> Scheme:
-        """See `Leafwise.parse`."""
-        return as_scheme(option)
-
-    def resolve(self, path: str, leaf: Any, option: Scheme) -> Scheme:
-        """See `Leafwise.resolve`."""
-        return with_role(path, leaf, option)
 
     def unfit(self, leaf: Any, option: Scheme) -> str:
         """See `Leafwise.unfit`."""

@@ -20,16 +20,8 @@ USUAL = "**/kernel"
 """The leaves that are quantised where no rules are given."""
 
 
-@dataclass(frozen=True)
-class Quantize(Leafwise):
-    """See `quantize`, which makes it."""
-
-    name: ClassVar[str] = "quantize"
-
-    @property
-    def local(self) -> bool:  # type: ignore[override]
-        """Maxima have the same bits in any order of evaluation, sums of squared errors have not."""
-        return all(option == KEEP or option.clip == "absmax" for _, option in self.rules)
+class ByScheme(Leafwise):
+    """A transform whose options are schemes."""
 
     def parse(self, option: Any) -> Scheme:
         """See `Leafwise.parse`."""
@@ -38,6 +30,18 @@ class Quantize(Leafwise):
     def resolve(self, path: str, leaf: Any, option: Scheme) -> Scheme:
         """See `Leafwise.resolve`."""
         return with_role(path, leaf, option)
+
+
+@dataclass(frozen=True)
+class Quantize(ByScheme):
+    """See `quantize`, which makes it."""
+
+    name: ClassVar[str] = "quantize"
+
+    @property
+    def local(self) -> bool:  # type: ignore[override] # of the rules, elsewhere of the class
+        """Maxima have the same bits in any order of evaluation, sums of squared errors have not."""
+        return all(option == KEEP or option.clip == "absmax" for _, option in self.rules)
 
     def unfit(self, leaf: Any, option: Scheme) -> str:
         """See `Leafwise.unfit`."""
@@ -83,7 +87,7 @@ def quantize(rules: Rules | Scheme | str = "int8") -> Quantize:
     """
     if isinstance(rules, str | Scheme):
         return Quantize(((USUAL, rules),), strict=False)
-    return Quantize(rules)  # type: ignore[arg-type]
+    return Quantize(rules)  # type: ignore[arg-type] # becomes pairs
 
 
 def with_role(path: str, leaf: Any, scheme: Scheme) -> Scheme:

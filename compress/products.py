@@ -72,8 +72,8 @@ def rounded_dot(
     s_m = max_k |x_mk| / 127,   y_mn = s_m · Σ_k round(x_mk / s_m) · codes_kn
 
     Sums of int8 are exact up to `MOST_TERMS`. The derivative is that of the product itself:
-    rounding counts as the identity (straight-through), clipping as what it is. Codes have none: that
-    of float8, which JAX takes for floats, is 0.
+    rounding counts as the identity (straight-through), clipping as what it is. Codes have none:
+    that of float8, which JAX takes for floats, is 0.
 
     Args:
         x: float32.

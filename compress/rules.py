@@ -51,11 +51,18 @@ def _dot(
 def _dot_swapped(
     w: Quantized, x: ArrayLike, *, dimension_numbers: Any, precision: Any = None, **params: Any
 ) -> jax.Array:
-    (contract_w, contract), (batch_w, batch) = dimension_numbers
-    swapped = ((contract, contract_w), (batch, batch_w))
+    return swapped(_dot, w, x, dimension_numbers, precision, **params)
+
+
+def swapped(
+    dot: Callable[..., jax.Array], w: Any, x: Any, dims: Any, precision: Any, **params: Any
+) -> jax.Array:
+    """A dot whose compressed operand comes first, by one whose second operand it is."""
+    (contract_w, contract), (batch_w, batch) = dims
     if isinstance(precision, tuple):
         precision = precision[::-1]
-    y = _dot(x, w, dimension_numbers=swapped, precision=precision, **params)
+    turned = ((contract, contract_w), (batch, batch_w))
+    y = dot(x, w, dimension_numbers=turned, precision=precision, **params)
     lead, free_w = len(batch_w), w.ndim - len(batch_w) - len(contract_w)
     order = (*range(lead), *range(y.ndim - free_w, y.ndim), *range(lead, y.ndim - free_w))
     return lax.transpose(y, order)

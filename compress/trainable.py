@@ -80,7 +80,7 @@ class Lora(Leafwise):
         super().__post_init__()
 
     @property
-    def local(self) -> bool:  # type: ignore[override]
+    def local(self) -> bool:  # type: ignore[override] # of the options, elsewhere of the class
         """Magnitudes are sums, whose bits depend on the order; random numbers do not."""
         return not self.dora
 
@@ -252,7 +252,7 @@ def _halves(leaf: Any) -> tuple[Any, Any]:
             dataclasses.replace(leaf, a=None, b=None, magnitude=still),
         )
     if isinstance(leaf, Trained):
-        return leaf, Trained(None)  # type: ignore[arg-type]
+        return leaf, Trained(None)  # type: ignore[arg-type] # a hole
     return (leaf, None) if isinstance(leaf, Learned) else (None, leaf)
 
 
