@@ -224,13 +224,15 @@ def _dot_of_halves(x: jax.Array, w: Quantized, dims: Dims, dtype: Any, precision
     ((contract, contract_w), _) = dims
     axis = contract[contract_w.index(w.ndim + (w.pack or 0))]
     format = FORMATS[w.format]
+    # By way of pairs: the derivative of a slice with strides takes the TPU's compiler minutes.
+    pairs = x.reshape(*x.shape[:axis], -1, 2, *x.shape[axis + 1 :])
     total = None
     for start, codes in enumerate(halves(w.values, format)):
         # Groups are of even size: over half of the elements they are as many.
         half = dataclasses.replace(
             w, values=codes, pack=None, input_scale=None, hadamard=None, act_scale=None
         )
-        part = lax.slice_in_dim(x, start, None, 2, axis)
+        part = lax.index_in_dim(pairs, start, axis + 1, keepdims=False)
         y = dot(part, half, dims, dtype=np.promote_types(x.dtype, np.float32), precision=precision)
         total = y if total is None else total + y
     assert total is not None

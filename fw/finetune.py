@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from filelock import FileLock, Timeout
 from jax.sharding import Mesh
 
 from fw import assets, data, hub, precision, report, run
+from fw.adaptation import Adapted, adapt
 from fw.checkpoint import Checkpoints
 from fw.data.rows import AnyRows
 from fw.errors import FwError
@@ -33,11 +35,14 @@ from fw.step import initial_state, make_step
 from fw.table_optimizer import row_optimizer, with_tables
 from fw.tasks import Summary
 from fw.train import Progress, train
-from sharding import Rules, make_mesh, put
+from sharding import Rules, make_mesh, put, scope
 from sharding import rules as make_rules
 
 MODEL = "model"
 """The folder in a run with its best parameters, as transformers reads those it knows."""
+
+ADAPTER = "adapter"
+"""The folder with the adapter alone, as PEFT reads it, of a run that trained one."""
 
 # What a resumed run may do differently: none of it changes a number but in its last digits.
 MAY_CHANGE = ("run", "mesh", "rules", "remat", "log_every", "keep_last", "keep_best")
@@ -90,7 +95,10 @@ def finetune(recipe: Finetune, *, resume: bool = False) -> Path:
     processor = prepared.processor
     task = processor.task(recipe, prepared.labels)
     loaded = bring(recipe, prepared, source, mesh, rules, **computed)
-    model = processor.adapt(loaded.model)
+    # All of it is trained, or adapters of it.
+    adapted = adapt(loaded, recipe, seed=recipe.seed) if recipe.lora else None
+    learnt = loaded if adapted is None else adapted.trained
+    model = processor.adapt(learnt.model)
     batches = data.Batches(
         prepared.rows["train"].arrays, recipe.batch, recipe.seed, prepared.change
     )
@@ -104,22 +112,27 @@ def finetune(recipe: Finetune, *, resume: bool = False) -> Path:
         "steps": steps, "evaluate_every": every, "microbatches": computed["microbatches"],
         "new_parameters": list(loaded.fresh), "unused_tensors": list(loaded.unused),
         "skipped_rows": len(prepared.skipped), "cut_tokens": prepared.cut,
+        **({} if adapted is None else {"trainable_share": adapted.share}),
     }  # fmt: skip
+    tx = with_tables(optimizer(recipe, steps), model, row_optimizer(recipe, recipe, steps))
+    step = make_step(
+        model, task.loss, tx, mesh=mesh, rules=rules, precision=recipe.precision,
+        accumulate=recipe.accumulate, seed=recipe.seed,
+    )  # fmt: skip
+    if adapted is not None:
+        _try(model, adapted, put(batches(0), mesh, rules), mesh, rules)
+        step = partial(step, frozen=adapted.frozen)
     with _alone(Path(recipe.run)):
         folder = run.create(recipe.run, settings, resume=resume, may_change=MAY_CHANGE)
         progress = Progress(steps)
-        _announce(progress, prepared, loaded, batches.steps_per_epoch, recipe)
+        _announce(progress, prepared, loaded, batches.steps_per_epoch, recipe, adapted)
 
-        tx = with_tables(optimizer(recipe, steps), model, row_optimizer(recipe, recipe, steps))
-        step = make_step(
-            model, task.loss, tx, mesh=mesh, rules=rules, precision=recipe.precision,
-            accumulate=recipe.accumulate, seed=recipe.seed,
-        )  # fmt: skip
-        state = initial_state(loaded.variables, tx, mesh)
+        state = initial_state(learnt.variables, tx, mesh)
         counter = make_counter(forward(model, recipe.precision), task)
 
         def score(variables: Any) -> Summary:
             rows = prepared.rows["dev"]
+            variables = variables if adapted is None else adapted.whole(variables)
             return evaluate(counter, variables, rows, size=recipe.batch, mesh=mesh, rules=rules)
 
         with Checkpoints(
@@ -143,12 +156,9 @@ def finetune(recipe: Finetune, *, resume: bool = False) -> Path:
             best = checkpoints.best
             kept = checkpoints.restore(state, best)
             kept_steps = checkpoints.steps()
-        if is_writer():
-            shutil.rmtree(folder / MODEL, ignore_errors=True)  # of an earlier end of this run
-        hub.save(
-            folder / MODEL, replace(loaded, variables=kept.variables), tokenizer_from=source,
-            more=None if isinstance(processor, Text) else processor.save,
-        )  # fmt: skip
+        tuned = replace(loaded, variables=kept.variables)
+        _save(folder, tuned if adapted is None else adapted.tuned(kept.variables), recipe,
+              processor, source)  # fmt: skip
         news = {
             "task": recipe.task,
             "splits": {"dev": dict(score(kept.variables).figures)},
@@ -159,6 +169,20 @@ def finetune(recipe: Finetune, *, resume: bool = False) -> Path:
         }  # fmt: skip
         record(folder, news)
     return folder
+
+
+def _save(
+    folder: Path, tuned: hub.Loaded, recipe: Finetune, processor: Processor, source: Path | None
+) -> None:
+    """Writes the best model, and of a run with adapters these alone, too."""
+    if is_writer():  # of an earlier end of this run
+        for name in (MODEL, ADAPTER):
+            shutil.rmtree(folder / name, ignore_errors=True)
+    if recipe.lora:
+        hub.save_adapter(folder / ADAPTER, *hub.detach(tuned, base=recipe.model))
+        tuned = hub.merge(tuned)
+    more = None if isinstance(processor, Text) else processor.save
+    hub.save(folder / MODEL, tuned, tokenizer_from=source, more=more)
 
 
 def record(folder: Path, news: Mapping[str, Any]) -> None:
@@ -244,6 +268,19 @@ def bring(
     return loaded
 
 
+def _try(model: Model, adapted: Adapted, batch: Any, mesh: Mesh, rules: Rules) -> None:
+    """Traces the adapted function once, before the run's folder is made.
+
+    Raises:
+      FwError: it does with a kernel what no rule of `compress` knows.
+    """
+    try:
+        with scope(mesh, rules):
+            jax.eval_shape(model.apply, adapted.whole(adapted.trained.variables), batch)
+    except (NotImplementedError, ValueError, TypeError) as error:
+        raise FwError(f"lora: the model cannot be adapted on this mesh: {error}") from error
+
+
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Keeps a second process from resuming a run that is going on; a killed one holds nothing."""
@@ -261,7 +298,10 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def _announce(progress: Progress, prepared: Data, loaded: Any, epoch: int, recipe: Finetune):
+def _announce(
+    progress: Progress, prepared: Data, loaded: Any, epoch: int, recipe: Finetune,
+    adapted: Adapted | None,
+) -> None:  # fmt: skip
     processor = prepared.processor
     counts = ", ".join(f"{len(r)} {s}" for s, r in prepared.records.items())
     progress.say(
@@ -272,6 +312,8 @@ def _announce(progress: Progress, prepared: Data, loaded: Any, epoch: int, recip
     if loaded.folder is None:
         count = sum(x.size for x in jax.tree.leaves(loaded.variables["params"]))
         progress.say(f"a new {recipe.model} of {count:,} parameters")
+    if adapted is not None:
+        progress.say(f"{100 * adapted.share:.2f} % of the parameters are trained")
     for path in loaded.fresh if loaded.folder is not None else ():
         progress.say(f"new, not in the checkpoint: {path}")
     for message in prepared.skipped[:3]:

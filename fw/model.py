@@ -40,6 +40,10 @@ class Model:
     tables: Mapping[str, Callable[[Batch], jax.Array]] = field(default_factory=dict)
 
 
+FROZEN = "frozen"
+"""The collection of variables that is neither differentiated nor changed, where a model has one:
+`fw.adaptation` makes models that do."""
+
 ROWS = "rows_of_tables"
 """The entry of a batch of training that holds the rows of tables: [B, ..., size] by path."""
 

@@ -12,7 +12,8 @@ from typing import Any, cast
 
 from jax.sharding import Mesh
 
-from fw import assets, precision, run
+from fw import adaptation, assets, precision, run
+from fw.adaptation import LoraOptions
 from fw.data.readers import SCHEMES
 from fw.data.targets import SEPARATOR
 from fw.errors import FwError
@@ -76,7 +77,7 @@ _REMAT = {name or "none": name for name in REMAT}
 
 
 @dataclasses.dataclass(frozen=True)
-class Finetune(AdamW, TableOptions):
+class Finetune(AdamW, TableOptions, LoraOptions):
     """The recipe of a fine-tuning run; every field is an option of `fw finetune`.
 
     Attributes:
@@ -95,7 +96,8 @@ class Finetune(AdamW, TableOptions):
       data: a file, or a folder with train, dev and test files (CoNLL, CSV, TSV, JSON lines), or a
         name of `fw fetch --list`.
       run: the run's folder, made by it.
-      learning_rate: at its peak, after the warm-up; 0 for 5e-5, or for a new model 1e-3.
+      learning_rate: at its peak, after the warm-up; 0 for 5e-5, with lora 5e-4, or for a new model
+        1e-3.
       epochs: passes over the training data.
       steps: optimiser steps; 0 for as many as the epochs take.
       batch: rows a step; a packed row holds several texts.
@@ -193,6 +195,7 @@ class Finetune(AdamW, TableOptions):
                 raise FwError(f"{field.name} is {value}; expected a number")
         AdamW.__post_init__(self)
         TableOptions.__post_init__(self)
+        LoraOptions.__post_init__(self)
         choices = {"task": TASKS, "scheme": SCHEMES, "remat": _REMAT, "split": SPLITS}
         for name, known in choices.items():
             if (value := getattr(self, name)) not in known:
@@ -251,7 +254,8 @@ class Finetune(AdamW, TableOptions):
             raise FwError(f"model {self.model!r} is for {', '.join(tasks)}, not {self.task}")
         self._check_options()
         if not self.learning_rate:
-            rate = LEARNING_RATE if self.model in NEW else AdamW.learning_rate
+            rate = adaptation.LEARNING_RATE if self.lora else AdamW.learning_rate
+            rate = LEARNING_RATE if self.model in NEW else rate
             object.__setattr__(self, "learning_rate", rate)
 
     def _check_options(self) -> None:
@@ -263,6 +267,8 @@ class Finetune(AdamW, TableOptions):
                     raise FwError(f"{name} is for {', '.join(tasks)}, not {self.task}")
         if self.config and self.model not in NEW:
             raise FwError(f"config is for new models, {', '.join(NEW)}; {self.model} has its own")
+        if self.lora and self.model in NEW:
+            raise FwError(f"lora is for pretrained models; {self.model} is new: train it whole")
 
     def _check_columns(self) -> None:
         if not self.separator:

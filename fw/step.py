@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fw import precision as precision_
 from fw.errors import FwError
-from fw.model import ROWS, Batch, Model, Variables
+from fw.model import FROZEN, ROWS, Batch, Model, Variables
 from fw.table_optimizer import Optimizer, WithTables, at, join, nest, optimizer_shardings, split
 from sharding import Rules, constrain, scope, shardings, tables
 from sharding.layout import is_names
@@ -94,8 +94,8 @@ def make_step(
     precision: str | precision_.Policy = "f32",
     accumulate: int = 1,
     seed: int = 0,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """Compiles `(state, batch) -> (state, metrics)`.
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """Compiles `(state, batch) -> (state, metrics)`, or `(state, batch, frozen)`.
 
     Args:
       model: the record.
@@ -110,7 +110,8 @@ def make_step(
       seed: of dropout; its key is a function of (seed, step, microbatch).
 
     Returns:
-      The jitted step. Its state is donated: the argument is gone afterwards. Metrics, all f32
+      The jitted step. Its state is donated: the argument is gone afterwards; the frozen collection
+      of a model that has one (`fw.adaptation`) is not, and stays as it is. Metrics, all f32
       scalars but `tokens`: `loss`, `grad_norm` (before clipping; with tables, also of the rows as
       they were fetched), `tokens` (i32, those not padding; 0 where the batch has no `segment_ids`).
 
@@ -131,7 +132,10 @@ def make_step(
     def total(learnt, fixed, state, batch, key):
         apply = precision_.apply(model.apply, precision)
         params, rows = learnt
-        variables = {"params": join(params, fixed), "state": state}
+        whole, frozen = fixed
+        variables = {"params": join(params, whole), "state": state}
+        if frozen is not None:
+            variables[FROZEN] = frozen
         given = {**batch, ROWS: rows} if rows else batch
         outputs, variables = apply(variables, given, key=key, train=True)
         value, weight = loss(outputs, batch)
@@ -142,7 +146,7 @@ def make_step(
         return value / _at_least_one(weight), state
 
     def gradients(learnt, fixed, state, batch, key):
-        """Of the mean loss by parameters and rows, not by tables: (loss, state, gradients)."""
+        """Of the mean loss by parameters and rows, not by what is fixed, tables and frozen."""
         if accumulate == 1:  # divided before the backward pass: after it, all gradients are
             (value, state), grads = jax.value_and_grad(mean, has_aux=True)(
                 learnt, fixed, state, batch, key
@@ -170,12 +174,13 @@ def make_step(
         weight = _at_least_one(weight)
         return value / weight, state, jax.tree.map(lambda g: g / weight, grads)
 
-    def step(state: TrainState, batch: Batch):
-        # While tracing: `constrain` in the model means this mesh.
-        with scope(mesh, rules, differentiate=True):
-            return _step(state, batch)
+    def step(state: TrainState, batch: Batch, frozen: Any = None):
+        # While tracing: `constrain` in the model means this mesh. Frozen kernels have no gradients,
+        # whose communication `sharding.linear` would write out.
+        with scope(mesh, rules, differentiate=frozen is None):
+            return _step(state, batch, frozen)
 
-    def _step(state: TrainState, batch: Batch):
+    def _step(state: TrainState, batch: Batch, frozen: Any):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         params, fixed = split(state.variables["params"], own)
         ids = {path: model.tables[path](batch) for path in own}
@@ -183,7 +188,9 @@ def make_step(
             path: tables.fetch(at(fixed, path), ids[path], names=at(model.axes["params"], path))
             for path in own
         }
-        value, extra, grads = gradients((params, rows), fixed, state.variables["state"], batch, key)
+        value, extra, grads = gradients(
+            (params, rows), (fixed, frozen), state.variables["state"], batch, key
+        )
         metrics = {
             "loss": value,
             "grad_norm": optax.tree.norm(grads),

@@ -1,0 +1,218 @@
+"""Fine-tuning of which little is trained: thin changes of frozen kernels, and what is new.
+
+    adapted = adapt(loaded, LoraOptions(lora=8))
+    step = make_step(adapted.trained.model, loss, tx, mesh=mesh, rules=rules)
+    state = initial_state(adapted.trained.variables, tx, mesh)
+    state, metrics = step(state, batch, adapted.frozen)
+    plain = hub.merge(adapted.tuned(state.variables))
+
+The parameters of `adapted.trained` are the adapters (`compress.lora`) and the new head, so that
+gradients, the optimiser's state and checkpoints are of these alone; all else is its third
+collection of variables, "frozen", floats or codes.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+import compress
+from compress import adapter_trees
+from compress.formats import FORMATS
+from compress.nearest import USUAL, Quantize
+from compress.trainable import Lora
+from compress.transform import named_leaves
+from fw.errors import FwError
+from fw.hub.folder import Loaded
+from fw.model import FROZEN, Model, Variables
+from fw.table_optimizer import at, nest
+from sharding import shardings
+from sharding.parallel.pipeline import PIPE
+
+LEARNING_RATE = 5e-4
+"""At its peak, of adapters: ten times that of a whole model."""
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """The options of a run that trains adapters.
+
+    Attributes:
+      lora: rank of the change of every dense kernel; kernels and all else but new heads are frozen.
+        0 trains everything.
+      lora_alpha: the change is scaled by this / rank; 0 for twice the rank.
+      dora: the lengths of a kernel's columns are trained apart from their directions.
+      lora_base: format of the frozen kernels, such as nf4 or int8; nothing: floats as they are.
+    """
+
+    lora: int = 0
+    lora_alpha: float = 0.0
+    dora: bool = False
+    lora_base: str = ""
+
+    def __post_init__(self):
+        """Checks them."""
+        if self.lora < 0:
+            raise FwError(f"lora is {self.lora}; expected a rank, or 0 to train everything")
+        if not self.lora_alpha >= 0:
+            raise FwError(f"lora_alpha is {self.lora_alpha}; expected 0 or more")
+        for name in ("lora_alpha", "dora", "lora_base"):
+            if not self.lora and getattr(self, name):
+                raise FwError(f"{name} is for adapters; give --lora a rank, such as 8, too")
+        if self.lora_base and self.lora_base not in FORMATS:
+            known = ", ".join(FORMATS)
+            raise FwError(f"lora_base {self.lora_base!r} is unknown; choose one of {known}")
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A model of which adapters and new heads are trained.
+
+    Attributes:
+      trained: what trains, as a model: its parameters are A and B by name under the path of each
+        kernel, and arrays that are trained whole; its `apply` takes variables with a third
+        collection, `frozen`.
+      frozen: that collection: the other parameters, kernels among them.
+      share: of all numbers, those that are trained.
+    """
+
+    trained: Loaded
+    frozen: Any
+    share: float
+    _base: Loaded
+    _parts: "_Parts"
+
+    def whole(self, variables: Variables) -> Variables:
+        """Variables of training with the frozen collection, as `trained.model.apply` takes them."""
+        return {**variables, FROZEN: self.frozen}
+
+    def tuned(self, variables: Variables) -> Loaded:
+        """The model that was adapted, with `LoRA` and `Trained` leaves in its parameters.
+
+        Args:
+          variables: of training.
+
+        Returns:
+          What `fw.hub.merge` and `fw.hub.detach` take.
+        """
+        params = self._parts.join(variables["params"], self.frozen)
+        return dataclasses.replace(self._base, variables={**variables, "params": params})
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What is known of adapters beside their arrays: how to take them off and put them on."""
+
+    transform: compress.Transform
+    scaling: float
+    trained: frozenset[str]
+
+    def split(self, params: Any) -> tuple[Any, Any]:
+        """Parameters of the model to (what is trained, what is frozen)."""
+        base, adapters = adapter_trees.detach(self.transform(params)[0])
+        return nest({path: _arrays(adapter) for path, adapter in adapters.items()}), base
+
+    def join(self, trained: Any, frozen: Any) -> Any:
+        """The parameters, with `LoRA` and `Trained` leaves."""
+        adapters = {}
+        for path, _ in named_leaves(frozen)[0]:
+            if path in self.trained:
+                found = at(trained, path)
+                low = isinstance(found, Mapping)
+                adapters[path] = (
+                    adapter_trees.Adapter(**found, scaling=self.scaling) if low else found
+                )
+        return adapter_trees.attach(frozen, adapters)
+
+
+def _arrays(adapter: Any) -> Any:
+    if not isinstance(adapter, adapter_trees.Adapter):
+        return adapter
+    found = {"a": adapter.a, "b": adapter.b}
+    return found if adapter.magnitude is None else {**found, "magnitude": adapter.magnitude}
+
+
+def adapt(loaded: Loaded, options: LoraOptions, *, seed: int = 0) -> Adapted:
+    """Freezes a model but for low-rank changes of its dense kernels, and for what is new in it.
+
+    Args:
+      loaded: of `fw.hub.load`; parameters that are `fresh` are trained whole.
+      options: rank, scale, and what the frozen kernels become.
+      seed: of A.
+
+    Returns:
+      The model to train. Its function is at first that of the base, in the format it is kept in.
+
+    Raises:
+      FwError: no kernel takes the rank or the format, or the mesh lays layers in stages.
+
+    Source: Hu et al. 2021, arXiv:2106.09685; over codes, Dettmers et al. 2023, arXiv:2305.14314.
+
+    >>> from fw.models.bert import BertConfig, bert
+    >>> model = bert(BertConfig(30, 8, 1, 2, 16, num_labels=2, task="token_classification"))
+    >>> loaded = Loaded(model, model.init(jax.random.key(0)), labels=("O", "B-x"),
+    ...                 fresh=("classifier/kernel", "classifier/bias"))
+    >>> adapted = adapt(loaded, LoraOptions(lora=2))
+    >>> sorted(adapted.trained.variables["params"]), f"{adapted.share:.2f}"
+    (['classifier', 'stack'], '0.05')
+    """
+    mesh, params = loaded.mesh, loaded.variables["params"]
+    if mesh is not None and mesh.shape.get(PIPE, 1) > 1:
+        raise FwError(f"lora: layers in stages are not adapted; give a mesh without {PIPE}")
+    # Not strict: kernels of convolutions, or thinner than the rank, stay as they are.
+    steps: list[compress.Transform] = []
+    if options.lora_base:
+        keep = dict.fromkeys(loaded.fresh, "keep")
+        codes = compress.Scheme(options.lora_base, activations="float")
+        steps.append(Quantize(tuple({**keep, USUAL: codes}.items()), strict=False))
+    alpha = options.lora_alpha or 2.0 * options.lora
+    train = dict.fromkeys(loaded.fresh, "train")
+    rules = tuple({**train, USUAL: options.lora}.items())
+    steps.append(Lora(rules, strict=False, alpha=alpha, dora=options.dora, seed=seed))
+    transform = compress.chain(*steps)
+    try:
+        small = jax.eval_shape(lambda params: transform(params)[0], params)
+        adapters = jax.eval_shape(lambda params: adapter_trees.detach(params)[1], small)
+    except ValueError as error:
+        raise FwError(f"lora: {error}") from error
+    if not any(isinstance(x, adapter_trees.Adapter) for x in adapters.values()):
+        raise FwError("lora: the model has no dense kernel; train it whole")
+    parts = _Parts(transform, alpha / options.lora, frozenset(adapters))
+    model = _adapted(loaded.model, parts)
+    trained, base = parts.split(params)
+    variables = {**loaded.variables, "params": trained}
+    if mesh is not None and loaded.rules is not None:
+        lie = shardings(model.axes, variables, mesh, loaded.rules)
+        variables = jax.device_put(variables, lie)
+    share = compress.trainable_share(small)
+    learnt = dataclasses.replace(loaded, model=model, variables=variables)
+    return Adapted(learnt, base, share, loaded, parts)
+
+
+def _adapted(model: Model, parts: _Parts) -> Model:
+    def init(key: jax.Array) -> Variables:
+        variables = model.init(key)
+        return {**variables, "params": parts.split(variables["params"])[0]}
+
+    def apply(
+        variables: Variables, batch: Any, *, key: jax.Array | None = None, train: bool = False
+    ) -> tuple[Any, Variables]:
+        params = parts.join(variables["params"], variables[FROZEN])
+        inner = compress.apply(functools.partial(model.apply, train=train))
+        outputs, new = inner({"params": params, "state": variables["state"]}, batch, key=key)
+        return outputs, {**variables, "state": new["state"]}
+
+    def names(path: str) -> Any:
+        of, arrays = at(model.axes["params"], path), at(shapes, path)
+        if not isinstance(arrays, Mapping):
+            return of
+        *stack, n_in, n_out = of
+        each = {"a": (n_in, None), "b": (None, n_out), "magnitude": (None, n_out)}
+        return {name: (*stack, *each[name]) for name in arrays}
+
+    shapes = jax.eval_shape(init, jax.random.key(0))["params"]
+    axes = {**model.axes, "params": nest({path: names(path) for path in sorted(parts.trained)})}
+    return dataclasses.replace(model, init=init, apply=apply, axes=axes)
