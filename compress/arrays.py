@@ -58,13 +58,16 @@ class Compressed(quax.ArrayValue):
         """Refuse every primitive without a rule in `compress.rules`.
 
         A primitive that only calls a program (it has a `call_jaxpr`, as those that `grad` of a
-        checkpointed scan leaves behind) is interpreted primitive by primitive instead.
+        checkpointed scan leaves behind) is interpreted primitive by primitive instead. One that
+        lets an array differ between devices does so with each of its parts.
 
         Raises:
             NotImplementedError: it names the primitive, the array and what to do.
         """
         if "call_jaxpr" in params:
             return quax.quaxify(jaxpr_as_fun(params["call_jaxpr"]))(*values)
+        if primitive.name == "pvary":  # within `shard_map`; JAX 0.12 has no public name for it
+            return jax.tree.map(lambda part: primitive.bind(part, **params), values[0])
         leaf = next(v for v in values if isinstance(v, Compressed))
         raise NotImplementedError(
             f"no rule for the primitive '{primitive}' on {describe(leaf)}; compressed arrays can "

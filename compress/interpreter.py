@@ -1,8 +1,8 @@
 """One interpreter makes any pure function understand compressed leaves.
 
 `apply` runs a function under quax, which asks for every JAX primitive whether a rule exists for
-the array types it meets; the rules are in `compress.rules`. Two primitives that take functions are
-missing from quax and are added here: `jax.checkpoint` and `jax.custom_vjp`.
+the array types it meets; the rules are in `compress.rules`. Primitives that take functions and are
+missing from quax are added here: `jax.checkpoint`, `jax.custom_vjp` and `jax.shard_map`.
 """
 
 import functools
@@ -15,13 +15,14 @@ from jax import lax
 from jax.core import eval_jaxpr
 from jax.extend.core import set_current_trace
 from jax.extend.core.primitives import remat_p
+from jax.sharding import NamedSharding
 from quax import _primitives
 from quax._trace import _QuaxTrace
 
 import compress.adapter_rules
 import compress.rules  # noqa: F401  # registers what each primitive does with them
 from compress.adapters import bare
-from compress.arrays import is_compressed
+from compress.arrays import Compressed, describe, is_compressed
 
 
 def apply[**P, R](fn: Callable[P, R]) -> Callable[P, R]:
@@ -121,6 +122,80 @@ cast(Any, _QuaxTrace).process_custom_jvp_call = _custom_jvp
 # quax (0.4.6) raises NotImplementedError here; a later version may bring its own.
 if "process_custom_vjp_call" not in vars(_QuaxTrace):
     cast(Any, _QuaxTrace).process_custom_vjp_call = _custom_vjp
+
+
+def _shard_map(self: Any, primitive: Any, fun: Any, tracers: Any, **params: Any) -> Any:
+    """`shard_map` under quax: a compressed operand is cut as its array would be, part by part.
+
+    Its own devices' part is a compressed array again, which the body is interpreted with.
+
+    Raises:
+        NotImplementedError: a cut that parts what shares a scale, or a compressed result.
+    """
+    values = [self.to_value(t) for t in tracers]
+    arrays, specs, treedefs = [], [], []
+    for value, spec in zip(values, params.pop("in_specs"), strict=True):
+        if is_compressed(value):
+            found, treedef = jax.tree.flatten(value)
+            # With the mesh, a part that it does not divide stays whole, and `_local` tells.
+            lie = jax.tree.leaves(value.place(NamedSharding(params["mesh"], spec)))
+            specs += [where.spec for where in lie]
+        else:
+            found, treedef = [value.materialise()], None
+            specs.append(spec)
+        arrays += found
+        treedefs.append(treedef)
+
+    def body(*parts: Any) -> Any:
+        rest, operands, made = list(parts), [], []
+        for value, treedef in zip(values, treedefs, strict=True):
+            count = 1 if treedef is None else treedef.num_leaves
+            own, rest = rest[:count], rest[count:]
+            operands.append(own[0] if treedef is None else _local(value, own))
+
+        def inner(*operands: Any) -> list[Any]:
+            made.append(fun(*operands).unpack_aux())
+            return list(made[-1][0].vals)
+
+        out = quax.quaxify(inner)(*operands)
+        if any(map(is_compressed, out)):
+            raise NotImplementedError("shard_map: its function returns a compressed array")
+        tree, where = made[-1]
+        return tree.update(out).with_aux(where)
+
+    # JAX has a name for each operand in it.
+    names = params["debug_info"]._replace(arg_names=None)
+    out = primitive.bind_with_trace(
+        self.parent_trace,
+        tuple(arrays),
+        tuple(map(jax.typeof, arrays)),
+        {**params, "subfuns": (body,), "in_specs": tuple(specs), "debug_info": names},
+    )
+    return out.map(self.stage_value)
+
+
+def _local(value: Compressed, own: list[Any]) -> Compressed:
+    """A device's part of a compressed array, of the parts of its arrays.
+
+    Raises:
+        NotImplementedError: its blocks are not those of the whole.
+    """
+    arrays, treedef = jax.tree.flatten(value)
+    cuts = [n // m for n, m in zip(arrays[0].shape, own[0].shape, strict=True)]
+    for array, part in zip(arrays, own, strict=True):
+        expected = tuple(
+            n if n == 1 else n // cut for n, cut in zip(array.shape, cuts, strict=True)
+        )
+        if part.shape != expected:
+            raise NotImplementedError(
+                f"shard_map of {describe(value)}: cut by {cuts}, devices would part what shares a "
+                "scale; choose smaller blocks, or dequantise it before"
+            )
+    return jax.tree.unflatten(treedef, own)
+
+
+if "process_shard_map" not in vars(_QuaxTrace):
+    cast(Any, _QuaxTrace).process_shard_map = _shard_map
 
 
 class _Forgetful(dict):

@@ -81,6 +81,23 @@ def test_eight_devices_learn_as_one(runs, kind):
     np.testing.assert_allclose(losses(eight), losses(one), rtol=1e-4)
 
 
+@pytest.mark.slow
+def test_a_decoder_learns_on_eight_devices_as_on_one(world):
+    """Its losses are computed in a `shard_map`, with no logits anywhere."""
+    tiny.make_decoder(world / "decoder")
+    talks, found = tiny.make_conversations(world / "talks"), []
+    for mesh in (ONE, EIGHT):
+        folder = world / f"decoder-{mesh}"
+        options = ("--task", "lm", "--steps", "6", "--learning-rate", "1e-2", "--log-every", "1",
+                   "--length", "32", "--precision", "f32", "--lora", "2", "--dora", "--remat",
+                   "layer", "--mesh", mesh)  # fmt: skip
+        where = ("--model", world / "decoder", "--data", talks, "--run", folder)
+        assert main([str(word) for word in ("finetune", *options, *where)]) == 0
+        found.append(losses(folder))
+    assert found[0][-1] < found[0][0]
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["lora", slow("dora")])
 def test_the_adapter_on_its_base_is_the_model(runs, world, kind):
     """What PEFT reads and what transformers reads are one function."""

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 import compress
 from compress import Scheme
+from sharding import make_mesh
 
 README = Path(__file__).parents[1] / "compress" / "README.md"
 FAST = settings(max_examples=15, deadline=None, derandomize=True)
@@ -505,6 +506,50 @@ def test_shard_map_cuts_groups_with_what_they_scale():
         check_vma=False,
     )
     np.testing.assert_allclose(jax.jit(fn)(x, w), x @ np.asarray(w.dense()), rtol=1e-4, atol=1e-4)
+
+
+CUT = {
+    "columns": (P(), P(None, "tensor"), P("tensor"), P(None, "tensor")),
+    "rows": (P(None, "tensor"), P("tensor"), P(), P()),
+    "whole": (P("data"), P(), P(), P("data")),
+}
+
+
+@pytest.mark.parametrize("cut", CUT)
+@pytest.mark.parametrize("scheme", [Scheme("int8"), Scheme("int4", per=8), Scheme("nf4", per=16)])
+def test_a_function_with_a_shard_map_in_it_takes_compressed_arrays(scheme, cut):
+    """Each device has the codes of its part, with their scales, and the gradient of it."""
+    mesh = make_mesh("data=2,tensor=4")
+    x, b = normal(0, 4, 64), normal(1, 16)
+    w: Any = compress.fit(normal(2, 64, 16), scheme)
+    *specs, out = CUT[cut]
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=tuple(specs), out_specs=out)
+    def body(x, w, b):
+        y = x @ w
+        return (jax.lax.psum(y, "tensor") if cut == "rows" else y) + b
+
+    got = jax.jit(compress.apply(body))(x, w, b)
+    if cut == "rows" and scheme.format == "int8":  # a device's part of a row has its own scale
+        want = sum(compress.apply(jnp.matmul)(x[:, k:k + 16], part) for k, part in (
+            (k, jax.tree.map(lambda a, k=k: a[k:k + 16] if a.shape[0] > 1 else a, w))
+            for k in range(0, 64, 16))) + b  # fmt: skip
+    else:
+        want = compress.apply(lambda x, w: x @ w + b)(x, w)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    slope = jax.jit(jax.grad(lambda x: compress.apply(body)(x, w, b).sum()))(x)
+    np.testing.assert_allclose(slope, np.tile(w.dense().sum(1), (4, 1)), rtol=1e-4, atol=1e-5)
+
+
+def test_a_cut_through_what_shares_a_scale_is_refused():
+    w: Any = compress.fit(normal(0, 64, 16), Scheme("int4", per=32))
+    mesh = make_mesh("tensor=4")
+    body = jax.shard_map(
+        lambda x, w: jax.lax.psum(x @ w, "tensor"), mesh=mesh,
+        in_specs=(P(None, "tensor"), P("tensor")), out_specs=P(),
+    )  # fmt: skip
+    with pytest.raises(NotImplementedError, match="part what shares a scale; choose smaller"):
+        compress.apply(body)(normal(1, 2, 64), w)
 
 
 UNDONE = {  # what would need other scales, and what it is said to be
