@@ -6,7 +6,7 @@
 | `assets`, `pretrained`, `hub`, `gguf` | what comes in |
 | `model`, `models`, `precision`, `convolve` | what it becomes |
 | `data`, `processors`, `tasks`, `metrics` | things to batches; what is minimised and counted |
-| `optimizer`, `table_optimizer`, `step`, `train`, `evaluate`, `checkpoint` | training |
+| `adaptation`, `optimizer`, `table_optimizer`, `step`, `train`, `evaluate`, `checkpoint` | training |
 | `generation` | text from a decoder |
 | `run`, `report`, `compression`, `export`, `tiles`, `compare` | what is left behind |
 | `host`, `options`, `cli`, `errors` | around it |
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fw import (
+        adaptation,
         assets,
         checkpoint,
         cli,
@@ -62,6 +63,7 @@ _FUNCTIONS = {"generate": "fw.generation", "load": "fw.pretrained", "save": "fw.
 
 __all__ = [
     "__version__",
+    "adaptation",
     "assets",
     "checkpoint",
     "cli",

@@ -130,7 +130,7 @@ def test_the_f1_benchmark_goes_on(tmp_path):
     assert "seed 1:" in done.stderr
     means = [float(row.split()[3]) for row in done.stdout.splitlines()[2:]]
     assert len(means) == 2
-    assert min(means) > 90
+    assert min(means) > 80
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from fw.stages import evaluate_run
 _HELP = """\
 Train a model: a pretrained one, or a new one of images, tables, users and items. RUN gets
 config.json (every option, resolved), metrics.jsonl, checkpoints/, model/ (the best parameters, as
-transformers reads those it knows) and report.html.
+transformers reads those it knows), with --lora adapter/ (as PEFT reads it), and report.html.
 
   fw finetune --task ner --data wnut17/ --run runs/wnut --epochs 5 --learning-rate 3e-4
   fw finetune --task classify --data reviews.csv --columns text,stars --run runs/reviews
@@ -23,6 +23,7 @@ transformers reads those it knows) and report.html.
   fw finetune --task segment --data cells/ --config width=32 --augment flip,turn --run runs/cells
   fw finetune --task tabular --data german-credit --target creditability --run runs/credit
   fw finetune --task retrieve --data movielens-100k --batch 512 --run runs/films
+  fw finetune ... --lora 8                          train adapters; --lora-base nf4: over codes
   fw finetune ... --mesh data=2,fsdp=2,tensor=2     the same numbers on 8 devices
   mpirun -n 2 fw finetune ... --mesh data=2         the same in two processes, also with srun
   fw finetune ... --resume                          go on where it stopped, on any mesh

@@ -3,6 +3,8 @@
 scripts/bench/peer peer_products.py
 """
 
+# pyright: reportMissingImports=false
+
 import json
 import sys
 import time
