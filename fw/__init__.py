@@ -6,7 +6,8 @@
 | `assets`, `pretrained`, `hub`, `gguf` | what comes in |
 | `model`, `models`, `precision`, `convolve` | what it becomes |
 | `data`, `processors`, `tasks`, `metrics` | things to batches; what is minimised and counted |
-| `adaptation`, `optimizer`, `table_optimizer`, `step`, `train`, `evaluate`, `checkpoint` | training |
+| `adaptation`, `optimizer`, `table_optimizer` | what is trained, and how far each step goes |
+| `step`, `train`, `evaluate`, `checkpoint` | training |
 | `generation` | text from a decoder |
 | `run`, `report`, `compression`, `export`, `tiles`, `compare` | what is left behind |
 | `host`, `options`, `cli`, `errors` | around it |

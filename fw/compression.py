@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 import compress
+from compress.nearest import USUAL, Quantize
 from compress.scheme import Scheme, inputs, role_of
 from compress.transform import named_leaves
 from fw.errors import FwError
@@ -46,26 +47,59 @@ def grouped(params: Any, scheme: Callable[[str | int], Scheme]) -> dict[str, Sch
     return rules
 
 
+def tables(params: Any, scheme: Scheme) -> dict[str, Scheme]:
+    """Rules for every table of embeddings, each of whose rows has a scale.
+
+    Args:
+      params: the tree, or its `jax.eval_shape`.
+      scheme: of all of them.
+
+    >>> tree = {"word": {"embedding": jax.ShapeDtypeStruct((576, 8), "float32")}}
+    >>> list(tables(tree, Scheme("int8")))
+    ['word/embedding']
+    """
+    leaves = named_leaves(params)[0]
+    return {path: scheme for path, leaf in leaves if role_of(path, leaf.shape) == "table"}
+
+
+def _int8(params: Any, **kernels: Any) -> compress.Transform:
+    """Tables and usual kernels; those that no code fits stay as they are."""
+    activations = kernels.get("activations", "dynamic")
+    # What is looked up meets no activations, so that a static scale is never found for it.
+    own = "dynamic" if activations == "static" else activations
+    rules = {**tables(params, Scheme("int8", activations=own)), USUAL: Scheme("int8", **kernels)}
+    return Quantize(tuple(rules.items()), strict=False)
+
+
+def _int4(
+    params: Any, transform: Callable[[dict[str, Scheme]], compress.Transform]
+) -> compress.Transform:
+    """Kernels in int4, by one transform; tables, of which rows are all that is read, in int8."""
+    kernels = transform(grouped(params, lambda per: Scheme("int4", per=per)))
+    others = tables(params, Scheme("int8", activations="float"))
+    return compress.chain(kernels, compress.quantize(others)) if others else kernels
+
+
 RECIPES: Mapping[str, tuple[str, Callable[[Any], compress.Transform]]] = {
     "int8": (
-        "weights and activations of dense layers and convolutions in int8, activations row by row",
-        lambda _: compress.quantize("int8"),
+        "tables in int8, and weights and activations of products, these row by row",
+        _int8,
     ),
     "int8-weights": (
-        "weights in int8, activations as they are",
-        lambda _: compress.quantize(Scheme("int8", activations="float")),
+        "tables and weights in int8, activations as they are",
+        lambda params: _int8(params, activations="float"),
     ),
     "int8-static": (
         "int8, with the scales of activations that lose least in calibration",
-        lambda _: compress.quantize(Scheme("int8", activations="static", calibration="mse")),
+        lambda params: _int8(params, activations="static", calibration="mse"),
     ),
     "int4": (
-        "weights in int4 by GPTQ, a scale for 128 neighbours at most, activations as they are",
-        lambda params: compress.gptq(grouped(params, lambda per: Scheme("int4", per=per))),
+        "weights in int4 by GPTQ, a scale for at most 128 neighbours; tables in int8",
+        lambda params: _int4(params, compress.gptq),
     ),
     "int4-nearest": (
         "the same, rounded to nearest",
-        lambda params: compress.quantize(grouped(params, lambda per: Scheme("int4", per=per))),
+        lambda params: _int4(params, compress.quantize),
     ),
 }
 """Name -> what it is, and the transform for some parameters."""
