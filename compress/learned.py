@@ -219,7 +219,7 @@ def _rearrange(primitive: Any, *, keeps_role: bool = False) -> None:
         def back(x: Quantized) -> Learned:
             role = w.scheme.role if keeps_role else None
             scheme = dataclasses.replace(w.scheme, role=role)
-            return Learned(x.values, x.scale, scheme, x.as_dtype)  # type: ignore[arg-type]
+            return Learned(x.values, x.scale, scheme, x.as_dtype)  # type: ignore[arg-type] # as `to` made it
 
         moved = quax.quaxify(functools.partial(primitive.bind, **params))(to(w), *map(to, rest))
         return jax.tree.map(back, moved, is_leaf=is_compressed)
@@ -306,7 +306,7 @@ def qat(rules: Rules | Scheme | str = "int8") -> Qat:
     """
     if isinstance(rules, str | Scheme):
         return Qat(((USUAL, rules),), strict=False)
-    return Qat(rules)  # type: ignore[arg-type]
+    return Qat(rules)  # type: ignore[arg-type] # becomes pairs
 
 
 HARDEN = "harden"
@@ -354,4 +354,4 @@ def harden(rules: Rules | None = None) -> Harden:
     """
     if rules is None:
         return Harden((("**", HARDEN),), strict=False)
-    return Harden(rules)  # type: ignore[arg-type]
+    return Harden(rules)  # type: ignore[arg-type] # becomes pairs

@@ -264,7 +264,7 @@ def _reshape(
             "elements share a scale or a byte; leave this leaf out of the rules ('keep')"
         )
     return w.map(
-        lambda name, part: lax.reshape(part, sizes[name]),  # type: ignore[arg-type]
+        lambda name, part: lax.reshape(part, sizes[name]),  # type: ignore[arg-type] # none is None
         pack=pack,
         hadamard=hadamard,
     )

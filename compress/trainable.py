@@ -207,8 +207,8 @@ def lora(
     """
     options = {"alpha": alpha, "seed": seed, "dora": dora, "rslora": rslora}
     if isinstance(rules, int):
-        return Lora(((USUAL, rules),), strict=False, **options)  # type: ignore[arg-type]
-    return Lora(rules, **options)  # type: ignore[arg-type]
+        return Lora(((USUAL, rules),), strict=False, **options)  # type: ignore[arg-type] # of their names
+    return Lora(rules, **options)  # type: ignore[arg-type] # becomes pairs
 
 
 # --- what is trained --------------------------------------------------------------------------

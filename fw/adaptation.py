@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 import compress
 from compress import adapter_trees
@@ -183,7 +184,8 @@ def adapt(loaded: Loaded, options: LoraOptions, *, seed: int = 0) -> Adapted:
     parts = _Parts(transform, alpha / options.lora, frozenset(adapters))
     model = _adapted(loaded.model, parts)
     trained, base = parts.split(params)
-    variables = {**loaded.variables, "params": trained}
+    # Copies: a step is donated its state, and the frozen tree has the heads as they were.
+    variables = {**loaded.variables, "params": jax.tree.map(jnp.copy, trained)}
     if mesh is not None and loaded.rules is not None:
         lie = shardings(model.axes, variables, mesh, loaded.rules)
         variables = jax.device_put(variables, lie)
