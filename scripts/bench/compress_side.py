@@ -69,7 +69,8 @@ def load(options: argparse.Namespace, side: str) -> Side:
     write_tensors(path, {name: np.asarray(x) for name, x in arrays.items()})
 
     def predict(batch: Batch) -> np.ndarray:
-        return np.asarray(call(params, given(batch)))
+        logits = np.asarray(call(params, given(batch)))
+        return logits[:, 0] if options.task == "classify" else logits  # one text a row
 
     return Side(predict, path.stat().st_size, how)
 

@@ -157,6 +157,7 @@ def _classes(options: argparse.Namespace, split: str, choose: Callable[[list], l
     rows = [encode.pieces([row[text_at]])[0][: encode.room] for row in examples]
 
     def judge(best: np.ndarray) -> dict[str, float]:
+        _check(best, len(gold))
         return {
             "accuracy": float(np.mean(best == gold)),
             "macro_f1": float(sklearn.metrics.f1_score(gold, best, average="macro")),
@@ -267,9 +268,16 @@ def _images(options: argparse.Namespace, split: str, choose: Callable[[list], li
     classes = np.array([int(label) for label in labels_of(options.model)])
 
     def judge(best: np.ndarray) -> dict[str, float]:
+        _check(best, len(at))
         return {"accuracy": float(np.mean(classes[best] == gold[at]))}
 
     return Inputs({"pixel_values": images}, len(at), judge)
+
+
+def _check(best: np.ndarray, count: int) -> None:
+    """Answers of another shape would be compared all the same, every one with every label."""
+    if best.shape != (count,):
+        raise ValueError(f"answers have shape {best.shape}, expected a class for each of {count}")
 
 
 def _idx(path: Path) -> np.ndarray:
