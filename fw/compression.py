@@ -62,12 +62,20 @@ def tables(params: Any, scheme: Scheme) -> dict[str, Scheme]:
     return {path: scheme for path, leaf in leaves if role_of(path, leaf.shape) == "table"}
 
 
-def _int8(params: Any, **kernels: Any) -> compress.Transform:
-    """Tables and usual kernels; those that no code fits stay as they are."""
+def _int8(params: Any, **kernels: Any) -> Quantize:
+    """Tables and usual kernels; those that no code fits stay as they are.
+
+    >>> towers = {"items": {"table": jax.ShapeDtypeStruct((576, 8), "float32")}}
+    >>> [path for path, _ in _int8(towers).rules]
+    ['items/table']
+    """
     activations = kernels.get("activations", "dynamic")
     # What is looked up meets no activations, so that a static scale is never found for it.
     own = "dynamic" if activations == "static" else activations
-    rules = {**tables(params, Scheme("int8", activations=own)), USUAL: Scheme("int8", **kernels)}
+    rules = tables(params, Scheme("int8", activations=own))
+    names = {path.rpartition("/")[2] for path, _ in named_leaves(params)[0]}
+    if not rules or "kernel" in names:  # a rule that matches nothing is an error
+        rules[USUAL] = Scheme("int8", **kernels)
     return Quantize(tuple(rules.items()), strict=False)
 
 
