@@ -33,8 +33,9 @@ from fw.table_optimizer import at, nest
 from sharding import shardings
 from sharding.parallel.pipeline import PIPE
 
-LEARNING_RATE = 5e-4
-"""At its peak, of adapters: ten times that of a whole model."""
+LEARNING_RATE, SCALE = 1e-3, 8.0
+"""Of adapters where nothing is said: the rate at its peak, and alpha / rank. With a smaller scale B
+has to grow by a rate that tears A, whose numbers are as small as 1/√in (scripts/bench/LOG.md)."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class LoraOptions:
     Attributes:
       lora: rank of the change of every dense kernel; kernels and all else but new heads are frozen.
         0 trains everything.
-      lora_alpha: the change is scaled by this / rank; 0 for twice the rank.
+      lora_alpha: the change is scaled by this / rank; 0 for eight times the rank.
       dora: the lengths of a kernel's columns are trained apart from their directions.
       lora_base: format of the frozen kernels, such as nf4 or int8; nothing: floats as they are.
     """
@@ -169,7 +170,7 @@ def adapt(loaded: Loaded, options: LoraOptions, *, seed: int = 0) -> Adapted:
         keep = dict.fromkeys(loaded.fresh, "keep")
         codes = compress.Scheme(options.lora_base, activations="float")
         steps.append(Quantize(tuple({**keep, USUAL: codes}.items()), strict=False))
-    alpha = options.lora_alpha or 2.0 * options.lora
+    alpha = options.lora_alpha or SCALE * options.lora
     train = dict.fromkeys(loaded.fresh, "train")
     rules = tuple({**train, USUAL: options.lora}.items())
     steps.append(Lora(rules, strict=False, alpha=alpha, dora=options.dora, seed=seed))

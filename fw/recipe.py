@@ -96,8 +96,7 @@ class Finetune(AdamW, TableOptions, LoraOptions):
       data: a file, or a folder with train, dev and test files (CoNLL, CSV, TSV, JSON lines), or a
         name of `fw fetch --list`.
       run: the run's folder, made by it.
-      learning_rate: at its peak, after the warm-up; 0 for 5e-5, with lora 5e-4, or for a new model
-        1e-3.
+      learning_rate: at its peak, after the warm-up; 0 for 5e-5, with lora and for new models 1e-3.
       epochs: passes over the training data.
       steps: optimiser steps; 0 for as many as the epochs take.
       batch: rows a step; a packed row holds several texts.

@@ -33,9 +33,9 @@ ONE, EIGHT = "data=1", "data=2,fsdp=2,tensor=2"
 COMMON = ("--task", "ner", "--length", "32", "--learning-rate", "1e-2", "--precision", "f32",
           "--steps", "12", "--evaluate-every", "4", "--log-every", "1")  # fmt: skip
 KINDS = {
-    "lora": ("--lora", "4"),
+    "lora": ("--lora", "4", "--lora-alpha", "8"),
     "dora": ("--lora", "4", "--dora", "--lora-alpha", "4"),
-    "qlora": ("--lora", "4", "--lora-base", "int8"),
+    "qlora": ("--lora", "4", "--lora-alpha", "8", "--lora-base", "int8"),
 }
 
 
