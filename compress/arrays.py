@@ -8,6 +8,7 @@ share, `Quantized` the one made of codes and scales. `compress.fit` makes them o
 
 import dataclasses
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import field
 from typing import Any, NoReturn
@@ -30,17 +31,17 @@ class Compressed(quax.ArrayValue):
     A subclass has `aval`, `dense` and `place`, and rules for the primitives it understands.
     """
 
+    @abstractmethod
     def dense(self) -> jax.Array:
         """The floats that it stands for, in its own dtype."""
-        raise NotImplementedError
 
+    @abstractmethod
     def place(self, spec: Any) -> Any:
         """Its own structure with a `PartitionSpec` or `NamedSharding` for each array in it.
 
         Args:
             spec: that of the array it stands for.
         """
-        raise NotImplementedError
 
     def materialise(self) -> NoReturn:
         """Refuse: compressed arrays become floats only where `compress.dequantize` is written.

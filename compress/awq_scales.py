@@ -31,7 +31,7 @@ from compress.gptq_solver import HIGHEST
 from compress.nearest import ByScheme, finished
 from compress.prepare import scaled, unscalable, usual
 from compress.scheme import Scheme, fit, floats, grid, snapped
-from compress.transform import KEEP, Rules
+from compress.transform import Rules
 
 LEAST = np.float32(1e-4)
 """Smallest s before it is normalised."""
@@ -43,6 +43,7 @@ class Awq(ByScheme, Calibrated):
 
     steps: int = 20
     name: ClassVar[str] = "awq"
+    second: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check it."""
@@ -61,10 +62,6 @@ class Awq(ByScheme, Calibrated):
     def unmet(self, leaf: Any, option: Scheme, observed: Any) -> str:
         """See `Calibrated.unmet`."""
         return fixed(observed, self.name) or super().unmet(leaf, option, observed)
-
-    def hessians(self) -> tuple[str, ...]:
-        """See `Transform.hessians`."""
-        return tuple(pattern for pattern, option in self.rules if option != KEEP)
 
     def leaf(self, leaf: Any, option: Scheme, observed: Any) -> Quantized:
         """See `Leafwise.leaf`."""

@@ -24,7 +24,7 @@ from compress.histogram import EDGES, parse_method, threshold
 from compress.observed import preparation
 from compress.observing import Observed, Stats
 from compress.scheme import Scheme, core, inputs, unfit
-from compress.transform import Leafwise
+from compress.transform import KEEP, Leafwise
 
 
 class Calibrated(Leafwise):
@@ -35,9 +35,16 @@ class Calibrated(Leafwise):
 
     local: ClassVar[bool] = False  # sums and powers have other bits where parts are computed
 
+    second: ClassVar[bool] = False
+    """Whether Hessians are wanted, too."""
+
     def needs(self, option: Any) -> bool:
         """See `Leafwise.needs`."""
         return True
+
+    def hessians(self) -> tuple[str, ...]:
+        """See `Transform.hessians`."""
+        return tuple(pattern for pattern, option in self.rules if self.second and option != KEEP)
 
     def unmet(self, leaf: Any, option: Any, observed: Observed) -> str:
         """Why statistics are not enough for a leaf, in words, or ""."""

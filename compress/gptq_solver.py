@@ -37,7 +37,7 @@ from compress.scheme import (
     part_shape,
     snapped,
 )
-from compress.transform import KEEP, Rules
+from compress.transform import Rules
 
 BLOCK = 128
 """Rows whose corrections reach the rest at once."""
@@ -57,6 +57,7 @@ class Gptq(ByScheme, Calibrated):
     damping: float = 0.01
     order: str = "activation"
     name: ClassVar[str] = "gptq"
+    second: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check it."""
@@ -76,10 +77,6 @@ class Gptq(ByScheme, Calibrated):
         if observed.hessian is None:
             return "its statistics have no Hessian; ask for it: observe(fn, hessians=[its path])"
         return super().unmet(leaf, option, observed)
-
-    def hessians(self) -> tuple[str, ...]:
-        """See `Transform.hessians`."""
-        return tuple(pattern for pattern, option in self.rules if option != KEEP)
 
     def leaf(self, leaf: Any, option: Scheme, observed: Any) -> Quantized:
         """See `Leafwise.leaf`."""

@@ -25,7 +25,7 @@ from compress import adapter_trees
 from compress.formats import FORMATS
 from compress.nearest import USUAL, Quantize
 from compress.trainable import Lora
-from compress.transform import named_leaves
+from compress.transform import match, named_leaves
 from fw.errors import FwError
 from fw.hub.folder import Loaded
 from fw.model import FROZEN, Model, Variables
@@ -79,11 +79,13 @@ class Adapted:
         collection, `frozen`.
       frozen: that collection: the other parameters, kernels among them.
       share: of all numbers, those that are trained.
+      left: kernels that the rank or the format does not fit, and what they stay, in words.
     """
 
     trained: Loaded
     frozen: Any
     share: float
+    left: tuple[str, ...]
     _base: Loaded
     _parts: "_Parts"
 
@@ -164,7 +166,7 @@ def adapt(loaded: Loaded, options: LoraOptions, *, seed: int = 0) -> Adapted:
     mesh, params = loaded.mesh, loaded.variables["params"]
     if mesh is not None and mesh.shape.get(PIPE, 1) > 1:
         raise FwError(f"lora: layers in stages are not adapted; give a mesh without {PIPE}")
-    # Not strict: kernels of convolutions, or thinner than the rank, stay as they are.
+    # Not strict: kernels of convolutions, or thinner than the rank, stay as they are: `left`.
     steps: list[compress.Transform] = []
     if options.lora_base:
         keep = dict.fromkeys(loaded.fresh, "keep")
@@ -192,7 +194,18 @@ def adapt(loaded: Loaded, options: LoraOptions, *, seed: int = 0) -> Adapted:
         variables = jax.device_put(variables, lie)
     share = compress.trainable_share(small)
     learnt = dataclasses.replace(loaded, model=model, variables=variables)
-    return Adapted(learnt, base, share, loaded, parts)
+    return Adapted(learnt, base, share, _left(small, options), loaded, parts)
+
+
+def _left(small: Any, options: LoraOptions) -> tuple[str, ...]:
+    found = []
+    for path, leaf in named_leaves(small)[0]:
+        if match(USUAL, path) and not isinstance(leaf, compress.LoRA | compress.Trained):
+            found.append(f"{path}: not adapted, rank {options.lora} is not for {list(leaf.shape)}")
+        elif isinstance(leaf, compress.LoRA) and not compress.is_compressed(leaf.base):
+            why = f"{path}: stays floats, {options.lora_base} is not for its shape"
+            found += [why] if options.lora_base else []
+    return tuple(found)
 
 
 def _adapted(model: Model, parts: _Parts) -> Model:

@@ -156,9 +156,8 @@ def finetune(recipe: Finetune, *, resume: bool = False) -> Path:
             best = checkpoints.best
             kept = checkpoints.restore(state, best)
             kept_steps = checkpoints.steps()
-        tuned = replace(loaded, variables=kept.variables)
-        _save(folder, tuned if adapted is None else adapted.tuned(kept.variables), recipe,
-              processor, source)  # fmt: skip
+        tuned = adapted.tuned if adapted else lambda own: replace(loaded, variables=own)
+        _save(folder, tuned(kept.variables), recipe, processor, source)
         news = {
             "task": recipe.task,
             "splits": {"dev": dict(score(kept.variables).figures)},
@@ -314,6 +313,8 @@ def _announce(
         progress.say(f"a new {recipe.model} of {count:,} parameters")
     if adapted is not None:
         progress.say(f"{100 * adapted.share:.2f} % of the parameters are trained")
+        for message in adapted.left:
+            progress.say(message)
     for path in loaded.fresh if loaded.folder is not None else ():
         progress.say(f"new, not in the checkpoint: {path}")
     for message in prepared.skipped[:3]:

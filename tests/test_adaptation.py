@@ -215,6 +215,13 @@ def test_steps_are_those_of_the_sum_written_out(world, dora):
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
+def test_what_stays_as_it_was_is_told(world):
+    """Kernels of 16 inputs take no blocks of 32."""
+    adapted = adapt(load(world / "model", scan=True), LoraOptions(lora=2, lora_base="mxfp4"))
+    assert any("kernel: stays floats, mxfp4 is not for its shape" in line for line in adapted.left)
+    assert adapt(load(world / "model"), LoraOptions(lora=2)).left == ()
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
