@@ -1,6 +1,8 @@
 """Fine-tuning of which little is trained: thin changes of frozen kernels, and what is new.
 
-    adapted = adapt(loaded, LoraOptions(lora=8))
+    options = LoraOptions(lora=8, lora_base="nf4")
+    loaded = hub.load(folder, mesh=mesh, rules=rules, become=coded(options))
+    adapted = adapt(loaded, options)
     step = make_step(adapted.trained.model, loss, tx, mesh=mesh, rules=rules)
     state = initial_state(adapted.trained.variables, tx, mesh)
     state, metrics = step(state, batch, adapted.frozen)
@@ -13,7 +15,7 @@ collection of variables, "frozen", floats or codes.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +25,10 @@ import jax.numpy as jnp
 import compress
 from compress import adapter_trees
 from compress.formats import FORMATS
-from compress.nearest import USUAL, Quantize
+from compress.nearest import USUAL, with_role
+from compress.scheme import Scheme, core, fit, role_of, unfit
 from compress.trainable import Lora
-from compress.transform import match, named_leaves
+from compress.transform import match, named_leaves, sharding_of
 from fw.errors import FwError
 from fw.hub.folder import Loaded
 from fw.model import FROZEN, Model, Variables
@@ -38,6 +41,10 @@ LEARNING_RATE, SCALE = 1e-3, 8.0
 has to grow by a rate that tears A, whose numbers are as small as 1/√in (scripts/bench/LOG.md)."""
 
 
+TABLE = "int8"
+"""The format of frozen tables where kernels are codes; each row has a scale."""
+
+
 @dataclass(frozen=True)
 class LoraOptions:
     """The options of a run that trains adapters.
@@ -47,7 +54,8 @@ class LoraOptions:
         0 trains everything.
       lora_alpha: the change is scaled by this / rank; 0 for eight times the rank.
       dora: the lengths of a kernel's columns are trained apart from their directions.
-      lora_base: format of the frozen kernels, such as nf4 or int8; nothing: floats as they are.
+      lora_base: format of the frozen kernels, such as nf4 or int8, beside which tables of words are
+        int8; nothing: floats as they are.
     """
 
     lora: int = 0
@@ -139,11 +147,51 @@ def _arrays(adapter: Any) -> Any:
     return found if adapter.magnitude is None else {**found, "magnitude": adapter.magnitude}
 
 
+def coded(options: LoraOptions) -> Callable[[str, jax.Array], Any]:
+    """What a parameter of the base becomes, by its path: kernels `lora_base`, tables int8.
+
+    `fw.hub.load` takes it, so that floats are never there of more than one parameter. A stack's
+    layers are coded one after another: what is computed on the way has the size of one.
+
+    >>> become = coded(LoraOptions(lora=2, lora_base="int8"))
+    >>> become("dense/kernel", jnp.eye(4)).values.dtype.name, become("dense/bias", jnp.ones(4)).ndim
+    ('int8', 1)
+    """
+
+    def become(path: str, leaf: jax.Array) -> Any:
+        kernel = match(USUAL, path)
+        if not options.lora_base or (not kernel and role_of(path, leaf.shape) != "table"):
+            return leaf
+        format = options.lora_base if kernel else TABLE
+        scheme = with_role(path, leaf, Scheme(format, activations="float"))
+        if unfit(leaf, scheme, scheme.role):
+            return leaf
+        where = sharding_of(leaf)
+        new, finite = by_layer(leaf, scheme)
+        if not finite:
+            raise FwError(f"{path}: holds NaN or infinity; expected the weights of a model")
+        return new if where is None else jax.device_put(new, new.place(where))
+
+    return become
+
+
+@functools.partial(jax.jit, static_argnames="scheme")
+def by_layer(leaf: jax.Array, scheme: Scheme) -> tuple[compress.Quantized, jax.Array]:
+    """An array as codes, and whether it was finite; a stack's layers one after another."""
+    assert scheme.role is not None
+    stack = leaf.shape[: -core(scheme.role)]
+    layers = leaf.reshape(-1, *leaf.shape[len(stack) :])
+    role = scheme.role
+    new, finite = jax.lax.map(lambda w: (fit(w, scheme, role), jnp.isfinite(w).all()), layers)
+    return jax.tree.map(lambda x: x.reshape(*stack, *x.shape[1:]), new), finite.all()
+
+
 def adapt(loaded: Loaded, options: LoraOptions, *, seed: int = 0) -> Adapted:
     """Freezes a model but for low-rank changes of its dense kernels, and for what is new in it.
 
     Args:
-      loaded: of `fw.hub.load`; parameters that are `fresh` are trained whole.
+      loaded: of `fw.hub.load`, with or without `coded(options)`; parameters that are `fresh` are
+        trained whole.
       options: rank, scale, and what the frozen kernels become.
       seed: of A.
 
@@ -163,20 +211,21 @@ def adapt(loaded: Loaded, options: LoraOptions, *, seed: int = 0) -> Adapted:
     >>> sorted(adapted.trained.variables["params"]), f"{adapted.share:.2f}"
     (['classifier', 'stack'], '0.05')
     """
-    mesh, params = loaded.mesh, loaded.variables["params"]
+    mesh = loaded.mesh
     if mesh is not None and mesh.shape.get(PIPE, 1) > 1:
         raise FwError(f"lora: layers in stages are not adapted; give a mesh without {PIPE}")
-    # Not strict: kernels of convolutions, or thinner than the rank, stay as they are: `left`.
-    steps: list[compress.Transform] = []
-    if options.lora_base:
-        keep = dict.fromkeys(loaded.fresh, "keep")
-        codes = compress.Scheme(options.lora_base, activations="float")
-        steps.append(Quantize(tuple({**keep, USUAL: codes}.items()), strict=False))
+    leaves, tree = named_leaves(loaded.variables["params"])
+    become = coded(options)
+    ready = [compress.is_compressed(x) or path in loaded.fresh for path, x in leaves]
+    kept = [x if done else become(path, x) for done, (path, x) in zip(ready, leaves, strict=True)]
+    params = jax.tree.unflatten(tree, kept)
+    if options.lora_base and not any(map(compress.is_compressed, kept)):
+        raise FwError(f"lora: the model has no kernel that {options.lora_base} is for")
     alpha = options.lora_alpha or SCALE * options.lora
     train = dict.fromkeys(loaded.fresh, "train")
+    # Not strict: kernels of convolutions, or thinner than the rank, stay as they are: `left`.
     rules = tuple({**train, USUAL: options.lora}.items())
-    steps.append(Lora(rules, strict=False, alpha=alpha, dora=options.dora, seed=seed))
-    transform = compress.chain(*steps)
+    transform = Lora(rules, strict=False, alpha=alpha, dora=options.dora, seed=seed)
     try:
         small = jax.eval_shape(lambda params: transform(params)[0], params)
         adapters = jax.eval_shape(lambda params: adapter_trees.detach(params)[1], small)
@@ -194,7 +243,8 @@ def adapt(loaded: Loaded, options: LoraOptions, *, seed: int = 0) -> Adapted:
         variables = jax.device_put(variables, lie)
     share = compress.trainable_share(small)
     learnt = dataclasses.replace(loaded, model=model, variables=variables)
-    return Adapted(learnt, base, share, _left(small, options), loaded, parts)
+    bare = dataclasses.replace(loaded, variables={})  # keeps no floats that became codes
+    return Adapted(learnt, base, share, _left(small, options), bare, parts)
 
 
 def _left(small: Any, options: LoraOptions) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from jax.sharding import Mesh
 
 from fw import assets, data, hub, precision, report, run
-from fw.adaptation import Adapted, adapt
+from fw.adaptation import Adapted, adapt, coded
 from fw.checkpoint import Checkpoints
 from fw.data.rows import AnyRows
 from fw.errors import FwError
@@ -179,7 +179,6 @@ def _save(
             shutil.rmtree(folder / name, ignore_errors=True)
     if recipe.lora:
         hub.save_adapter(folder / ADAPTER, *hub.detach(tuned, base=recipe.model))
-        tuned = hub.merge(tuned)
     more = None if isinstance(processor, Text) else processor.save
     hub.save(folder / MODEL, tuned, tokenizer_from=source, more=more)
 
@@ -259,7 +258,13 @@ def bring(
         loaded = hub.new(config, labels, key=key, **where, **computed)
     else:
         loaded = hub.load(
-            source, task=recipe.long_task, labels=labels, key=key, **where, **computed
+            source,
+            task=recipe.long_task,
+            labels=labels,
+            key=key,
+            become=coded(recipe),
+            **where,
+            **computed,
         )
     if recipe.microbatches > 1 and not hasattr(loaded.model.config, "microbatches"):
         raise FwError(f"microbatches: {recipe.model} has no layers of one kind to lay in stages")

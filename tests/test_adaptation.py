@@ -15,8 +15,9 @@ from safetensors.numpy import load_file
 import compress
 from compress.transform import named_leaves
 from fw import hub, run, stages
-from fw.adaptation import LoraOptions, adapt
+from fw.adaptation import LoraOptions, adapt, coded
 from fw.cli import main
+from fw.compression import tables
 from fw.errors import FwError
 from fw.models.bert import bert
 from fw.optimizer import AdamW, optimizer
@@ -220,6 +221,38 @@ def test_what_stays_as_it_was_is_told(world):
     adapted = adapt(load(world / "model", scan=True), LoraOptions(lora=2, lora_base="mxfp4"))
     assert any("kernel: stays floats, mxfp4 is not for its shape" in line for line in adapted.left)
     assert adapt(load(world / "model"), LoraOptions(lora=2)).left == ()
+
+
+@pytest.mark.parametrize("format", ["int8", "mxfp4"])
+@pytest.mark.parametrize("scan", [False, True])
+def test_codes_as_they_are_read_are_those_of_the_whole(world, format, scan):
+    """A stack is coded layer by layer, a parameter at a time; no floats stay of what is coded."""
+    options = LoraOptions(lora=2, lora_base=format)
+    where = {"mesh": EIGHT, "scan": scan}
+    read = load(world / "model", become=coded(options), **where)
+    plain = load(world / "model", **where).variables["params"]
+    both = (compress.Scheme(name, activations="float") for name in (format, "int8"))
+    kernels, rows = compress.quantize(next(both)), tables(plain, next(both))
+    want, _ = compress.chain(kernels, compress.quantize(rows))(plain)
+    for got in (read.variables["params"], adapt(read, options).frozen):
+        for (path, a), (_, b) in zip(named_leaves(got)[0], named_leaves(want)[0], strict=True):
+            assert type(a) is type(b), path
+            for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+                np.testing.assert_array_equal(x, y, err_msg=path)
+                assert x.sharding.is_equivalent_to(y.sharding, x.ndim), path
+    assert not adapt(load(world / "model"), options)._base.variables
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_codes_without_adapters_are_written_as_what_they_stand_for(world, tmp_path, scan):
+    """Of kernels thinner than the rank."""
+    loaded = load(world / "model", scan=scan, become=coded(LoraOptions(lora=2, lora_base="int8")))
+    hub.save(tmp_path / "plain", loaded)
+    again = load(tmp_path / "plain", scan=scan).variables["params"]
+    for (path, a), (_, b) in zip(
+        named_leaves(again)[0], named_leaves(loaded.variables["params"])[0], strict=True
+    ):
+        np.testing.assert_array_equal(a, b.dense() if compress.is_compressed(b) else b, path)
 
 
 @pytest.mark.parametrize(

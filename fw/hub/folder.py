@@ -22,6 +22,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from compress.arrays import is_compressed
+from compress.scheme import core, role_of
+from compress.transform import named_leaves
 from fw.errors import FwError
 from fw.hub.config import choose_head, read_config, read_pooling, write_config, write_pooling
 from fw.hub.families import Family, family_of
@@ -93,6 +96,7 @@ def load(
     microbatches: int = 1,
     remat: str | None = None,
     scan: bool | None = None,
+    become: Callable[[str, jax.Array], Any] | None = None,
 ) -> Loaded:
     """Reads a model folder of Hugging Face transformers onto a mesh.
 
@@ -112,6 +116,8 @@ def load(
         of one kind has no microbatches.
       scan: of the config, as in `Stack`: whether layers are stacked. None: an encoder's are apart
         on CPUs, which copy each layer out of a stack, unless the mesh has stages; others are.
+      become: what a parameter of the folder becomes, by its path and array; applied as soon as it
+        is read, before the next one is.
 
     Returns:
       The model and its parameters.
@@ -172,7 +178,9 @@ def load(
                 _check_tensor(named[name.tensor], name, leaf)
             like = jax.ShapeDtypeStruct(leaf.shape, _stored(leaf.dtype, dtype))
             # One after another: until a part is on its device, the host holds it as well.
-            leaves[path] = jax.block_until_ready(fill(like, place, reader(wanted[path], named)))
+            array = jax.block_until_ready(fill(like, place, reader(wanted[path], named)))
+            leaves[path] = become(_short(path), array) if become else array
+            del array
     if fresh:
         leaves |= _init(model, key, fresh, dtype, folder)
     return Loaded(
@@ -197,8 +205,9 @@ def save(
 ) -> None:
     """Writes a model folder that transformers, and `load`, can read.
 
-    For trained parameters: `save(folder, dataclasses.replace(loaded, variables=trained))`. With
-    several processes, all must call it; the first one writes.
+    For trained parameters: `save(folder, dataclasses.replace(loaded, variables=trained))`.
+    Compressed ones, and kernels with adapters, are written as the floats that they stand for, made
+    one after another. With several processes, all must call it; the first one writes.
 
     Args:
       folder: new, or empty; its parents are made.
@@ -207,8 +216,8 @@ def save(
       more: writes further files into the folder before it gets its name.
 
     Raises:
-      FwError: the folder exists, or cannot be written; parameters that are not the model's, among
-        them compressed ones; labels that do not fit.
+      FwError: the folder exists, or cannot be written; parameters that are not the model's; labels
+        that do not fit.
     """
     model, folder = loaded.model, Path(folder)
     leaves, dtype = _checked(model, loaded.variables)
@@ -227,7 +236,7 @@ def save(
 
     def gathered() -> Iterator[tuple[str, np.ndarray]]:
         for path in names:
-            yield path, gather(leaves[path])
+            yield path, _floats(path, leaves[path])
             gc.collect(0)  # only then does jaxlib let go of a host's copy
 
     host = gathered()
@@ -331,23 +340,37 @@ def _init(
     return create(init, key, shardings=dict(places))
 
 
+def _floats(path: str, leaf: Any) -> np.ndarray:
+    """A variable on the host, floats of codes by one layer after another where they are stacked."""
+    if not is_compressed(leaf):
+        return gather(leaf)
+    role = role_of(path, leaf.shape)
+    if role is None or leaf.ndim == core(role):
+        return gather(_dense(leaf))
+    whole = np.empty(leaf.shape, leaf.dtype)
+    for i in range(len(whole)):
+        whole[i] = gather(_layer(leaf, i))
+    return whole
+
+
+_dense = jax.jit(lambda leaf: leaf.dense())
+_layer = jax.jit(lambda leaf, i: jax.tree.map(lambda part: part[i], leaf).dense())
+
+
 def _checked(model: Model, variables: Variables) -> tuple[dict[str, Any], np.dtype]:
     """The variables by path, those that the model has, and the one dtype of parameters."""
     shapes = jax.eval_shape(model.init, jax.random.key(0))
-    expected = dict(zip(paths(shapes), map(np.shape, jax.tree.leaves(shapes)), strict=True))
-    found = dict(zip(paths(variables), map(np.shape, jax.tree.leaves(variables)), strict=True))
+    every = dict(named_leaves(variables)[0])
+    like = dict(named_leaves(shapes)[0])
+    expected = {path: leaf.shape for path, leaf in like.items()}
+    found = {path: np.shape(leaf) for path, leaf in every.items()}
     for path in sorted(expected.keys() | found.keys()):
         if expected.get(path) != found.get(path):
             raise FwError(
                 f"{_short(path)}: expected {expected.get(path, 'no parameter')}, got "
-                f"{found.get(path, 'none')}; compressed parameters are restored before saving"
+                f"{found.get(path, 'none')}"
             )
-    counts = {
-        path
-        for path, leaf in zip(paths(shapes), jax.tree.leaves(shapes), strict=True)
-        if jnp.issubdtype(leaf.dtype, jnp.integer)
-    }
-    every = dict(zip(paths(variables), jax.tree.leaves(variables), strict=True))
+    counts = {path for path, leaf in like.items() if jnp.issubdtype(leaf.dtype, jnp.integer)}
     for path in sorted(counts):
         if not jnp.issubdtype(every[path].dtype, jnp.integer):
             raise FwError(f"{_short(path)}: expected integers, got {every[path].dtype}")

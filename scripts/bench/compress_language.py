@@ -24,20 +24,24 @@ import compress
 import fw
 from compress.scheme import Scheme
 from fw import data, precision, report
-from fw.compression import calibrated, grouped, recipe
+from fw.compression import calibrated, grouped, recipe, tables
 from sharding import put, scope
 
+
+def int4(per: str | int) -> Scheme:
+    return Scheme("int4", per=per)
+
+
 MORE = {
-    "int4-awq": lambda params: compress.awq(grouped(params, lambda per: Scheme("int4", per=per))),
+    "int4-awq": lambda params: compress.awq(grouped(params, int4)),
     "int4-rotated": lambda params: compress.chain(
-        compress.rotate("auto"),
-        compress.gptq(grouped(params, lambda per: Scheme("int4", per=per))),
+        compress.rotate("auto"), compress.gptq(grouped(params, int4))
     ),
     "nf4": lambda _: compress.quantize(Scheme("nf4")),
     "mxfp4": lambda _: compress.quantize("mxfp4"),
     "nvfp4": lambda _: compress.quantize("nvfp4"),
 }
-"""Recipes beside `fw.compression.RECIPES`."""
+"""Recipes of kernels beside `fw.compression.RECIPES`, whose tables become int8 as theirs do."""
 
 
 def main() -> int:
@@ -85,14 +89,15 @@ def main() -> int:
 
     rows = [("f32", size(params), perplexity(params), 0.0, 0.0)]
     print(*rows[-1], file=sys.stderr)
-    stats = None
+    rest = compress.quantize(tables(params, Scheme("int8", activations="float")))
     for name in options.recipes.split(","):
         began = time.perf_counter()
-        transform = MORE[name](params) if name in MORE else recipe(name, params)[1]
-        if stats is None and transform.hessians():
-            with scope(mesh, where):
-                stats = calibrated(transform, forward, params, batches(shown))
-            print(f"observed in {time.perf_counter() - began:.0f} s", file=sys.stderr)
+        if name in MORE:
+            transform = compress.chain(MORE[name](params), rest)
+        else:
+            transform = recipe(name, params)[1]
+        with scope(mesh, where):
+            stats = calibrated(transform, forward, params, batches(shown))
         small, told = transform(params, stats)
         seconds = time.perf_counter() - began
         found = perplexity(small)

@@ -3,6 +3,7 @@
 A Llama of 8 billion parameters (Llama-3-8B's sizes): kernels in nf4, tables in int8, low-rank
 changes of all kernels of a layer, AdamW for these alone; one row of `--length` tokens a step, each
 layer computed again on the way back. Compiled from shapes: no array is made and no TPU is needed.
+So is what loading takes: the largest kernel in float32 and its codes, beside all others' codes.
 
     .venv/bin/python scripts/bench/qlora.py
 """
@@ -23,6 +24,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import compress
 from compress.scheme import Scheme
 from fw import precision
+from fw.adaptation import by_layer
 from fw.models.llama import LlamaConfig, llama
 from sharding import make_mesh, rules, scope
 
@@ -87,20 +89,40 @@ def main() -> int:
     if options.save:
         with open(options.save, "w", encoding="utf-8") as file:  # noqa: PTH123
             file.write(program.as_text() or "")
-    memory = program.memory_analysis()
-    assert memory is not None
-    held = memory.argument_size_in_bytes + memory.output_size_in_bytes
-    held += memory.temp_size_in_bytes - memory.alias_size_in_bytes
     count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(whole))
     own = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(trainable))
     print(f"{count / 1e9:.2f} billion parameters, {own / 1e6:.1f} million of them trained")
     print(f"compiled in {time.perf_counter() - began:.0f} s for {steps.devices('tpu')[0]}")
-    for name in ("argument", "output", "alias", "temp"):
-        print(f"{name:9} {getattr(memory, f'{name}_size_in_bytes') / 1024**3:7.2f} GiB")
-    fits = held < CHIP
-    said = "fits" if fits else "too much"
-    print(f"held      {held / 1024**3:7.2f} GiB of {CHIP / 1024**3:.0f}: {said}")
+    training = taken(program, ("argument", "output", "temp", "alias"))
+    large = max(jax.tree.leaves(whole["stack"]), key=lambda leaf: leaf.size)
+    scheme = Scheme("nf4", role="kernel", activations="float")
+    program = by_layer.trace(there(large), scheme).lower(lowering_platforms=("tpu",)).compile()
+    print(f"loading, {list(large.shape)} in float32 coded last")
+    # What it makes is a part of what is frozen.
+    loading = taken(program, ("argument", "temp")) + nbytes(frozen)
+    fits = max(training, loading) < CHIP
+    print(f"training {gib(training)}, loading {gib(loading)} of {gib(CHIP)}: {FITS[fits]}")
     return 0 if fits else 1
+
+
+FITS = {True: "fits", False: "too much"}
+
+
+def taken(program: Any, parts: tuple[str, ...]) -> int:
+    """Bytes of a program's memory; what is donated, an alias, is counted once."""
+    memory = program.memory_analysis()
+    found = {part: getattr(memory, f"{part}_size_in_bytes") for part in parts}
+    for part, size in found.items():
+        print(f"  {part:9} {gib(size)}")
+    return sum(found.values()) - 2 * found.get("alias", 0)
+
+
+def nbytes(tree: Any) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def gib(size: int) -> str:
+    return f"{size / 1024**3:.2f} GiB"
 
 
 if __name__ == "__main__":
