@@ -219,7 +219,8 @@ def adapt(loaded: Loaded, options: LoraOptions, *, seed: int = 0) -> Adapted:
     ready = [compress.is_compressed(x) or path in loaded.fresh for path, x in leaves]
     kept = [x if done else become(path, x) for done, (path, x) in zip(ready, leaves, strict=True)]
     params = jax.tree.unflatten(tree, kept)
-    if options.lora_base and not any(map(compress.is_compressed, kept)):
+    codes = [path for (path, _), x in zip(leaves, kept, strict=True) if compress.is_compressed(x)]
+    if options.lora_base and not any(match(USUAL, path) for path in codes):
         raise FwError(f"lora: the model has no kernel that {options.lora_base} is for")
     alpha = options.lora_alpha or SCALE * options.lora
     train = dict.fromkeys(loaded.fresh, "train")

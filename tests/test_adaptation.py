@@ -274,6 +274,7 @@ def test_options_that_are_refused(options, said):
     ("more", "said"),
     [
         (("--lora", "99"), "lora: rule '**/kernel' can be applied to no leaf"),
+        (("--lora-base", "nf4"), "lora: the model has no kernel that nf4 is for"),
         (("--mesh", "pipe=2"), "lora: layers in stages are not adapted"),
     ],
 )
