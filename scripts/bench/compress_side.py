@@ -20,12 +20,14 @@ from peer_inputs import Batch
 from peer_turns import Side
 
 from fw.compression import RECIPES
+from fw.data import IGNORE
 
 SIDES = ("f32", "bf16", *RECIPES)
 TASKS = {
     "ner": "token_classification",
     "classify": "sequence_classification",
     "images": "image_classification",
+    "lm": "causal_lm",
 }
 
 
@@ -51,7 +53,8 @@ def load(options: argparse.Namespace, side: str) -> Side:
     policy, how = side if side in ("f32", "bf16") else "f32", side
 
     def forward(params: Any, batch: Any) -> Any:
-        return loaded.model.apply({"params": params, "state": state}, batch)[0]
+        answer = loaded.model.apply({"params": params, "state": state}, batch)[0]
+        return answer["losses"][:, :-1] if options.task == "lm" else answer
 
     if side not in ("f32", "bf16"):
         name, transform = recipe(side, params)
@@ -79,10 +82,12 @@ def given(batch: Batch) -> dict[str, np.ndarray]:
     """A batch as fw has it: int32, channels last, positions."""
     if "pixel_values" in batch:
         return {"pixel_values": np.ascontiguousarray(batch["pixel_values"].transpose(0, 2, 3, 1))}
-    mask = batch["attention_mask"].astype(np.int32)
+    ids = batch["input_ids"].astype(np.int32)
+    mask = batch.get("attention_mask", np.ones_like(ids)).astype(np.int32)
     places = np.arange(mask.shape[1], dtype=np.int32)
     return {
-        "input_ids": batch["input_ids"].astype(np.int32),
+        "input_ids": ids,
+        "targets": np.concatenate([ids[:, 1:], np.full_like(ids[:, :1], IGNORE)], 1),
         "segment_ids": mask,
         "position_ids": np.tile(places, (len(mask), 1)),
         "token_type_ids": np.zeros_like(mask),

@@ -2,11 +2,11 @@
 
     .venv/bin/python scripts/bench/compression.py --model runs/wnut/model --task ner --data wnut17/
 
-Of a fine-tuned folder: fw in float32, bfloat16 and by each recipe; torch, ONNX Runtime
-and OpenVINO in float32 and int8 (`peer_compress.py`), Qwix where it is installed (`qwix_side.py`).
-Every side answers the whole test split and is then timed on a batch of 16 × 64 tokens, or of 16
-images: each a process of its own, in turns, medians. `--picture` draws size and latency against
-quality. Decoders: `compress_language.py`.
+Of a fine-tuned folder, or a decoder's: fw in float32, bfloat16 and by each recipe; torch, ONNX
+Runtime and OpenVINO in float32 and int8 (`peer_compress.py`), Qwix where it is installed
+(`qwix_side.py`). Every side answers the whole test split and is then timed on a batch of 16 × 64
+tokens, or of 16 images: each a process of its own, in turns, medians. `--picture` draws size and
+latency against quality. More recipes of a decoder: `compress_language.py`.
 
 The script is not called compress.py: beside the others, it would be what they import by that name.
 """
@@ -26,7 +26,9 @@ from fw import report
 from fw.errors import FwError
 
 HERE = Path(__file__).parent
-METRIC = {"ner": "f1", "classify": "accuracy", "images": "accuracy"}
+METRIC = {"ner": "f1", "classify": "accuracy", "images": "accuracy", "lm": "perplexity"}
+LESS = ("perplexity",)
+"""Metrics of which less is better; the others are shares."""
 PEERS = {
     "fw": [sys.executable, str(HERE / "compress_side.py")],
     "qwix": [sys.executable, str(HERE / "qwix_side.py")],
@@ -95,7 +97,8 @@ def classifiers(options: argparse.Namespace) -> list[dict[str, Any]]:
         own = seconds[p.name, side]
         rows.append(
             {
-                "by": p.name, "side": side, metric: 100 * told["quality"][metric],
+                "by": p.name, "side": side,
+                metric: told["quality"][metric] * (1 if metric in LESS else 100),
                 "MB": told["bytes"] / 1e6, "ms": 1e3 * statistics.median(own),
                 "fastest": 1e3 * min(own), "how": told["how"],
             }
@@ -153,7 +156,8 @@ def picture(rows: Sequence[dict[str, Any]], metric: str) -> str:
         "<style>text { font: 11px sans-serif }</style>",
         f'<rect width="{2 * width}" height="{height}" fill="white"/>',
     ]
-    best = [r[metric] for r in rows]
+    sign = -1 if metric in LESS else 1
+    best = [sign * r[metric] for r in rows]
     low, high = min(best), max(best)
     room = max(high - low, 0.2) * 0.12
     for panel, unit in enumerate(("MB", "ms")):
@@ -162,24 +166,25 @@ def picture(rows: Sequence[dict[str, Any]], metric: str) -> str:
 
         def at(row: dict[str, Any], left=left, most=most, unit=unit) -> tuple[float, float]:
             x = left + pad + (width - 2 * pad) * row[unit] / most
-            share = (row[metric] - low + room) / (high - low + 2 * room)
+            share = (sign * row[metric] - low + room) / (high - low + 2 * room)
             return x, height - pad - (height - 2 * pad) * share
 
         x0, x1, y0, y1 = left + pad, left + width - pad, height - pad, pad
         parts.append(f'<path d="M{x0} {y1}V{y0}H{x1}" fill="none" stroke="#888"/>')
         parts.append(f'<text x="{x1}" y="{y0 + 32}" text-anchor="end">{unit}</text>')
-        parts.append(f'<text x="{x0}" y="{y1 - 12}">{metric}, percent</text>')
+        label = f"{metric}, less is better" if metric in LESS else f"{metric}, percent"
+        parts.append(f'<text x="{x0}" y="{y1 - 12}">{label}</text>')
         for k in range(5):
             x, value = x0 + (x1 - x0) * k / 4, most * k / 4
             parts.append(f'<text x="{x:.0f}" y="{y0 + 15}" text-anchor="middle">{value:.0f}</text>')
-            level = low - room + (high - low + 2 * room) * k / 4
+            level = sign * (low - room + (high - low + 2 * room) * k / 4)
             y = y0 - (y0 - y1) * k / 4
             parts.append(f'<text x="{x0 - 6}" y="{y:.0f}" text-anchor="end">{level:.1f}</text>')
         front = [
             r
             for r in rows
             if not any(
-                o[unit] <= r[unit] and o[metric] >= r[metric] and o is not r
+                o[unit] <= r[unit] and sign * o[metric] >= sign * r[metric] and o is not r
                 and (o[unit], o[metric]) != (r[unit], r[metric])
                 for o in rows
             )
@@ -192,8 +197,8 @@ def picture(rows: Sequence[dict[str, Any]], metric: str) -> str:
             (x, y), own = at(row), row["by"] == "fw"
             colour = "#15c" if own else "#c51"
             parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>')
-            label = row["side"] if own else f"{row['side']}"
-            parts.append(f'<text x="{x + 6:.1f}" y="{y - 5:.1f}" fill="{colour}">{label}</text>')
+            place = f'x="{x + 6:.1f}" y="{y - 5:.1f}" fill="{colour}"'
+            parts.append(f"<text {place}>{row['side']}</text>")
     return "\n".join([*parts, "</svg>", ""])
 
 

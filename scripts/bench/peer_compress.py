@@ -3,7 +3,7 @@
     scripts/bench/peer peer_compress.py --model DIR --task ner --data wnut17/
 
 What a competent user does today with a fine-tuned Hugging Face folder, which is BERT's for `ner`
-and `classify`, ResNet's for `images`:
+and `classify`, ResNet's for `images`, a decoder's for `lm`:
 
 - `torch-int8`: `quantize_dynamic` of linear layers, per channel; convolutions stay float32, for it
   knows none;
@@ -34,6 +34,8 @@ from peer_turns import Side
 SIDES = ("torch", "torch-int8", "ort", "ort-int8", "ort-static", "openvino", "openvino-int8")
 PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "openvino", "nncf")
 OPSET = 17
+FUSED = ("ner", "classify")
+"""Whose attention ONNX Runtime's optimizer knows in the form that the exporter gives it."""
 
 
 def main() -> None:
@@ -91,11 +93,29 @@ def torch_model(options: argparse.Namespace, attention: str = "sdpa") -> Any:
         kind = {
             "ner": transformers.AutoModelForTokenClassification,
             "classify": transformers.AutoModelForSequenceClassification,
+            "lm": transformers.AutoModelForCausalLM,
         }[options.task]
         model = kind.from_config(config, attn_implementation=attention)
     tensors = safetensors.torch.load_file(options.model / "model.safetensors")
+    if getattr(config, "tie_word_embeddings", False) and options.task == "lm":
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     model.load_state_dict(tensors)
     return model.float().eval()
+
+
+def answer(options: argparse.Namespace, model: Any, arrays: Any) -> Any:
+    """Logits, or of a decoder the loss of each next token [rows, length - 1]."""
+    import torch
+
+    if options.task != "lm":
+        return model(**arrays).logits
+    ids = arrays["input_ids"]
+    # Written out: where there is none, transformers looks for texts that share a row, by an
+    # operator that ONNX has not.
+    ahead = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).triu(1)
+    mask = torch.zeros(ahead.shape).masked_fill(ahead, -1e9)[None, None]
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+    return torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
 
 
 def load_torch(options: argparse.Namespace, side: str) -> Side:
@@ -116,7 +136,8 @@ def load_torch(options: argparse.Namespace, side: str) -> Side:
 
     @torch.inference_mode()
     def predict(batch: Batch) -> np.ndarray:
-        return model(**{name: torch.from_numpy(x) for name, x in batch.items()}).logits.numpy()
+        arrays = {name: torch.from_numpy(x) for name, x in batch.items()}
+        return answer(options, model, arrays).numpy()
 
     return Side(predict, path.stat().st_size, how)
 
@@ -130,20 +151,20 @@ def export(options: argparse.Namespace) -> None:
     model = torch_model(options, attention="eager")
     batch = {name: torch.from_numpy(x[:2]) for name, x in peer_inputs.timed(options).items()}
 
-    class Logits(torch.nn.Module):
+    class Answer(torch.nn.Module):
         def __init__(self):
             super().__init__()
             self.model = model
 
         def forward(self, *arrays):
-            return self.model(**dict(zip(batch, arrays, strict=True))).logits
+            return answer(options, self.model, dict(zip(batch, arrays, strict=True)))
 
     text = {0: "batch", 1: "length"}
     axes = dict.fromkeys(batch, {0: "batch"} if options.task == "images" else text)
-    logits = text if options.task == "ner" else {0: "batch"}
+    own = text if options.task == "ner" else {0: "batch"}
     torch.onnx.export(
-        Logits(), (*batch.values(),), str(options.work / "model.onnx"),
-        input_names=[*batch], output_names=["logits"], dynamic_axes={**axes, "logits": logits},
+        Answer(), (*batch.values(),), str(options.work / "model.onnx"),
+        input_names=[*batch], output_names=["answer"], dynamic_axes={**axes, "answer": own},
         opset_version=OPSET, dynamo=False,
     )  # fmt: skip
 
@@ -154,7 +175,7 @@ def export(options: argparse.Namespace) -> None:
 def optimize_onnx(options: argparse.Namespace) -> None:
     """Writes `ort.onnx`: an encoder's attention, norms and embeddings fused."""
     source, target = options.work / "model.onnx", options.work / "ort.onnx"
-    if options.task == "images":
+    if options.task not in FUSED:
         from onnxruntime.quantization.shape_inference import quant_pre_process
 
         quant_pre_process(source, target)
@@ -217,7 +238,7 @@ def load_onnx(options: argparse.Namespace, side: str) -> Side:
     path = options.work / f"{side}.onnx"
     session = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
     names = [taken.name for taken in session.get_inputs()]
-    fused = "graph optimised" if options.task == "images" else "graph fused by its optimizer"
+    fused = "graph fused by its optimizer" if options.task in FUSED else "graph optimised"
     weights = "per channel" + ("" if has_vnni() else ", reduced range")
     how = {
         "ort": f"float32, {fused}",
@@ -226,8 +247,8 @@ def load_onnx(options: argparse.Namespace, side: str) -> Side:
     }[side]
 
     def predict(batch: Batch) -> np.ndarray:
-        [logits] = session.run(["logits"], {name: batch[name] for name in names})
-        return np.asarray(logits)
+        [found] = session.run(["answer"], {name: batch[name] for name in names})
+        return np.asarray(found)
 
     return Side(predict, path.stat().st_size, how)
 
@@ -288,7 +309,7 @@ def load_openvino(options: argparse.Namespace, side: str) -> Side:
     how = f"NNCF post-training, static, the rest {rest}" if side != "openvino" else rest
 
     def predict(batch: Batch) -> np.ndarray:
-        return request.infer({name: batch[name] for name in names})["logits"].copy()
+        return request.infer({name: batch[name] for name in names})["answer"].copy()
 
     return Side(predict, path.stat().st_size + path.with_suffix(".bin").stat().st_size, how)
 

@@ -1,9 +1,9 @@
 """What all sides of a comparison of compressed models are given, and how their answers are judged.
 
-Named entities in CoNLL columns, texts with a class in CSV, grey images in IDX files: read here
-without fw, for programs of either environment. Rows have one shape, so that no side compiles twice
-and none is spared padding: a row of text is `--length` pieces. Sentences that are longer go on in
-a further row, between words; texts are cut.
+Named entities in CoNLL columns, texts with a class in CSV, grey images in IDX files, running text
+for decoders: read here without fw, for programs of either environment. Rows have one shape, so that
+no side compiles twice and none is spared padding: a row of text is `--length` pieces. Sentences
+that are longer go on in a further row, between words; texts with a class are cut.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import numpy as np
 Batch = dict[str, np.ndarray]
 Judge = Callable[[np.ndarray], dict[str, float]]
 
-TASKS = ("ner", "classify", "images")
+TASKS = ("ner", "classify", "images", "lm")
 SUFFIXES = {"ner": (".conll", ".annotated", ".txt", ".bio"), "classify": (".csv",)}
 IDX = {"train": "train", "test": "t10k"}
 
@@ -35,15 +35,17 @@ class Inputs:
     """A split of the data as the models take it.
 
     Attributes:
-      rows: arrays [N, ...]: `input_ids` and `attention_mask` int64 [N, length], or `pixel_values`
-        float32 [N, channels, height, width].
-      examples: sentences, texts or images.
-      judge: figures of the logits of all rows.
+      rows: arrays [N, ...]: `input_ids` and `attention_mask` int64 [N, length], of a decoder the
+        former alone, or `pixel_values` float32 [N, channels, height, width].
+      examples: sentences, texts, images or windows of text.
+      judge: figures of what is kept of all rows.
+      keep: of the answers of a batch: of logits, the class.
     """
 
     rows: Batch
     examples: int
     judge: Judge
+    keep: Callable[[np.ndarray], np.ndarray] = lambda logits: logits.argmax(-1)
 
     def batches(self, size: int) -> Iterator[Batch]:
         """Full ones; the last is filled up with the first rows."""
@@ -53,10 +55,10 @@ class Inputs:
             yield {name: array[at] for name, array in self.rows.items()}
 
     def quality(self, predict: Callable[[Batch], np.ndarray], size: int) -> dict[str, float]:
-        """Figures of a model that answers batches with logits."""
+        """Figures of a model that answers batches with logits, or with losses of tokens."""
         count = len(next(iter(self.rows.values())))
-        best = [np.asarray(predict(batch)).argmax(-1) for batch in self.batches(size)]
-        return self.judge(np.concatenate(best)[:count])
+        kept = [self.keep(np.asarray(predict(batch))) for batch in self.batches(size)]
+        return self.judge(np.concatenate(kept)[:count])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,7 +66,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", required=True, type=Path, help="folder of a fine-tuned Hugging Face model")
     add("--task", required=True, choices=TASKS)
-    add("--data", required=True, type=Path, help="folder of train and test: CoNLL, CSV or IDX")
+    add(
+        "--data",
+        required=True,
+        type=Path,
+        help="folder of train and test: CoNLL, CSV, IDX; or a text",
+    )
     add("--batch", type=int, default=16, help="rows of a batch (default: %(default)s)")
     add("--length", type=int, default=64, help="pieces of a row (default: %(default)s)")
     add("--limit", type=int, default=0, help="judge by so many test examples; 0 for all")
@@ -95,7 +102,8 @@ def timed(options: argparse.Namespace) -> Batch:
     vocabulary = _tokenizer(options.model).get_vocab_size()
     shape = (options.batch, options.length)
     ids = np.random.default_rng(0).integers(0, vocabulary, shape, np.int32)
-    return {"input_ids": ids.astype(np.int64), "attention_mask": np.ones(shape, np.int64)}
+    batch = {"input_ids": ids.astype(np.int64), "attention_mask": np.ones(shape, np.int64)}
+    return {"input_ids": batch["input_ids"]} if options.task == "lm" else batch
 
 
 def labels_of(model: Path) -> list[str]:
@@ -105,8 +113,8 @@ def labels_of(model: Path) -> list[str]:
 
 
 def _read(options: argparse.Namespace, split: str, choose: Callable[[list], list]) -> Inputs:
-    read = {"ner": _entities, "classify": _classes, "images": _images}[options.task]
-    return read(options, split, choose)
+    read = {"ner": _entities, "classify": _classes, "images": _images, "lm": _windows}
+    return read[options.task](options, split, choose)
 
 
 # Texts.
@@ -164,6 +172,25 @@ def _classes(options: argparse.Namespace, split: str, choose: Callable[[list], l
         }
 
     return Inputs(encode.rows(rows), len(examples), judge)
+
+
+def _windows(options: argparse.Namespace, split: str, choose: Callable[[list], list]) -> Inputs:
+    """Of a file of text, cut into rows: the first half is the test split."""
+    if not options.data.is_file():
+        sys.exit(f"{options.data}: expected a file of text")
+    text = options.data.read_text(encoding="utf-8")
+    ids = np.array(_tokenizer(options.model).encode(text, add_special_tokens=False).ids, np.int64)
+    rows = ids[: len(ids) // options.length * options.length].reshape(-1, options.length)
+    half = len(rows) // 2
+    own = range(half) if split == "test" else range(half, len(rows))
+    at = choose([*own])
+
+    def judge(losses: np.ndarray) -> dict[str, float]:
+        if losses.shape != (len(at), options.length - 1):
+            raise ValueError(f"losses have shape {losses.shape}; expected one for each next token")
+        return {"perplexity": float(np.exp(losses.mean(dtype=np.float64)))}
+
+    return Inputs({"input_ids": rows[at]}, len(at), judge, keep=lambda losses: losses)
 
 
 class _Encoder:

@@ -36,7 +36,7 @@ class Side:
     """One of those that are compared.
 
     Attributes:
-      predict: logits of a batch.
+      predict: logits of a batch, or of a decoder the loss of each next token.
       bytes: of its model's files.
       how: what was done to the model, in words.
     """
