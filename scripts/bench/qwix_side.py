@@ -47,7 +47,7 @@ def load(options: argparse.Namespace, side: str) -> Side:
     path = options.model / "model.safetensors"
     source = json.loads((options.model / "config.json").read_text())
     tensors = jax.device_put(safetensors.numpy.load_file(path))
-    make = resnet if options.task == "images" else bert
+    make = {"images": resnet, "lm": llama}.get(options.task, bert)
     model, how = make(source, tensors, options.task), "float32"
     if side == "qwix":
         model, how = quantized(model, options), "PTQ, int8 per channel, scales of rows as they come"
@@ -103,9 +103,11 @@ def save(path: Path, state: Any) -> None:
 def linear(tensors: Tensors, name: str) -> Any:
     from flax import nnx
 
-    weight = tensors[f"{name}.weight"].T
-    layer = nnx.Linear(*weight.shape, rngs=nnx.Rngs(0))
-    layer.kernel, layer.bias = nnx.Param(weight), nnx.Param(tensors[f"{name}.bias"])
+    weight, bias = tensors[f"{name}.weight"].T, tensors.get(f"{name}.bias")
+    layer = nnx.Linear(*weight.shape, use_bias=bias is not None, rngs=nnx.Rngs(0))
+    layer.kernel = nnx.Param(weight)
+    if bias is not None:
+        layer.bias = nnx.Param(bias)
     return layer
 
 
@@ -201,6 +203,76 @@ def bert(source: Mapping[str, Any], tensors: Tensors, task: str) -> Any:
             return self.classifier(x if task == "ner" else jnp.tanh(self.pooler(x[:, 0])))
 
     return Bert()
+
+
+def llama(source: Mapping[str, Any], tensors: Tensors, task: str) -> Any:
+    """A Llama whose table gives the scores, too; the loss of each next token."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    heads, groups = source["num_attention_heads"], source["num_key_value_heads"]
+    size, epsilon = source["head_dim"], source["rms_norm_eps"]
+    if not source["tie_word_embeddings"] or source["rope_parameters"]["rope_type"] != "default":
+        raise SystemExit("qwix_side: expected a Llama with one table and usual rotations")
+    rates = source["rope_parameters"]["rope_theta"] ** (-jnp.arange(0, size, 2) / size)
+
+    def turned(x):
+        angles = (jnp.arange(x.shape[1])[:, None] * rates)[:, None]
+        a, b = jnp.split(x, 2, -1)
+        cos, sin = jnp.cos(angles), jnp.sin(angles)
+        return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+
+    def norm(name: str) -> Any:
+        scale = tensors[f"{name}.weight"]
+        layer = nnx.RMSNorm(len(scale), epsilon=epsilon, rngs=nnx.Rngs(0))
+        layer.scale = nnx.Param(scale)
+        return layer
+
+    class Layer(nnx.Module):
+        def __init__(self, name: str):
+            self.query, self.key, self.value, self.out = (
+                linear(tensors, f"{name}.self_attn.{what}_proj") for what in "qkvo"
+            )
+            self.gate, self.up, self.down = (
+                linear(tensors, f"{name}.mlp.{what}_proj") for what in ("gate", "up", "down")
+            )
+            self.before = norm(f"{name}.input_layernorm")
+            self.between = norm(f"{name}.post_attention_layernorm")
+
+        def __call__(self, x, bias):
+            y = self.before(x)
+            q, k, v = (
+                layer(y).reshape(*x.shape[:2], -1, size)
+                for layer in (self.query, self.key, self.value)
+            )
+            q, k = turned(q), turned(k)
+            k, v = (jnp.repeat(part, heads // groups, 2) for part in (k, v))
+            scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) * size**-0.5 + bias
+            mixed = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), v)
+            x = x + self.out(mixed.reshape(*x.shape[:2], -1))
+            y = self.between(x)
+            return x + self.down(jax.nn.silu(self.gate(y)) * self.up(y))
+
+    class Llama(nnx.Module):
+        def __init__(self):
+            self.words = embedding(tensors, "model.embed_tokens")
+            layers = range(source["num_hidden_layers"])
+            self.layers = nnx.List([Layer(f"model.layers.{i}") for i in layers])
+            self.norm = norm("model.norm")
+
+        def __call__(self, batch):
+            ids = batch["input_ids"]
+            ahead = jnp.triu(jnp.ones((ids.shape[1],) * 2, bool), 1)
+            bias = jnp.where(ahead, -1e9, 0.0)
+            x = self.words(ids)
+            for layer in self.layers:
+                x = layer(x, bias)
+            scores = self.words.attend(self.norm(x))[:, :-1]
+            right = jnp.take_along_axis(scores, ids[:, 1:, None], -1)[..., 0]
+            return jax.nn.logsumexp(scores, -1) - right
+
+    return Llama()
 
 
 def resnet(source: Mapping[str, Any], tensors: Tensors, task: str) -> Any:
