@@ -13,10 +13,10 @@ import jax
 import quax
 from jax import lax
 from jax.core import eval_jaxpr
-from jax.extend.core import set_current_trace
+from jax.extend.core import jaxpr_as_fun, set_current_trace
 from jax.extend.core.primitives import remat_p
 from jax.sharding import NamedSharding
-from quax import _primitives
+from quax import _compat, _primitives
 from quax._trace import _QuaxTrace
 
 import compress.adapter_rules
@@ -198,6 +198,38 @@ if "process_shard_map" not in vars(_QuaxTrace):
     cast(Any, _QuaxTrace).process_shard_map = _shard_map
 
 
+@quax.register(lax.scan_p)
+def _scan(*args: jax.typing.ArrayLike | Compressed, jaxpr: Any, **params: Any) -> Any:
+    """A scan, whose body is interpreted for one slice of what it goes through.
+
+    quax's own (0.4.6) forgets the axes of a `shard_map` along which slices differ, and keys
+    programs by the structure of what they are given but not by its shapes.
+    """
+    groups = _compat.unpack_scan_args(args, params)
+    consts, carry, xs = (jax.tree.leaves(group) for group in groups)
+    tree, made = jax.tree.structure(groups), []
+
+    def body(*flat: jax.Array) -> list[jax.Array]:
+        operands = (x for group in jax.tree.unflatten(tree, flat) for x in group)
+        out = quax.quaxify(jaxpr_as_fun(jaxpr))(*operands)
+        _primitives._check_carry_stable(groups[1], out[: len(groups[1])], "lax.scan")
+        made.append(jax.tree.structure(out))
+        return jax.tree.leaves(out)
+
+    inner = jax.make_jaxpr(body)(*consts, *carry, *map(_slice_of, xs))
+    sizes = {"num_consts": len(consts), "num_carry": len(carry), "num_xs": len(xs)}
+    sizes["num_ys"] = len(inner.out_avals) - len(carry)
+    bound = _compat.scan_bind_params(params, **sizes)
+    return jax.tree.unflatten(made[-1], lax.scan_p.bind(*consts, *carry, *xs, jaxpr=inner, **bound))
+
+
+def _slice_of(x: jax.Array) -> Any:
+    """What JAX knows of one, in a `shard_map` where it differs, too."""
+    seen = []
+    jax.eval_shape(jax.vmap(lambda one: seen.append(jax.typeof(one))), x)
+    return seen[0]
+
+
 class _Forgetful(dict):
     """A cache that keeps nothing."""
 
@@ -207,5 +239,4 @@ class _Forgetful(dict):
 
 # quax keys the programs of loops by the structure of what they are given, but not by the shapes in
 # it: kernels with other groups, or other ranks, would meet the program of those before.
-_primitives._scan_quax_cache = _Forgetful()
 _primitives._while_quax_cache = _Forgetful()

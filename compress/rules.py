@@ -347,6 +347,38 @@ def _concatenate(first: Quantized, *others: Quantized, dimension: int) -> Quanti
     return first.map(lambda name, _: lax.concatenate([getattr(w, name) for w in ws], dimension))
 
 
+def _varying(part: jax.Array) -> frozenset[str]:
+    """The mesh axes along which an array of a `shard_map` differs."""
+    kind: Any = jax.typeof(part)
+    return kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma  # 0.11
+
+
+@quax.register(lax.all_gather_p)
+def _all_gather(
+    w: Quantized, *, all_gather_dimension: int, axis_name: Any, tiled: bool, **params: Any
+) -> Quantized:
+    """Devices' parts of an axis, one after another; what all of them share stays as it is.
+
+    A part of one entry may be shared or a device's own: JAX knows whether it differs between them.
+    """
+    names = set(axis_name) if isinstance(axis_name, tuple) else {axis_name}
+    dimension = all_gather_dimension
+    if not tiled or not names <= _varying(w.values):
+        raise NotImplementedError(
+            f"all_gather of {describe(w)} over {sorted(names)}: expected parts of one array, with "
+            "tiled=True, within a shard_map with check_vma=True"
+        )
+
+    def gathered(_: str, part: jax.Array) -> jax.Array:
+        if not names <= _varying(part):
+            return part
+        return lax.all_gather_p.bind(
+            part, axis_name=axis_name, all_gather_dimension=dimension, tiled=tiled, **params
+        )
+
+    return w.map(gathered)
+
+
 def _check_rotated(w: Quantized, sizes: Sequence[int]) -> None:
     if w.hadamard is not None and sizes[w.hadamard[0]] != w.shape[w.hadamard[0]]:
         raise NotImplementedError(f"a slice of {describe(w)} cuts the axis that was rotated")

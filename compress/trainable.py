@@ -148,6 +148,12 @@ class Lora(Leafwise):
         )
         return dataclasses.replace(new, magnitude=new.norm()) if self.dora else new
 
+    def error(self, leaf: Any, new: Any) -> jax.Array:
+        """0, for B is: nothing of the kernel's size is computed. NaN as `Leafwise.error` says."""
+        parts = [x for x in jax.tree.leaves(leaf) if jnp.issubdtype(x.dtype, jnp.floating)]
+        finite = jnp.array([jnp.isfinite(x).all() for x in parts]).all()
+        return jnp.where(finite, np.float32(0), np.float32(np.nan))
+
     def describe(self, option: Any) -> str:
         """See `Leafwise.describe`."""
         return (

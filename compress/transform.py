@@ -194,6 +194,10 @@ class Leafwise(Transform):
         """What is applied, for the report."""
         return str(option)
 
+    def error(self, leaf: Any, new: Compressed) -> jax.Array:
+        """‖w − w'‖ / ‖w‖; NaN if the leaf has what is not finite."""
+        return relative_error(leaf, new)
+
     def needs(self, option: Any) -> bool:
         """Whether an option needs statistics of the leaf."""
         return False
@@ -282,7 +286,7 @@ def _leaf(
     transform: Leafwise, option: Any, leaf: Any, observed: Any
 ) -> tuple[Compressed, jax.Array]:
     new = transform.leaf(leaf, option, observed)
-    return new, relative_error(leaf, new)
+    return new, transform.error(leaf, new)
 
 
 _leaf_jit = jax.jit(_leaf, static_argnums=(0, 1))

@@ -28,7 +28,7 @@ from compress.formats import FORMATS
 from compress.nearest import USUAL, with_role
 from compress.scheme import Scheme, core, fit, role_of, unfit
 from compress.trainable import Lora
-from compress.transform import match, named_leaves, sharding_of
+from compress.transform import Report, match, named_leaves, sharding_of
 from fw.errors import FwError
 from fw.hub.folder import Loaded
 from fw.model import FROZEN, Model, Variables
@@ -228,15 +228,15 @@ def adapt(loaded: Loaded, options: LoraOptions, *, seed: int = 0) -> Adapted:
     rules = tuple({**train, USUAL: options.lora}.items())
     transform = Lora(rules, strict=False, alpha=alpha, dora=options.dora, seed=seed)
     try:
-        small = jax.eval_shape(lambda params: transform(params)[0], params)
+        small, report = jax.eval_shape(transform, params)
         adapters = jax.eval_shape(lambda params: adapter_trees.detach(params)[1], small)
+        if not any(isinstance(x, adapter_trees.Adapter) for x in adapters.values()):
+            raise FwError("lora: the model has no dense kernel; train it whole")
+        parts = _Parts(transform, alpha / options.lora, frozenset(adapters))
+        trained, base = parts.split(params)
     except ValueError as error:
         raise FwError(f"lora: {error}") from error
-    if not any(isinstance(x, adapter_trees.Adapter) for x in adapters.values()):
-        raise FwError("lora: the model has no dense kernel; train it whole")
-    parts = _Parts(transform, alpha / options.lora, frozenset(adapters))
     model = _adapted(loaded.model, parts)
-    trained, base = parts.split(params)
     # Copies: a step is donated its state, and the frozen tree has the heads as they were.
     variables = {**loaded.variables, "params": jax.tree.map(jnp.copy, trained)}
     if mesh is not None and loaded.rules is not None:
@@ -245,17 +245,21 @@ def adapt(loaded: Loaded, options: LoraOptions, *, seed: int = 0) -> Adapted:
     share = compress.trainable_share(small)
     learnt = dataclasses.replace(loaded, model=model, variables=variables)
     bare = dataclasses.replace(loaded, variables={})  # keeps no floats that became codes
-    return Adapted(learnt, base, share, _left(small, options), bare, parts)
+    return Adapted(learnt, base, share, _left(base, report, options), bare, parts)
 
 
-def _left(small: Any, options: LoraOptions) -> tuple[str, ...]:
+def _left(base: Any, report: Report, options: LoraOptions) -> tuple[str, ...]:
     found = []
-    for path, leaf in named_leaves(small)[0]:
-        if match(USUAL, path) and not isinstance(leaf, compress.LoRA | compress.Trained):
-            found.append(f"{path}: not adapted, rank {options.lora} is not for {list(leaf.shape)}")
-        elif isinstance(leaf, compress.LoRA) and not compress.is_compressed(leaf.base):
-            why = f"{path}: stays floats, {options.lora_base} is not for its shape"
-            found += [why] if options.lora_base else []
+    for (path, leaf), record in zip(named_leaves(base)[0], report, strict=True):
+        kernel, (kept, _, why) = match(USUAL, path), record.applied.partition(": ")
+        if kernel and kept == "kept":
+            found.append(f"{path}: not adapted: {why}")
+        # Norms and biases are of no account; experts, say, are.
+        matrix = role_of(path, leaf.shape) is not None or leaf.ndim > 2
+        coded = compress.is_compressed(leaf) or record.applied == "trained"
+        if options.lora_base and matrix and not coded:
+            why = f"{options.lora_base} is not for its shape" if kernel else "it is no dense kernel"
+            found.append(f"{path}: stays floats: {why}")
     return tuple(found)
 
 

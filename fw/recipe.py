@@ -199,8 +199,7 @@ class Finetune(AdamW, TableOptions, LoraOptions):
         for name, known in choices.items():
             if (value := getattr(self, name)) not in known:
                 raise FwError(f"{name} {value!r} is unknown; choose one of {', '.join(known)}")
-        if not self.data:
-            raise FwError("data is missing; give --data a file or a folder")
+        self._check_paths()
         precision.policy(self.precision)
         self._settle()
         for least, names in ((1, _POSITIVE), (0, _NOT_NEGATIVE)):
@@ -268,6 +267,12 @@ class Finetune(AdamW, TableOptions, LoraOptions):
             raise FwError(f"config is for new models, {', '.join(NEW)}; {self.model} has its own")
         if self.lora and self.model in NEW:
             raise FwError(f"lora is for pretrained models; {self.model} is new: train it whole")
+
+    def _check_paths(self) -> None:
+        if not self.data:
+            raise FwError("data is missing; give --data a file or a folder")
+        if "[" in str(Path(self.run).absolute()):  # orbax would glob for its arrays, and find none
+            raise FwError(f"run is {self.run!r}, whose path has a '[': checkpoints would be lost")
 
     def _check_columns(self) -> None:
         if not self.separator:

@@ -83,16 +83,17 @@ def test_eight_devices_learn_as_one(runs, kind):
 
 
 @pytest.mark.slow
-def test_a_decoder_learns_on_eight_devices_as_on_one(world):
-    """Its losses are computed in a `shard_map`, with no logits anywhere."""
-    tiny.make_decoder(world / "decoder")
-    talks, found = tiny.make_conversations(world / "talks"), []
+@pytest.mark.parametrize("how", [("--dora",), ("--lora-base", "int8")])
+def test_a_decoder_learns_on_eight_devices_as_on_one(tmp_path, how):
+    """Its losses are computed in a `shard_map`, with no logits anywhere, of a table in parts."""
+    tiny.make_decoder(tmp_path / "decoder")
+    talks, found = tiny.make_conversations(tmp_path / "talks"), []
     for mesh in (ONE, EIGHT):
-        folder = world / f"decoder-{mesh}"
+        folder = tmp_path / f"run-{mesh}"
         options = ("--task", "lm", "--steps", "6", "--learning-rate", "1e-2", "--log-every", "1",
-                   "--length", "32", "--precision", "f32", "--lora", "2", "--dora", "--remat",
+                   "--length", "32", "--precision", "f32", "--lora", "2", *how, "--remat",
                    "layer", "--mesh", mesh)  # fmt: skip
-        where = ("--model", world / "decoder", "--data", talks, "--run", folder)
+        where = ("--model", tmp_path / "decoder", "--data", talks, "--run", folder)
         assert main([str(word) for word in ("finetune", *options, *where)]) == 0
         found.append(losses(folder))
     assert found[0][-1] < found[0][0]
@@ -219,7 +220,7 @@ def test_steps_are_those_of_the_sum_written_out(world, dora):
 def test_what_stays_as_it_was_is_told(world):
     """Kernels of 16 inputs take no blocks of 32."""
     adapted = adapt(load(world / "model", scan=True), LoraOptions(lora=2, lora_base="mxfp4"))
-    assert any("kernel: stays floats, mxfp4 is not for its shape" in line for line in adapted.left)
+    assert any("kernel: stays floats: mxfp4 is not for its shape" in line for line in adapted.left)
     assert adapt(load(world / "model"), LoraOptions(lora=2)).left == ()
 
 
@@ -253,6 +254,19 @@ def test_codes_without_adapters_are_written_as_what_they_stand_for(world, tmp_pa
         named_leaves(again)[0], named_leaves(loaded.variables["params"])[0], strict=True
     ):
         np.testing.assert_array_equal(a, b.dense() if compress.is_compressed(b) else b, path)
+
+
+def test_a_base_with_nan_and_several_adapters_are_refused(world, tmp_path):
+    loaded = load(world / "model", scan=False)
+    params, _ = compress.lora(2)(loaded.variables["params"])
+    both = {"params": compress.stack_adapters([params, params]), "state": {}}
+    with pytest.raises(FwError, match="kernel: has several adapters; detach all but one"):
+        hub.save(tmp_path / "model", dataclasses.replace(loaded, variables=both))
+    broken = jax.tree.map(lambda x: x.at[0].set(jnp.nan), loaded.variables)
+    broken = dataclasses.replace(loaded, variables=broken)
+    for base in ("", "int8"):
+        with pytest.raises(FwError, match="holds NaN or infinity"):
+            adapt(broken, LoraOptions(lora=2, lora_base=base))
 
 
 @pytest.mark.parametrize(

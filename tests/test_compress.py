@@ -541,6 +541,28 @@ def test_a_function_with_a_shard_map_in_it_takes_compressed_arrays(scheme, cut):
     np.testing.assert_allclose(slope, np.tile(w.dense().sum(1), (4, 1)), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize(
+    "scheme", [Scheme("int8"), Scheme("int8", role="table"), Scheme("int4", per=16), "nvfp4"]
+)
+def test_parts_that_are_gathered_are_the_whole(scheme, axis):
+    """Of scales, those that devices have of their own; groups of 16 may be one for a device."""
+    mesh, x = make_mesh("data=2,tensor=4"), normal(0, 4, 64)
+    w: Any = compress.fit(normal(2, 64, 16), scheme, getattr(scheme, "role", None) or "kernel")
+
+    @functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=(P("data"), P(*[None] * axis, "tensor")),
+        out_specs=P("data"),
+    )  # fmt: skip
+    def body(x, w):
+        w = jax.lax.all_gather(w, "tensor", axis=axis, tiled=True)
+        return jax.lax.pmean(x @ w, "tensor")
+
+    got = jax.jit(compress.apply(body))(x, w)
+    want = compress.apply(jnp.matmul)(x, w)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
 def test_a_cut_through_what_shares_a_scale_is_refused():
     w: Any = compress.fit(normal(0, 64, 16), Scheme("int4", per=32))
     mesh = make_mesh("tensor=4")

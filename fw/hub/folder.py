@@ -22,6 +22,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from compress.adapters import LoRA
 from compress.arrays import is_compressed
 from compress.scheme import core, role_of
 from compress.transform import named_leaves
@@ -370,6 +371,9 @@ def _checked(model: Model, variables: Variables) -> tuple[dict[str, Any], np.dty
                 f"{_short(path)}: expected {expected.get(path, 'no parameter')}, got "
                 f"{found.get(path, 'none')}"
             )
+        leaf = every[path]
+        if isinstance(leaf, LoRA) and (leaf.adapters > 1 or leaf.ids is not None):
+            raise FwError(f"{_short(path)}: has several adapters; detach all but one")
     counts = {path for path, leaf in like.items() if jnp.issubdtype(leaf.dtype, jnp.integer)}
     for path in sorted(counts):
         if not jnp.issubdtype(every[path].dtype, jnp.integer):

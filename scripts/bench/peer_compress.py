@@ -115,7 +115,11 @@ def answer(options: argparse.Namespace, model: Any, arrays: Any) -> Any:
     ahead = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).triu(1)
     mask = torch.zeros(ahead.shape).masked_fill(ahead, -1e9)[None, None]
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
-    return torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    right = ids[:, 1:]
+    losses = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), right.flatten(), reduction="none"
+    )
+    return losses.reshape(right.shape)
 
 
 def load_torch(options: argparse.Namespace, side: str) -> Side:

@@ -213,8 +213,9 @@ def llama(source: Mapping[str, Any], tensors: Tensors, task: str) -> Any:
 
     heads, groups = source["num_attention_heads"], source["num_key_value_heads"]
     size, epsilon = source["head_dim"], source["rms_norm_eps"]
-    if not source["tie_word_embeddings"] or source["rope_parameters"]["rope_type"] != "default":
-        raise SystemExit("qwix_side: expected a Llama with one table and usual rotations")
+    usual = source.get("rope_parameters", {}).get("rope_type") == "default"
+    if source["model_type"] != "llama" or not source["tie_word_embeddings"] or not usual:
+        raise SystemExit("qwix_side: expected a Llama that fw.save wrote, with one table")
     rates = source["rope_parameters"]["rope_theta"] ** (-jnp.arange(0, size, 2) / size)
 
     def turned(x):
