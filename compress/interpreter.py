@@ -2,7 +2,8 @@
 
 `apply` runs a function under quax, which asks for every JAX primitive whether a rule exists for
 the array types it meets; the rules are in `compress.rules`. Primitives that take functions and are
-missing from quax are added here: `jax.checkpoint`, `jax.custom_vjp` and `jax.shard_map`.
+missing from quax are added here: `jax.checkpoint`, `jax.custom_vjp` and `jax.shard_map`; its
+`lax.scan` is replaced.
 """
 
 import functools
