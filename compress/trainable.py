@@ -24,10 +24,15 @@ import numpy as np
 
 from compress.adapters import LoRA, Trained
 from compress.arrays import Quantized, describe, is_compressed
+from compress.calibrated import met, unmet
 from compress.learned import Learned
 from compress.nearest import USUAL
+from compress.observed import Observed
 from compress.scheme import role_of
-from compress.transform import Leafwise, Rules, named_leaves
+from compress.transform import KEEP, Leafwise, Rules, named_leaves
+
+INITS = ("uniform", "eva")
+"""How A begins."""
 
 TRAIN = "train"
 """What a rule says of leaves that are trained whole."""
@@ -69,6 +74,7 @@ class Lora(Leafwise):
     seed: int = 0
     dora: bool = False
     rslora: bool = False
+    init: str = "uniform"
     name: ClassVar[str] = "lora"
 
     def __post_init__(self) -> None:
@@ -77,12 +83,22 @@ class Lora(Leafwise):
             _check_alpha(self.alpha)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from None
+        if self.init not in INITS:
+            raise ValueError(f"lora: init={self.init!r}: expected one of {', '.join(INITS)}")
         super().__post_init__()
 
     @property
     def local(self) -> bool:  # type: ignore[override] # of the options, elsewhere of the class
-        """Magnitudes are sums, whose bits depend on the order; random numbers do not."""
-        return not self.dora
+        """Magnitudes and eigenvectors are of sums, whose bits depend on the order."""
+        return not self.dora and self.init == "uniform"
+
+    def needs(self, option: Any) -> bool:
+        """See `Leafwise.needs`."""
+        return self.init == "eva" and option != TRAIN
+
+    def hessians(self) -> tuple[str, ...]:
+        """See `Transform.hessians`."""
+        return tuple(p for p, option in self.rules if option != KEEP and self.needs(option))
 
     def parse(self, option: Any) -> Any:
         """See `Leafwise.parse`."""
@@ -129,16 +145,21 @@ class Lora(Leafwise):
                 f"rank {option.rank} is more than the smaller side of {list(leaf.shape[-2:])}; "
                 "take a smaller one, or 'train' it whole"
             )
+        elif codes and self.needs(option):
+            why = f"it is {describe(leaf)}; calibration does not see what meets it, as eva needs"
         return why
 
     def leaf(self, leaf: Any, option: Any, observed: Any) -> Any:
-        """See `Leafwise.leaf`; `observed` is the random key."""
+        """See `Leafwise.leaf`; `observed` is the random key, and statistics if it needs them."""
         if option == TRAIN:
             return Trained(leaf)
+        key, seen = observed
         *stack, n_in, n_out = leaf.shape
         dtype, rank = np.promote_types(leaf.dtype, np.float32), option.rank
         bound = 1 / math.sqrt(n_in)
-        a = jax.random.uniform(observed, (*stack, n_in, rank), dtype, -bound, bound)
+        a = jax.random.uniform(key, (*stack, n_in, rank), dtype, -bound, bound)
+        if seen is not None:
+            a = _principal(met(leaf, seen, "kernel"), a)
         root = math.sqrt(rank) if self.rslora else rank
         new = LoRA(
             leaf,
@@ -150,9 +171,21 @@ class Lora(Leafwise):
 
     def error(self, leaf: Any, new: Any) -> jax.Array:
         """0, for B is: nothing of the kernel's size is computed. NaN as `Leafwise.error` says."""
-        parts = [x for x in jax.tree.leaves(leaf) if jnp.issubdtype(x.dtype, jnp.floating)]
+        arrays = jax.tree.leaves((leaf, new.a if isinstance(new, LoRA) else ()))
+        parts = [x for x in arrays if jnp.issubdtype(x.dtype, jnp.floating)]
         finite = jnp.array([jnp.isfinite(x).all() for x in parts]).all()
         return jnp.where(finite, np.float32(0), np.float32(np.nan))
+
+    def _observed(self, path: str, leaf: Any, option: Any, stats: Any) -> Any:
+        observed = super()._observed(path, leaf, option, stats)
+        if observed is None:
+            return None
+        why = unmet(leaf, "kernel", observed)
+        if not why and observed.hessian is None:
+            why = "its statistics have no Hessian; ask for it: observe(fn, hessians=[its path])"
+        if why:
+            raise ValueError(f"{path}: lora: {why}")
+        return observed
 
     def describe(self, option: Any) -> str:
         """See `Leafwise.describe`."""
@@ -167,9 +200,22 @@ class Lora(Leafwise):
             key = jax.random.key(self.seed, impl="threefry2x32")
             key = jax.random.fold_in(key, np.uint32(option.salt))
             option = dataclasses.replace(option, salt=None)
-        new, error = super()._compute(leaf, option, key)
+        new, error = super()._compute(leaf, option, (key, observed))
         # The leaf itself, not what a program returned of it, which may be a copy.
         return dataclasses.replace(new, **{"array" if option == TRAIN else "base": leaf}), error
+
+
+def _principal(seen: Observed, a: jax.Array) -> jax.Array:
+    """A's columns as the directions in which a kernel's inputs are largest, Σ x xᵀ's eigenvectors.
+
+    Of unit length, the largest number of each positive. `a`, of the same shape, stays where an
+    array of a stack met no rows.
+    """
+    assert seen.hessian is not None
+    vectors = jnp.linalg.eigh(seen.hessian)[1][..., ::-1][..., : a.shape[-1]]
+    largest = jnp.argmax(jnp.abs(vectors), axis=-2, keepdims=True)
+    vectors = vectors * jnp.sign(jnp.take_along_axis(vectors, largest, axis=-2))
+    return jnp.where((seen.rows > 0)[..., None, None], vectors.astype(a.dtype), a)
 
 
 def lora(
@@ -179,6 +225,7 @@ def lora(
     seed: int = 0,
     dora: bool = False,
     rslora: bool = False,
+    init: str = "uniform",
 ) -> Lora:
     """A transform that adds a low-rank change to chosen kernels, and marks what is trained.
 
@@ -195,6 +242,9 @@ def lora(
         seed: of A.
         dora: train the length of every output's column apart from its direction.
         rslora: s = alpha / √r (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732).
+        init: of A, "uniform", or "eva": the r directions, of length 1, in which a kernel's inputs
+            are largest, eigenvectors of Σ x xᵀ. It needs statistics with Hessians, in² numbers a
+            kernel, and a leaf of floats; training needs fewer steps.
 
     Returns:
         The transform; its call raises as `Transform` says.
@@ -204,14 +254,15 @@ def lora(
 
     Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685, over codes Dettmers et al. 2023,
     https://arxiv.org/abs/2305.14314; A as PEFT's (Kaiming's uniform with a = √5). DoRA: Liu et al.
-    2024, https://arxiv.org/abs/2402.09353.
+    2024, https://arxiv.org/abs/2402.09353. EVA: Paischer et al. 2024,
+    https://arxiv.org/abs/2410.07170, here with one rank for all.
 
     >>> params = {"query": {"kernel": jnp.eye(4), "bias": jnp.zeros(4)}}
     >>> params, report = lora({"**/kernel": 2, "**/bias": "train"})(params)
     >>> [(r.path, r.bytes_before, r.bytes_after, r.applied) for r in report]
     [('query/bias', 16, 16, 'trained'), ('query/kernel', 64, 132, 'LoRA r=2')]
     """
-    options = {"alpha": alpha, "seed": seed, "dora": dora, "rslora": rslora}
+    options = {"alpha": alpha, "seed": seed, "dora": dora, "rslora": rslora, "init": init}
     if isinstance(rules, int):
         return Lora(((USUAL, rules),), strict=False, **options)  # type: ignore[arg-type] # of their names
     return Lora(rules, **options)  # type: ignore[arg-type] # becomes pairs

@@ -27,18 +27,22 @@ from compress import adapter_trees
 from compress.formats import FORMATS
 from compress.nearest import USUAL, with_role
 from compress.scheme import Scheme, core, fit, role_of, unfit
-from compress.trainable import Lora
+from compress.trainable import INITS, Lora
 from compress.transform import Report, match, named_leaves, sharding_of
 from fw.errors import FwError
 from fw.hub.folder import Loaded
 from fw.model import FROZEN, Model, Variables
+from fw.options import parted
 from fw.table_optimizer import at, nest
 from sharding import shardings
 from sharding.parallel.pipeline import PIPE
 
-LEARNING_RATE, SCALE = 1e-3, 8.0
-"""Of adapters where nothing is said: the rate at its peak, and alpha / rank. With a smaller scale B
-has to grow by a rate that tears A, whose numbers are as small as 1/√in (scripts/bench/LOG.md)."""
+LEARNING_RATE = 1e-3
+"""Of adapters where nothing is said, at its peak."""
+
+SCALE = {"uniform": 8.0, "eva": 2.0}
+"""alpha / rank where nothing is said, by how A begins. Uniform numbers are small, within 1/√in:
+with a smaller scale B has to grow by a rate that tears A (scripts/bench/LOG.md)."""
 
 
 TABLE = "int8"
@@ -52,7 +56,11 @@ class LoraOptions:
     Attributes:
       lora: rank of the change of every dense kernel; kernels and all else but new heads are frozen.
         0 trains everything.
-      lora_alpha: the change is scaled by this / rank; 0 for eight times the rank.
+      lora_alpha: the change is scaled by this / rank; 0 for eight times the rank, with eva twice.
+      lora_on: patterns of the kernels that are changed, as in "**/query/kernel,**/value/kernel";
+        nothing: every dense one.
+      lora_whole: patterns of what is trained whole beside new heads, such as "pooler/*".
+      lora_init: of A: "uniform", or "eva", the directions in which a kernel's inputs are largest.
       dora: the lengths of a kernel's columns are trained apart from their directions.
       lora_base: format of the frozen kernels, such as nf4 or int8, beside which tables of words are
         int8; nothing: floats as they are.
@@ -60,6 +68,9 @@ class LoraOptions:
 
     lora: int = 0
     lora_alpha: float = 0.0
+    lora_on: str = ""
+    lora_whole: str = ""
+    lora_init: str = "uniform"
     dora: bool = False
     lora_base: str = ""
 
@@ -69,9 +80,15 @@ class LoraOptions:
             raise FwError(f"lora is {self.lora}; expected a rank, or 0 to train everything")
         if not self.lora_alpha >= 0:
             raise FwError(f"lora_alpha is {self.lora_alpha}; expected 0 or more")
-        for name in ("lora_alpha", "dora", "lora_base"):
-            if not self.lora and getattr(self, name):
+        if self.lora_init not in INITS:
+            known = ", ".join(INITS)
+            raise FwError(f"lora_init {self.lora_init!r} is unknown; choose one of {known}")
+        for field in dataclasses.fields(LoraOptions):
+            name, given = field.name, getattr(self, field.name)
+            if not self.lora and name != "lora" and given != field.default:
                 raise FwError(f"{name} is for adapters; give --lora a rank, such as 8, too")
+        if self.lora_base and self.lora_init == "eva":
+            raise FwError("lora_init eva is of what meets floats; leave lora_base or it away")
         if self.lora_base and self.lora_base not in FORMATS:
             known = ", ".join(FORMATS)
             raise FwError(f"lora_base {self.lora_base!r} is unknown; choose one of {known}")
@@ -118,13 +135,13 @@ class Adapted:
 class _Parts:
     """What is known of adapters beside their arrays: how to take them off and put them on."""
 
-    transform: compress.Transform
+    transform: Lora
     scaling: float
     trained: frozenset[str]
 
-    def split(self, params: Any) -> tuple[Any, Any]:
+    def split(self, params: Any, stats: Any = None) -> tuple[Any, Any]:
         """Parameters of the model to (what is trained, what is frozen)."""
-        base, adapters = adapter_trees.detach(self.transform(params)[0])
+        base, adapters = adapter_trees.detach(self.transform(params, stats)[0])
         return nest({path: _arrays(adapter) for path, adapter in adapters.items()}), base
 
     def join(self, trained: Any, frozen: Any) -> Any:
@@ -158,8 +175,12 @@ def coded(options: LoraOptions) -> Callable[[str, jax.Array], Any]:
     ('int8', 1)
     """
 
+    whole = parted(options.lora_whole)
+
     def become(path: str, leaf: jax.Array) -> Any:
         kernel = match(USUAL, path)
+        if any(match(pattern, path) for pattern in whole):
+            return leaf
         if not options.lora_base or (not kernel and role_of(path, leaf.shape) != "table"):
             return leaf
         format = options.lora_base if kernel else TABLE
@@ -186,14 +207,34 @@ def by_layer(leaf: jax.Array, scheme: Scheme) -> tuple[compress.Quantized, jax.A
     return jax.tree.map(lambda x: x.reshape(*stack, *x.shape[1:]), new), finite.all()
 
 
-def adapt(loaded: Loaded, options: LoraOptions, *, seed: int = 0) -> Adapted:
+def transform(loaded: Loaded, options: LoraOptions, *, seed: int = 0) -> Lora:
+    """What `adapt` does to parameters, which says whether it needs statistics of what meets them.
+
+    Args:
+      loaded, options, seed: as in `adapt`.
+    """
+    alpha = options.lora_alpha or SCALE[options.lora_init] * options.lora
+    whole = (*loaded.fresh, *parted(options.lora_whole))
+    on = parted(options.lora_on) or [USUAL]
+    rules = {**dict.fromkeys(whole, "train"), **dict.fromkeys(on, options.lora)}
+    # Not strict: kernels of convolutions, or thinner than the rank, stay as they are: `left`.
+    return Lora(
+        tuple(rules.items()), strict=False, alpha=alpha, dora=options.dora, seed=seed,
+        init=options.lora_init,
+    )  # fmt: skip
+
+
+def adapt(
+    loaded: Loaded, options: LoraOptions, *, seed: int = 0, stats: compress.Stats | None = None
+) -> Adapted:
     """Freezes a model but for low-rank changes of its dense kernels, and for what is new in it.
 
     Args:
       loaded: of `fw.hub.load`, with or without `coded(options)`; parameters that are `fresh` are
-        trained whole.
+        trained whole, too.
       options: rank, scale, and what the frozen kernels become.
       seed: of A.
+      stats: of `fw.compression.calibrated(transform(loaded, options), ...)`; for eva.
 
     Returns:
       The model to train. Its function is at first that of the base, in the format it is kept in.
@@ -222,21 +263,20 @@ def adapt(loaded: Loaded, options: LoraOptions, *, seed: int = 0) -> Adapted:
     codes = [path for (path, _), x in zip(leaves, kept, strict=True) if compress.is_compressed(x)]
     if options.lora_base and not any(match(USUAL, path) for path in codes):
         raise FwError(f"lora: the model has no kernel that {options.lora_base} is for")
-    alpha = options.lora_alpha or SCALE * options.lora
-    train = dict.fromkeys(loaded.fresh, "train")
-    # Not strict: kernels of convolutions, or thinner than the rank, stay as they are: `left`.
-    rules = tuple({**train, USUAL: options.lora}.items())
-    transform = Lora(rules, strict=False, alpha=alpha, dora=options.dora, seed=seed)
+    chosen = transform(loaded, options, seed=seed)
     try:
-        small, report = jax.eval_shape(transform, params)
+        small, report = jax.eval_shape(chosen, params, stats)
         adapters = jax.eval_shape(lambda params: adapter_trees.detach(params)[1], small)
         if not any(isinstance(x, adapter_trees.Adapter) for x in adapters.values()):
             raise FwError("lora: the model has no dense kernel; train it whole")
-        parts = _Parts(transform, alpha / options.lora, frozenset(adapters))
-        trained, base = parts.split(params)
+        assert chosen.alpha is not None
+        parts = _Parts(chosen, chosen.alpha / options.lora, frozenset(adapters))
+        trained, base = parts.split(params, stats)
     except ValueError as error:
         raise FwError(f"lora: {error}") from error
-    model = _adapted(loaded.model, parts)
+    # What the model's own `init` makes has no statistics.
+    bare_parts = dataclasses.replace(parts, transform=dataclasses.replace(chosen, init="uniform"))
+    model = _adapted(loaded.model, bare_parts)
     # Copies: a step is donated its state, and the frozen tree has the heads as they were.
     variables = {**loaded.variables, "params": jax.tree.map(jnp.copy, trained)}
     if mesh is not None and loaded.rules is not None:
@@ -252,7 +292,7 @@ def _left(base: Any, report: Report, options: LoraOptions) -> tuple[str, ...]:
     found = []
     for (path, leaf), record in zip(named_leaves(base)[0], report, strict=True):
         kernel, (kept, _, why) = match(USUAL, path), record.applied.partition(": ")
-        if kernel and kept == "kept":
+        if kernel and kept == "kept" and not (options.lora_on and why == "no rule"):
             found.append(f"{path}: not adapted: {why}")
         # Norms and biases are of no account; experts, say, are.
         matrix = role_of(path, leaf.shape) is not None or leaf.ndim > 2

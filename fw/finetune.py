@@ -21,8 +21,9 @@ from filelock import FileLock, Timeout
 from jax.sharding import Mesh
 
 from fw import assets, data, hub, precision, report, run
-from fw.adaptation import Adapted, adapt, coded
+from fw.adaptation import Adapted, adapt, coded, transform
 from fw.checkpoint import Checkpoints
+from fw.compression import calibrated
 from fw.data.rows import AnyRows
 from fw.errors import FwError
 from fw.evaluate import Forward, evaluate, make_counter
@@ -40,6 +41,9 @@ from sharding import rules as make_rules
 
 MODEL = "model"
 """The folder in a run with its best parameters, as transformers reads those it knows."""
+
+CALIBRATION = 24
+"""Batches of training that show an adapter what its kernel meets, if it asks."""
 
 ADAPTER = "adapter"
 """The folder with the adapter alone, as PEFT reads it, of a run that trained one."""
@@ -95,13 +99,13 @@ def finetune(recipe: Finetune, *, resume: bool = False) -> Path:
     processor = prepared.processor
     task = processor.task(recipe, prepared.labels)
     loaded = bring(recipe, prepared, source, mesh, rules, **computed)
-    # All of it is trained, or adapters of it.
-    adapted = adapt(loaded, recipe, seed=recipe.seed) if recipe.lora else None
-    learnt = loaded if adapted is None else adapted.trained
-    model = processor.adapt(learnt.model)
     batches = data.Batches(
         prepared.rows["train"].arrays, recipe.batch, recipe.seed, prepared.change
     )
+    # All of it is trained, or adapters of it.
+    adapted = _adapt(loaded, recipe, processor, batches, mesh, rules) if recipe.lora else None
+    learnt = loaded if adapted is None else adapted.trained
+    model = processor.adapt(learnt.model)
     steps = recipe.steps or max(1, round(recipe.epochs * batches.steps_per_epoch))
     every = recipe.evaluate_every or min(batches.steps_per_epoch, steps)
 
@@ -168,6 +172,25 @@ def finetune(recipe: Finetune, *, resume: bool = False) -> Path:
         }  # fmt: skip
         record(folder, news)
     return folder
+
+
+def _adapt(
+    loaded: hub.Loaded, recipe: Finetune, processor: Processor, batches: data.Batches, mesh: Mesh,
+    rules: Rules,
+) -> Adapted:  # fmt: skip
+    """Adapters, which begin with what their kernels meet if the recipe says so."""
+    model = processor.adapt(loaded.model)
+
+    def apply(params: Any, batch: Any) -> Any:
+        return model.apply({**loaded.variables, "params": params}, batch)[0]
+
+    placed = (put(batches(step), mesh, rules) for step in range(CALIBRATION))
+    try:
+        with scope(mesh, rules):
+            stats = calibrated(transform(loaded, recipe), apply, loaded.variables["params"], placed)
+    except ValueError as error:
+        raise FwError(f"lora: {error}") from error
+    return adapt(loaded, recipe, seed=recipe.seed, stats=stats)
 
 
 def _save(
@@ -276,8 +299,10 @@ def _try(model: Model, adapted: Adapted, batch: Any, mesh: Mesh, rules: Rules) -
     """Traces the adapted function once, before the run's folder is made.
 
     Raises:
-      FwError: it does with a kernel what no rule of `compress` knows.
+      FwError: it does with a kernel what no rule of `compress` knows, or PEFT has no file for what
+        is trained.
     """
+    hub.detach(adapted.tuned(adapted.trained.variables))
     try:
         with scope(mesh, rules):
             jax.eval_shape(model.apply, adapted.whole(adapted.trained.variables), batch)

@@ -103,7 +103,7 @@ def read_fields[T](
     fixed = {*given, *COMPUTED}
     own = {f.name: f.type for f in dataclasses.fields(record) if f.name not in fixed}  # type: ignore[arg-type]
     found: dict[str, Any] = {}
-    for part in filter(None, map(str.strip, text.split(","))):
+    for part in parted(text):
         name, _, value = map(str.strip, part.partition("="))
         if name in COMPUTED:
             raise FwError(f"config: {name} is no part of the model; {COMPUTED[name]}")
@@ -116,6 +116,15 @@ def read_fields[T](
             kind = kind.__name__ if isinstance(kind, type) else kind
             raise FwError(f"config: {part!r}: expected a value of type {kind}") from error
     return record(**{**(defaults or {}), **given, **found})
+
+
+def parted(text: str) -> tuple[str, ...]:
+    """Names in an option, which commas part.
+
+    >>> parted("age, sex,")
+    ('age', 'sex')
+    """
+    return tuple(filter(None, map(str.strip, text.split(","))))
 
 
 def _read_value(kind: Any, text: str) -> Any:

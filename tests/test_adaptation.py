@@ -36,6 +36,7 @@ COMMON = ("--task", "ner", "--length", "32", "--learning-rate", "1e-2", "--preci
 KINDS = {
     "lora": ("--lora", "4", "--lora-alpha", "8"),
     "dora": ("--lora", "4", "--dora", "--lora-alpha", "4"),
+    "eva": ("--lora", "4", "--lora-init", "eva"),
     "qlora": ("--lora", "4", "--lora-alpha", "8", "--lora-base", "int8"),
 }
 
@@ -75,7 +76,7 @@ def load(folder, mesh=ONE, **options):
     return hub.load(folder, mesh=make_mesh(mesh), rules=rules(), **options)
 
 
-@pytest.mark.parametrize("kind", ["lora", slow("dora"), "qlora"])
+@pytest.mark.parametrize("kind", ["lora", "eva", slow("dora"), "qlora"])
 def test_eight_devices_learn_as_one(runs, kind):
     one, eight = runs(kind), runs(kind, EIGHT)
     assert losses(one)[-1] < losses(one)[0]
@@ -124,6 +125,29 @@ def test_the_base_stays_as_it_was_but_for_thin_changes(runs, world):
     for name in changed - head:
         values = np.linalg.svd(after[name] - before[name], compute_uv=False)
         assert values[0] > 1e-3 and np.all(values[4:] < 1e-5 * values[0]), name
+
+
+def test_what_patterns_name_is_trained_and_saved(world, tmp_path):
+    """Kernels by their names, and the pooler whole: what PEFT's file says of it is the model."""
+    base = load(world / "model", scan=True)
+    options = LoraOptions(lora=2, lora_on="**/value/kernel, **/up/kernel", lora_whole="pooler/*")
+    adapted = adapt(base, options)
+    params = adapted.trained.variables["params"]
+    moved = jax.tree.map(lambda x: x + 0.1, params)
+    assert {path for path, _ in named_leaves(params)[0]} == {
+        "pooler/kernel", "pooler/bias", "stack/layers/attention/value/kernel/a",
+        "stack/layers/attention/value/kernel/b", "stack/layers/up/kernel/a",
+        "stack/layers/up/kernel/b",
+    }  # fmt: skip
+    assert not adapted.left
+    tuned = adapted.tuned({**adapted.trained.variables, "params": moved})
+    hub.save_adapter(tmp_path / "adapter", *hub.detach(tuned))
+    again = hub.merge(base, hub.load_adapter(tmp_path / "adapter", base))
+    want = hub.merge(tuned)
+    for (path, a), (_, b) in zip(
+        named_leaves(again.variables)[0], named_leaves(want.variables)[0], strict=True
+    ):
+        np.testing.assert_allclose(a, b, atol=1e-6, err_msg=path)
 
 
 def test_checkpoints_hold_what_is_trained(runs):
@@ -276,6 +300,9 @@ def test_a_base_with_nan_and_several_adapters_are_refused(world, tmp_path):
         ({"dora": True}, "dora is for adapters; give --lora a rank"),
         ({"lora": 4, "lora_base": "int3"}, "lora_base 'int3' is unknown; choose one of"),
         ({"lora": 4, "lora_alpha": -1.0}, "lora_alpha is -1.0; expected 0 or more"),
+        ({"lora_init": "eva"}, "lora_init is for adapters; give --lora a rank"),
+        ({"lora": 4, "lora_init": "pissa"}, "lora_init 'pissa' is unknown; choose one of uniform"),
+        ({"lora": 4, "lora_init": "eva", "lora_base": "nf4"}, "leave lora_base or it away"),
         ({"lora": 4, "task": "image", "model": "resnet"}, "lora is for pretrained models"),
     ],
 )
@@ -290,6 +317,8 @@ def test_options_that_are_refused(options, said):
         (("--lora", "99"), "lora: rule '**/kernel' can be applied to no leaf"),
         (("--lora-base", "nf4"), "lora: the model has no kernel that nf4 is for"),
         (("--mesh", "pipe=2"), "lora: layers in stages are not adapted"),
+        (("--lora-on", "**/kernels"), "rule '**/kernels' matches no path; nearest are"),
+        (("--lora-whole", "**/scale"), "is trained whole, but PEFT keeps heads only in that way"),
     ],
 )
 def test_what_cannot_be_adapted_is_told_before_there_is_a_run(world, tmp_path, capsys, more, said):

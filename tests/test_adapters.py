@@ -21,6 +21,7 @@ from compress.adapters import LoRA, Trained
 from compress.arrays import Quantized
 from compress.learned import Learned, qat
 from compress.merging import merge, scheme_of, unmerge
+from compress.observed import measure
 from compress.scheme import Scheme, fit
 from compress.trainable import Lora, combine, lora, partition, trainable_share
 
@@ -597,6 +598,28 @@ def test_gradients_of_rows_reach_their_adapter_alone():
     assert moved[0] == moved[2] == 0
 
 
+# --- A of the data ----------------------------------------------------------------------------
+
+
+def test_a_begins_as_the_directions_of_the_inputs(seed=5):
+    """Against numpy's singular vectors of X; an array that met nothing keeps its numbers."""
+    x = normal(seed, 2, 40, N_IN) * np.linspace(3, 1, N_IN, dtype=np.float32)
+    x[1] = 0
+    params = {"w": normal(seed + 1, 2, N_IN, N_OUT)}
+    seen = measure(jnp.asarray(x), channels=1, stack=1, hessian=True)
+    seen = dataclasses.replace(seen, rows=jnp.array([40.0, 0.0]))
+    rules = {"w": {"rank": R, "role": "kernel"}}
+    (leaf,) = jax.tree.leaves(
+        lora(rules, init="eva")(params, {"w": seen})[0], is_leaf=compress.is_compressed
+    )
+    vectors = np.linalg.svd(x[0].astype(np.float64))[2][:R].T
+    largest = np.abs(vectors).argmax(0)
+    vectors *= np.sign(vectors[largest, np.arange(R)])
+    close(leaf.a[0], vectors, 1e-4)
+    same_bits(leaf.a[1], lora(rules)(params)[0]["w"].a[1])
+    assert not np.any(leaf.b)
+
+
 # --- many devices -----------------------------------------------------------------------------
 
 
@@ -662,6 +685,16 @@ REFUSED: dict[str, Any] = {
     "negative alpha": (lambda: lora(2, alpha=-1), "^lora: alpha -1: expected a finite number"),
     "endless alpha": (lambda: lora(2, alpha=float("nan")), "^lora: alpha nan: expected a finite"),
     "alpha as text": (lambda: lora(2, alpha="8"), "^lora: alpha '8': expected a finite number"),  # type: ignore[arg-type]
+    "no such start": (lambda: lora(2, init="pissa"), "^lora: init='pissa': expected one of"),
+    "nothing observed": (lambda: lora({"w": 2}, init="eva")(TREE), "^w: lora needs statistics"),
+    "no Hessian": (
+        lambda: lora({"w": 2}, init="eva")(TREE, {"w": measure(jnp.ones((5, N_IN)), channels=1)}),
+        "^w: lora: its statistics have no Hessian; ask for it",
+    ),
+    "codes, of the data": (
+        lambda: lora({"w": 2}, init="eva")(compress.quantize({"w": "int8"})(TREE)[0]),
+        "^w: .*calibration does not see what meets it",
+    ),
     "a word": (lambda: lora({"w": {"r": 2}}), "expected a rank, 'train', 'keep', or a mapping"),
     "too high": (lambda: lora({"w": 33})(TREE), r"^w: .*rank 33 is more than the smaller side"),
     "integers": (lambda: lora({"ids": "train"})(TREE), "^ids: .*int32 is not floating"),

@@ -96,6 +96,7 @@ MEMBERS: dict[str, tuple[Any, float]] = {  # transform for a kind, largest relat
     "awq": (lambda k: compress.awq(rules(k, group(k))), 0.25),
     "gptq": (lambda k: compress.gptq(rules(k, group(k))), 0.25),
     "lora": (lambda k: compress.lora(rules(k, 4)), 1e-5),
+    "lora eva": (lambda k: compress.lora(rules(k, 4), init="eva"), 1e-5),
     "qlora": (
         lambda k: compress.chain(
             compress.quantize(rules(k, Scheme("nf4", per=16))), compress.lora(rules(k, 4))
@@ -106,7 +107,7 @@ MEMBERS: dict[str, tuple[Any, float]] = {  # transform for a kind, largest relat
 }
 FOR_TABLES = ("int8", "int8 asymmetric", "int4", "int4 clipped", "e4m3", "mxfp8", "mxfp4", "nvfp4",
               "nf4", "qat")  # fmt: skip
-FOR_CONVOLUTIONS = [m for m in MEMBERS if m not in ("mxfp8", "mxfp4", "lora", "qlora")]
+FOR_CONVOLUTIONS = [m for m in MEMBERS if m not in ("mxfp8", "mxfp4", "lora", "lora eva", "qlora")]
 PAIRS = [
     (member, kind)
     for member, kind in itertools.product(MEMBERS, KINDS)

@@ -26,6 +26,7 @@ from fw.data.rows import Rows
 from fw.data.warp import smooth_field, warp, warp_labels
 from fw.errors import FwError
 from fw.labels import IGNORE
+from fw.options import parted
 
 _FORMS: Mapping[str, tuple[type, ...]] = {
     "resized": (float,), "crop": (int,), "flip": (), "turn": (),
@@ -121,7 +122,7 @@ class Augment:
         fw.errors.FwError: augment: 'crop=four': expected crop=INT
         """
         options: dict[str, Any] = {}
-        for part in filter(None, map(str.strip, text.split(","))):
+        for part in parted(text):
             name, _, value = part.partition("=")
             form = _FORMS.get(name)
             if form is None:

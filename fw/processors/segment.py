@@ -19,7 +19,7 @@ from fw.data.segments import Crops, Palette, Segmented
 from fw.errors import FwError
 from fw.labels import IGNORE
 from fw.metrics.probabilities import softmax
-from fw.options import read_fields
+from fw.options import parted, read_fields
 from fw.processors.image import OfImages, fitted
 from fw.processors.processor import Change
 from fw.tiles import tiled
@@ -62,7 +62,7 @@ class Segments(OfImages):
         """The palette of the training maps, and the mean and spread of the images."""
         if source is not None:
             raise FwError(f"model {recipe.model!r} segments nothing; choose unet")
-        names = tuple(filter(None, map(str.strip, recipe.classes.split(",")))) or None
+        names = parted(recipe.classes) or None
         pairs = records["train"]
         ignore = recipe.ignore if recipe.ignore >= 0 else None
         bad = (lambda _: None) if recipe.skip_bad_rows else None  # `rows` tells of them

@@ -19,7 +19,7 @@ from fw.data.rows import Rows
 from fw.data.splits import load_files
 from fw.data.table import SUFFIXES, TARGET, Entry, read_entries
 from fw.errors import FwError
-from fw.options import read_fields
+from fw.options import parted, read_fields
 from fw.processors.outputs import outputs, parse_json
 from fw.processors.processor import Processor
 from fw.processors.records import with_dev
@@ -68,7 +68,7 @@ class Table(Processor):
         if source is not None:
             raise FwError(f"model {recipe.model!r} reads no tables; choose mlp or ft_transformer")
         names = ("drop", "numeric", "categorical", "classes")
-        options: Any = {name: _names(getattr(recipe, name)) for name in names}
+        options: Any = {name: parted(getattr(recipe, name)) for name in names}
         target = recipe.target or TARGET
         options["on_bad_row"] = (lambda _: None) if recipe.skip_bad_rows else None  # `rows` tells
         return cls(fit_columns(records["train"], target, recipe.long_task, **options))
@@ -194,7 +194,3 @@ class Table(Processor):
         if "number" in answer:
             return f"{self.columns.target} {answer['number']:.4g}  {row}"
         return f"{answer['label']} {answer['score']:.2f}  {row}"
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(filter(None, map(str.strip, text.split(","))))
