@@ -10,9 +10,11 @@ from compress.arrays import Compressed, Quantized, dequantize, is_compressed, sp
 from compress.awq_scales import awq
 from compress.calibrated import stats_specs
 from compress.choice import Choice, search
+from compress.coupling import Couplings, Dimension, couplings
 from compress.damage import Sensitivity, sensitivity
 from compress.gptq_solver import gptq
 from compress.histogram import threshold
+from compress.importance import activation_scores, choose_units, magnitude_scores, taylor_scores
 from compress.interpreter import apply
 from compress.latency import Times, measure
 from compress.learned import Learned, harden, qat
@@ -26,6 +28,7 @@ from compress.prepare import rotate, smooth
 from compress.recipe import dumps, loads
 from compress.scheme import Scheme, fit
 from compress.serialize import from_arrays, to_arrays
+from compress.shrink import Shrink, check_shrunk, shrink
 from compress.trainable import combine, lora, partition, trainable_share
 from compress.transform import Record, Transform, chain, match
 from compress.verified import Verified, verify
@@ -34,6 +37,8 @@ __all__ = [
     "Adapter",
     "Choice",
     "Compressed",
+    "Couplings",
+    "Dimension",
     "Learned",
     "LoRA",
     "Observed",
@@ -41,18 +46,23 @@ __all__ = [
     "Record",
     "Scheme",
     "Sensitivity",
+    "Shrink",
     "Stats",
     "Times",
     "Trained",
     "Transform",
     "Verified",
+    "activation_scores",
     "apply",
     "attach",
     "awq",
     "chain",
+    "check_shrunk",
     "check_stats",
     "choose",
+    "choose_units",
     "combine",
+    "couplings",
     "dequantize",
     "detach",
     "dumps",
@@ -63,6 +73,7 @@ __all__ = [
     "is_compressed",
     "loads",
     "lora",
+    "magnitude_scores",
     "match",
     "measure",
     "merge",
@@ -74,10 +85,12 @@ __all__ = [
     "rotate",
     "search",
     "sensitivity",
+    "shrink",
     "smooth",
     "specs",
     "stack_adapters",
     "stats_specs",
+    "taylor_scores",
     "threshold",
     "to_arrays",
     "trainable_share",

@@ -27,9 +27,10 @@ def kinds() -> dict[str, type[Transform]]:
     from compress.learned import Harden, Qat
     from compress.nearest import Quantize
     from compress.prepare import Rotate, Smooth
+    from compress.shrink import Shrink
     from compress.trainable import Lora
 
-    every = (Chain, Quantize, Smooth, Rotate, Awq, Gptq, Qat, Harden, Lora)
+    every = (Chain, Quantize, Smooth, Rotate, Awq, Gptq, Qat, Harden, Lora, Shrink)
     return {kind.name: kind for kind in every}
 
 

@@ -113,19 +113,18 @@ class Layer(nnx.Module):
         self.gate = Dense(size, inner, ("embed", "mlp"), std=std, rngs=rngs)
         self.up = Dense(size, inner, ("embed", "mlp"), std=std, rngs=rngs)
         self.down = Dense(inner, size, ("mlp", "embed"), std=inner**-0.5, rngs=rngs)
-        self.heads = config.num_attention_heads
+        self.size = size // config.num_attention_heads
         self.rate, self.attention_rate = config.dropout, config.attention_dropout
 
     def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
         keys = (None,) * 2 if key is None else jax.random.split(key, 2)
         y = x if self.attention_norm is None else self.attention_norm(x)
-        split = (*x.shape[:2], self.heads, x.shape[-1] // self.heads)
         q, k, v = (
-            constrain(z.reshape(split), "batch", None, "heads", None)
+            constrain(z.reshape(*x.shape[:2], -1, self.size), "batch", None, "heads", None)
             for z in denses(y, [self.query, self.key, self.value], TOKENS)
         )
         y = attend(q, k, v, jnp.zeros((), x.dtype), self.attention_rate, keys[0])
-        x = x + self.out(y.reshape(x.shape), TOKENS)
+        x = x + self.out(y.reshape(*x.shape[:2], -1), TOKENS)
         gate, up = denses(self.norm(x), [self.gate, self.up], TOKENS)
         inner = constrain(jax.nn.relu(gate) * up, "batch", None, "mlp")
         x = x + self.down(dropout(inner, self.rate, keys[1]), TOKENS)

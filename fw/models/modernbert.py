@@ -115,13 +115,12 @@ class Attention(nnx.Module):
         self.key = Dense(size, size, ("embed", "heads"), **options)
         self.value = Dense(size, size, ("embed", "heads"), **options)
         self.out = Dense(size, size, ("heads", "embed"), **options)
-        self.heads, self.rate = config.num_attention_heads, config.attention_dropout
+        self.size, self.rate = size // config.num_attention_heads, config.attention_dropout
         self.window = config.local_attention // 2
 
     def __call__(self, x: jax.Array, whole: Any, local: Any, key: jax.Array | None, is_global: Any):
-        split = (*x.shape[:2], self.heads, x.shape[-1] // self.heads)
         q, k, v = (
-            constrain(y.reshape(split), "batch", "length", "heads", None)
+            constrain(y.reshape(*x.shape[:2], -1, self.size), "batch", "length", "heads", None)
             for y in denses(x, [self.query, self.key, self.value])
         )
 
@@ -134,7 +133,7 @@ class Attention(nnx.Module):
             y = lax.cond(is_global, *ways)
         else:
             y = ways[not is_global]()
-        return self.out(y.reshape(x.shape))
+        return self.out(y.reshape(*x.shape[:2], -1))
 
 
 class Mlp(nnx.Module):

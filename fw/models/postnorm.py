@@ -75,7 +75,10 @@ class Head:
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention with its output projection; `bias` of queries, keys and values."""
+    """Multi-head self-attention with its output projection; `bias` of queries, keys and values.
+
+    How many heads there are is in the kernels, some of which may be gone.
+    """
 
     def __init__(self, shape: Shape, rngs: nnx.Rngs, *, bias: bool = True):
         size, std = shape.size, shape.std
@@ -84,16 +87,16 @@ class Attention(nnx.Module):
         self.key = Dense(size, size, into, **how)
         self.value = Dense(size, size, into, **how)
         self.out = Dense(size, size, ("heads", "embed"), std=std, rngs=rngs)
-        self.heads = shape.heads
+        self.size = shape.size // shape.heads
         self.rate = shape.attention_dropout
 
     def __call__(self, x: jax.Array, seen: Any, key: jax.Array | None) -> jax.Array:
-        split = (*x.shape[:2], self.heads, x.shape[-1] // self.heads)
         q, k, v = (
-            constrain(y.reshape(split), "batch", "length", "heads", None)
+            constrain(y.reshape(*x.shape[:2], -1, self.size), "batch", "length", "heads", None)
             for y in denses(x, [self.query, self.key, self.value])
         )
-        return self.out(attention(q, k, v, seen, rate=self.rate, key=key).reshape(x.shape))
+        y = attention(q, k, v, seen, rate=self.rate, key=key)
+        return self.out(y.reshape(*x.shape[:2], -1))
 
 
 class Layer(nnx.Module):
