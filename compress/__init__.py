@@ -28,7 +28,7 @@ from compress.prepare import rotate, smooth
 from compress.recipe import dumps, loads
 from compress.scheme import Scheme, fit
 from compress.serialize import from_arrays, to_arrays
-from compress.shrink import Shrink, check_shrunk, shrink
+from compress.shrink import Cut, Shrink, check_shrunk, shrink
 from compress.trainable import combine, lora, partition, trainable_share
 from compress.transform import Record, Transform, chain, match
 from compress.verified import Verified, verify
@@ -38,6 +38,7 @@ __all__ = [
     "Choice",
     "Compressed",
     "Couplings",
+    "Cut",
     "Dimension",
     "Learned",
     "LoRA",

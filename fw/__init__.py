@@ -6,7 +6,7 @@
 | `assets`, `pretrained`, `hub`, `gguf` | what comes in |
 | `model`, `models`, `precision`, `convolve` | what it becomes |
 | `data`, `processors`, `tasks`, `metrics` | things to batches; what is minimised and counted |
-| `adaptation`, `optimizer`, `table_optimizer` | what is trained, and how far each step goes |
+| `adaptation`, `pruning`, `optimizer`, `table_optimizer` | what is trained, and how far each step goes |
 | `step`, `train`, `evaluate`, `checkpoint` | training |
 | `generation` | text from a decoder |
 | `run`, `report`, `compression`, `export`, `tiles`, `compare` | what is left behind |
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
         precision,
         pretrained,
         processors,
+        pruning,
         recipe,
         report,
         run,
@@ -90,6 +91,7 @@ __all__ = [
     "precision",
     "pretrained",
     "processors",
+    "pruning",
     "recipe",
     "report",
     "run",

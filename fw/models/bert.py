@@ -28,7 +28,8 @@ class BertConfig:
     And four that say what the model is for: `task`, one of `fw.models.heads.TASKS`; `num_labels` of
     a classifier; of an embedding, `pooling` ("mean" or "cls") and whether to `normalize` it. Three
     say how it is computed: `microbatches` and `remat`, as in `sharding.pipeline`; `scan`, as in
-    `Stack`.
+    `Stack`. `head_size` is of heads that are not hidden_size / num_attention_heads wide, as where
+    some were taken out; transformers knows no such model.
     """
 
     vocab_size: int
@@ -46,6 +47,7 @@ class BertConfig:
     classifier_dropout: float | None = None
     initializer_range: float = 0.02
     hidden_act: str = "gelu"
+    head_size: int | None = None
     pooling: str = "mean"
     normalize: bool = True
     microbatches: int = 1
@@ -81,6 +83,7 @@ class BertConfig:
             microbatches=self.microbatches,
             remat=self.remat,
             scan=self.scan,
+            head_size=self.head_size,
         )
 
     @property

@@ -40,6 +40,7 @@ class DistilBertConfig:
     seq_classif_dropout: float = 0.2
     initializer_range: float = 0.02
     activation: str = "gelu"
+    head_size: int | None = None
     pooling: str = "mean"
     normalize: bool = True
     microbatches: int = 1
@@ -75,6 +76,7 @@ class DistilBertConfig:
             microbatches=self.microbatches,
             remat=self.remat,
             scan=self.scan,
+            head_size=self.head_size,
         )
 
     @property

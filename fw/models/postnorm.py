@@ -36,6 +36,7 @@ class Shape:
       dropout: of what is added.
       attention_dropout: of attention weights.
       microbatches, remat, scan: as in `Stack`.
+      head_size: of a head; None for size / heads.
     """
 
     size: int
@@ -49,6 +50,12 @@ class Shape:
     microbatches: int
     remat: str | None
     scan: bool
+    head_size: int | None = None
+
+    @property
+    def head(self) -> int:
+        """Size of a head."""
+        return self.head_size or self.size // self.heads
 
 
 @dataclass(frozen=True)
@@ -81,13 +88,13 @@ class Attention(nnx.Module):
     """
 
     def __init__(self, shape: Shape, rngs: nnx.Rngs, *, bias: bool = True):
-        size, std = shape.size, shape.std
+        size, wide, std = shape.size, shape.heads * shape.head, shape.std
         into, how = ("embed", "heads"), {"std": std, "bias": bias, "rngs": rngs}
-        self.query = Dense(size, size, into, **how)
-        self.key = Dense(size, size, into, **how)
-        self.value = Dense(size, size, into, **how)
-        self.out = Dense(size, size, ("heads", "embed"), std=std, rngs=rngs)
-        self.size = shape.size // shape.heads
+        self.query = Dense(size, wide, into, **how)
+        self.key = Dense(size, wide, into, **how)
+        self.value = Dense(size, wide, into, **how)
+        self.out = Dense(wide, size, ("heads", "embed"), std=std, rngs=rngs)
+        self.size = shape.head
         self.rate = shape.attention_dropout
 
     def __call__(self, x: jax.Array, seen: Any, key: jax.Array | None) -> jax.Array:
@@ -168,11 +175,11 @@ class Encoder(nnx.Module):
         return self.classifier(dropout(x, head.dropout, keys[-1]))
 
 
-def check(config: object, *, size: str, heads_: str, rates: tuple[str, ...]) -> None:
+def check(config: Any, *, size: str, heads_: str, rates: tuple[str, ...]) -> None:
     """Raises FwError for a config that the arithmetic cannot follow; names are those of fields."""
     checks.at_least(config, 1, size, heads_)
     width, number = getattr(config, size), getattr(config, heads_)
-    if width % number:
+    if config.head_size is None and width % number:
         raise FwError(f"{size} {width} is not a multiple of {heads_} {number}")
     checks.one_of(config, task=heads.TASKS, pooling=heads.POOLINGS, remat=REMAT)
     checks.rates(config, *rates)

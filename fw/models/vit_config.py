@@ -29,7 +29,8 @@ def _square(size: Size) -> tuple[int, int]:
 class Patches:
     """The fields that the `config.json`s of the families share and that change the computation.
 
-    And five of our own: `task` and `num_labels`; `microbatches`, `remat` and `scan`, as in `Stack`.
+    And six of our own: `task` and `num_labels`; `microbatches`, `remat` and `scan`, as in `Stack`;
+    `head_size`, as in `BertConfig`.
     Sizes are those of a square, or height and width.
     """
 
@@ -47,6 +48,7 @@ class Patches:
     attention_probs_dropout_prob: float = 0.0
     initializer_range: float = 0.02
     hidden_act: str = "gelu"
+    head_size: int | None = None
     microbatches: int = 1
     remat: str | None = None
     scan: bool = True
@@ -68,7 +70,7 @@ class Patches:
         at_least(self, 1, "image_size", "patch_size", "num_channels", "num_labels", "hidden_size")
         at_least(self, 1, "num_hidden_layers", "num_attention_heads")
         rates(self, "hidden_dropout_prob", "attention_probs_dropout_prob")
-        if self.hidden_size % self.num_attention_heads:
+        if self.head_size is None and self.hidden_size % self.num_attention_heads:
             raise FwError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
                 f"{self.num_attention_heads}"
@@ -125,6 +127,7 @@ class Patches:
             microbatches=self.microbatches,
             remat=self.remat,
             scan=self.scan,
+            head_size=self.head_size,
         )
 
 

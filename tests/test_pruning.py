@@ -1,0 +1,111 @@
+"""A shrunk model is a model like any other: its config says its sizes, and its folder is read."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import compress
+from fw import hub
+from fw.errors import FwError
+from fw.models.bert import BertConfig, bert
+from fw.models.distilbert import DistilBertConfig, distilbert
+from fw.models.llama import LlamaConfig, llama
+from fw.models.resnet import ResNetConfig, resnet
+from fw.models.vit import vit
+from fw.models.vit_config import ViTConfig
+from fw.pruning import LAYERS, outputs, shrunk
+from sharding import make_mesh, rules
+
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
+IDS = jnp.arange(12, dtype=jnp.int32).reshape(2, 6) % 5
+ONES = jnp.ones_like(IDS)
+TEXT = {"input_ids": IDS, "segment_ids": ONES, "position_ids": IDS, "first": IDS[:, :1] * 0}
+IMAGE = {"pixel_values": jnp.linspace(-1, 1, 2 * 8 * 8 * 3).reshape(2, 8, 8, 3)}
+QUERY, MLP = f"{LAYERS}/attention/key/bias:1", f"{LAYERS}/down/kernel:1"
+STACK = f"{LAYERS}/attention/key/bias:0"
+DECODER = {QUERY: f"{LAYERS}/attention/key/kernel:2", MLP: f"{LAYERS}/mlp/down/kernel:1",
+           STACK: f"{LAYERS}/attention/key/kernel:0"}  # fmt: skip
+MODELS = {
+    "bert": (bert(BertConfig(9, 16, 4, 4, 24, 2, "sequence_classification")), TEXT),
+    "distilbert": (
+        distilbert(DistilBertConfig(9, 16, 4, 4, 24, 2, "sequence_classification")), TEXT),
+    "llama": (llama(LlamaConfig(9, 16, 4, 4, 24, num_key_value_heads=2)), TEXT),
+    "vit": (
+        vit(ViTConfig(image_size=8, patch_size=4, hidden_size=16, num_hidden_layers=4,
+                      num_attention_heads=4, num_labels=2, intermediate_size=24)), IMAGE),
+}  # fmt: skip
+
+
+def made(name):
+    model, batch = MODELS[name]
+    labels = () if name == "llama" else ("no", "yes")
+    loaded = hub.Loaded(model, model.init(jax.random.key(3)), labels)
+    return loaded, batch, compress.couplings(outputs(model), loaded.variables, batch)
+
+
+def cut(name, found, parts):
+    """What stays, by chance: so many of every layer's units."""
+    rng, kept = np.random.default_rng(0), {}
+    for dimension, left in parts.items():
+        own = DECODER[dimension] if name == "llama" else dimension
+        d = found.dimensions[own]
+        chosen = [rng.permutation(d.units)[:left] for _ in range(d.layers or 1)]
+        kept[own] = np.sort(np.stack(chosen), axis=1)
+    return compress.shrink(found, kept)
+
+
+def same(loaded, again, batch):
+    got, want = (outputs(x.model)(x.variables, batch) for x in (again, loaded))
+    np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("parts", [{MLP: 10, STACK: 2}, {QUERY: 1, MLP: 10, STACK: 3}])
+def test_what_is_left_is_a_model_with_a_folder(name, parts, tmp_path):
+    loaded, batch, found = made(name)
+    transform = cut(name, found, parts)
+    small = shrunk(loaded, transform)
+    # The old functions on what is left, which have no sizes in them, say what it computes.
+    want = outputs(loaded.model)(transform(loaded.variables)[0], batch)
+    np.testing.assert_allclose(outputs(small.model)(small.variables, batch), want, atol=1e-6)
+    hub.save(tmp_path / "small", small)
+    again = hub.load(tmp_path / "small", mesh=make_mesh("data=1"), rules=rules(), scan=True)
+    same(small, again, batch)
+    written = json.loads((tmp_path / "small/config.json").read_text())
+    fewer = QUERY in parts and name != "llama"  # which has a field for it
+    assert ("head_size" in written) == fewer
+    sizes = [written.get(key, written.get(other)) for key, other in (
+        ("num_hidden_layers", "n_layers"), ("intermediate_size", "hidden_dim"))]  # fmt: skip
+    assert sizes == [parts[STACK], parts[MLP]]
+
+
+def test_it_quantises_like_any_other():
+    loaded, batch, found = made("bert")
+    small = shrunk(loaded, cut("bert", found, {MLP: 8, QUERY: 2}))
+    params, report = compress.quantize("int8")(small.variables["params"])
+    assert any(r.applied == "int8" for r in report)
+    variables = {**small.variables, "params": params}
+    got = compress.apply(outputs(small.model))(variables, batch)
+    np.testing.assert_allclose(got, outputs(small.model)(small.variables, batch), atol=0.05)
+
+
+def test_what_no_config_can_say_is_told():
+    loaded, _, found = made("bert")
+    width = {"params/embeddings/norm/bias:0": np.arange(8)[None]}
+    with pytest.raises(FwError, match=r"classifier/kernel: \[16, 2\] is left.*; shrink both alike"):
+        shrunk(loaded, compress.shrink(found, width))
+    both = width | {"params/classifier/kernel:0": np.arange(8)[None]}
+    small = shrunk(loaded, compress.shrink(found, both))
+    assert (small.model.config.hidden_size, small.model.config.head_size) == (8, 4)
+    with pytest.raises(FwError, match=r"w is no leaf|was it made for another model"):
+        shrunk(loaded, compress.Shrink((compress.Cut("w", 0, 3, ((0,),)),)))
+    model = resnet(ResNetConfig(8, (8,), (1,), 2, layer_type="basic", stem="small"))
+    other = hub.Loaded(model, model.init(jax.random.key(0)), ("no", "yes"))
+    found = compress.couplings(outputs(model), other.variables, IMAGE)
+    (name, *_) = found.dimensions
+    with pytest.raises(FwError, match="a ResNetConfig has no fields for what is left"):
+        shrunk(other, compress.shrink(found, {name: np.array([[0, 1]])}))
