@@ -6,7 +6,8 @@
 | `assets`, `pretrained`, `hub`, `gguf` | what comes in |
 | `model`, `models`, `precision`, `convolve` | what it becomes |
 | `data`, `processors`, `tasks`, `metrics` | things to batches; what is minimised and counted |
-| `adaptation`, `pruning`, `optimizer`, `table_optimizer` | what is trained, and how far each step goes |
+| `pruning`, `distillation`, `adaptation` | what is left, who teaches it, what of it is trained |
+| `optimizer`, `table_optimizer` | how far each step goes |
 | `step`, `train`, `evaluate`, `checkpoint` | training |
 | `generation` | text from a decoder |
 | `run`, `report`, `compression`, `export`, `tiles`, `compare` | what is left behind |
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
         compression,
         convolve,
         data,
+        distillation,
         errors,
         evaluate,
         export,
@@ -73,6 +75,7 @@ __all__ = [
     "compression",
     "convolve",
     "data",
+    "distillation",
     "errors",
     "evaluate",
     "export",
