@@ -25,6 +25,12 @@ class Classes:
 
     def __init__(self) -> None:
         self._above = np.zeros(1, np.int64)
+        self.merged = 0
+        """How often classes were made one: the same before and after, nothing was."""
+
+    def __len__(self) -> int:
+        """How many numbers there are."""
+        return len(self._above)
 
     def new(self, count: int) -> Numbers:
         """Numbers that nothing has yet, int64 [count], each a class of its own."""
@@ -52,6 +58,7 @@ class Classes:
             differ = first != second
             if not differ.any():
                 return
+            self.merged += 1
             low = np.minimum(first, second)[differ]
             high = np.maximum(first, second)[differ]
             # Of several pairs with one `high` the last is taken; the others come again.

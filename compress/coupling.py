@@ -7,7 +7,7 @@ layer, each layer's its own; and its layers are units themselves.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -52,6 +52,7 @@ class Couplings:
         parameters: numbers in all leaves, by how many units of each dimension stay.
         flops: of the products in the program, two for each multiplication.
         opaque: primitives that no rule is known of; what they touch stays.
+        trace: how it was found, for `compress.check_shrunk`.
     """
 
     dimensions: dict[str, Dimension]
@@ -59,11 +60,29 @@ class Couplings:
     parameters: Cost
     flops: Cost
     opaque: tuple[str, ...]
+    trace: "Trace" = field(repr=False)
 
     @property
     def units(self) -> dict[str, int]:
         """How many units there are of each dimension."""
         return {name: d.units for name, d in self.dimensions.items()}
+
+
+Place = tuple[str, int, int]
+"""A dimension's name, a layer, and a unit."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """How couplings were found.
+
+    Attributes:
+        walk: through the program.
+        places: of classes, by their number; those without stay.
+    """
+
+    walk: Walk
+    places: dict[int, Place]
 
 
 def couplings(fn: Callable[..., Any], params: Any, *args: Any) -> Couplings:
@@ -95,26 +114,28 @@ def couplings(fn: Callable[..., Any], params: Any, *args: Any) -> Couplings:
     for path, leaf in named_leaves(params)[0]:
         if is_compressed(leaf):
             raise ValueError(f"{path}: it is {describe(leaf)}; shrink floats, and compress then")
-        leaves.append((path, tuple(leaf.shape)))
+        leaves.append((path, tuple(np.shape(leaf))))
     closed = jax.make_jaxpr(fn)(params, *args)
     tried: dict[int, int] = {}
     while True:
         walk = Walk(leaves, tried)
         walk.run(closed, len(jax.tree.leaves(args)))
         if not walk.again():
-            found, of_class = _dimensions(walk)
-            return Couplings(
-                found, dict(leaves), _parameters(walk, found), _flops(walk, found, of_class),
-                tuple(sorted(walk.opaque)),
-            )  # fmt: skip
+            break
+    found, places = _dimensions(walk)
+    names = {number: name for number, (name, *_) in places.items()}
+    return Couplings(
+        found, dict(leaves), _parameters(walk, found), _flops(walk, found, names),
+        tuple(sorted(walk.opaque)), Trace(walk, places),
+    )  # fmt: skip
 
 
 _Unit = dict[tuple[int, int, int], list[int]]
 """(leaf, axis, entry of a stack or -1) -> entries along the axis."""
 
 
-def _dimensions(walk: Walk) -> tuple[dict[str, Dimension], dict[int, str]]:
-    """What may go, and the dimension of each class."""
+def _dimensions(walk: Walk) -> tuple[dict[str, Dimension], dict[int, Place]]:
+    """What may go, and where each class is in it."""
     none = np.zeros(0, np.int64)
     numbers = np.concatenate([none, *(np.arange(f, f + n) for f, n, *_ in walk.named)])
     where = np.repeat(np.arange(len(walk.named)), [n for _, n, *_ in walk.named])
@@ -138,7 +159,9 @@ def _dimensions(walk: Walk) -> tuple[dict[str, Dimension], dict[int, str]]:
         dimension = _dimension(walk, layers, stacked)
         if dimension.units > 1:
             found[dimension.name] = dimension
-            of_class |= {number: dimension.name for block in layers for number in block}
+            for layer, block in enumerate(layers):
+                for i, number in enumerate(_ordered(block)):
+                    of_class[number] = (dimension.name, layer, i)
     return dict(sorted(found.items())), of_class
 
 
@@ -162,8 +185,24 @@ def _stacks(walk: Walk, blocks: dict[Any, dict[int, _Unit]]) -> Iterator[tuple[l
         else:  # in all layers, if in any
             entries = {leaf: {e for i, _, e, _ in alike if i == leaf} for leaf in sizes}
             right = all(e <= {-1} or len(e - {-1}) == sizes[i] for i, e in entries.items())
+            right = right and _even(layers[-1])
         if right:
             yield [layers[i] for i in sorted(layers)], stacked
+
+
+def _ordered(block: dict[int, _Unit]) -> list[int]:
+    """The classes of a block by where their units come first."""
+    return sorted(block, key=lambda number: sorted(block[number].items()))
+
+
+def _even(block: dict[int, _Unit]) -> bool:
+    """Whether what runs through all layers has the same entries in each."""
+    for unit in block.values():
+        seen: dict[tuple[int, int], list[int]] = {}
+        for (leaf, axis, _), at in unit.items():
+            if seen.setdefault((leaf, axis), at) != at:
+                return False
+    return True
 
 
 def _dimension(walk: Walk, layers: list[dict[int, _Unit]], stacked: bool) -> Dimension:

@@ -26,8 +26,8 @@ class Book(Protocol):
     def product(self, *axes: tuple[Numbers | None, int]) -> None:
         """Multiplications: one for every entry of all of these axes, numbers and sizes."""
 
-    def cut(self, numbers: Numbers) -> None:
-        """Some of these were taken by places that are written in the function."""
+    def cut(self, numbers: Numbers, part: Numbers) -> None:
+        """Some of these were taken, by places that may be written in the function."""
 
     def choice(self, eqn: Any, options: Sequence[int]) -> int:
         """Which of several axes has the numbers, where one becomes several."""
@@ -82,8 +82,9 @@ def transpose(book: Book, eqn: Any, values: Sequence[Axes]) -> list[Axes]:
 
 
 def squeeze(book: Book, eqn: Any, values: Sequence[Axes]) -> list[Axes]:
-    """See the primitive."""
+    """See the primitive; the one entry that is left of an axis stays."""
     gone = {i % len(values[0]) for i in eqn.params["dimensions"]}
+    fix(book, tuple(n for i, n in enumerate(values[0]) if i in gone))
     return [tuple(n for i, n in enumerate(values[0]) if i not in gone)]
 
 
@@ -100,11 +101,13 @@ def broadcast(book: Book, eqn: Any, values: Sequence[Axes]) -> list[Axes]:
     for i, place in enumerate(eqn.params["broadcast_dimensions"]):
         if old[i] == eqn.outvars[0].aval.shape[place]:
             out[place] = values[0][i]
+        else:
+            fix(book, (values[0][i],))
     return [tuple(out)]
 
 
 def cut(book: Book, eqn: Any, values: Sequence[Axes]) -> list[Axes]:
-    """`slice`."""
+    """`slice`: of an axis that one entry is taken of by its place, all stay."""
     p, out = eqn.params, []
     strides = p["strides"] or [1] * len(values[0])
     for numbers, start, stop, stride in zip(
@@ -112,7 +115,9 @@ def cut(book: Book, eqn: Any, values: Sequence[Axes]) -> list[Axes]:
     ):
         part = None if numbers is None else numbers[start:stop:stride]
         if numbers is not None and part is not None and len(part) < len(numbers):
-            book.cut(numbers)
+            if len(part) == 1:
+                book.classes.fix(numbers)
+            book.cut(numbers, part)
         out.append(part)
     return [tuple(out)]
 
@@ -121,17 +126,17 @@ def split(book: Book, eqn: Any, values: Sequence[Axes]) -> list[Axes]:
     """See the primitive."""
     axis, ends = eqn.params["axis"], np.cumsum(eqn.params["sizes"])[:-1]
     own = values[0][axis]
-    if own is not None:
-        book.cut(own)
     parts = [None] * (len(ends) + 1) if own is None else np.split(own, ends)
+    for each in parts:
+        if own is not None and each is not None:
+            book.cut(own, each)
     return [(*values[0][:axis], part, *values[0][axis + 1 :]) for part in parts]
 
 
 def unstack(book: Book, eqn: Any, values: Sequence[Axes]) -> list[Axes]:
-    """See the primitive: one result for each entry of an axis."""
+    """See the primitive: one result for each entry of an axis, which all stay."""
     axis, own = eqn.params["axis"], values[0]
-    if (numbers := own[axis]) is not None:
-        book.cut(numbers)
+    fix(book, (own[axis],))
     return [(*own[:axis], *own[axis + 1 :])] * len(eqn.outvars)
 
 
@@ -191,7 +196,7 @@ def update(book: Book, eqn: Any, values: Sequence[Axes]) -> list[Axes]:
     for a, b, (old, size) in zip(whole, new, sizes, strict=True):
         if old != size:
             fix(book, (a, b))
-        out.append(same(book, a, b) if old == size else a)
+        out.append(same(book, a, b) if old == size else fixed(old))
     return [tuple(out)]
 
 
@@ -230,9 +235,10 @@ def along(name: str) -> Callable[..., list[Axes]]:
     """Shapes stay, and one axis is mixed: its entries stay."""
 
     def rule(book: Book, eqn: Any, values: Sequence[Axes]) -> list[Axes]:
-        out = elementwise(book, eqn, values)
-        fix(book, *((axes[eqn.params[name]],) for axes in out))
-        return out
+        out, axis = elementwise(book, eqn, values), eqn.params[name]
+        fix(book, *((axes[axis],) for axes in out))
+        stays = fixed(eqn.outvars[0].aval.shape[axis])
+        return [(*axes[:axis], stays, *axes[axis + 1 :]) for axes in out]
 
     return rule
 
@@ -248,11 +254,14 @@ def top(book: Book, eqn: Any, values: Sequence[Axes]) -> list[Axes]:
 
 def window(book: Book, eqn: Any, values: Sequence[Axes]) -> list[Axes]:
     """Pooling: the axes that it is over stay."""
-    out = []
-    for i, size in enumerate(eqn.params["window_dimensions"]):
-        if size != 1:
-            fix(book, (values[0][i],))
-        out.append(values[0][i] if size == 1 else fixed(eqn.outvars[0].aval.shape[i]))
+    p, out = eqn.params, []
+    sizes = (p["window_dimensions"], p["window_strides"], p["base_dilation"], p["window_dilation"])
+    whole = [same(book, *column) for column in zip(*filter(None, values), strict=True)]
+    for i, result in enumerate(eqn.outvars[0].aval.shape):
+        idle = all(each[i] == 1 for each in sizes) and tuple(p["padding"][i]) == (0, 0)
+        if not idle:
+            fix(book, (whole[i],))
+        out.append(whole[i] if idle else fixed(result))
     return [tuple(out)] * len(eqn.outvars)
 
 
@@ -262,10 +271,14 @@ def dot(book: Book, eqn: Any, values: Sequence[Axes]) -> list[Axes]:
 
 
 def ragged_dot(book: Book, eqn: Any, values: Sequence[Axes]) -> list[Axes]:
-    """Groups of rows, each with an array of its own: the arrays stay."""
+    """Groups of rows, each with an array of its own: rows and arrays stay."""
     d = eqn.params["ragged_dot_dimension_numbers"]
-    groups = tuple(d.rhs_group_dimensions)
-    fix(book, tuple(values[1][i] for i in groups), values[2])
+    groups, rows = tuple(d.rhs_group_dimensions), tuple(d.lhs_ragged_dimensions)
+    (left, _), (batch, _) = d.dot_dimension_numbers
+    if not groups or any(i in (*left, *batch) for i in rows):  # its derivatives are others
+        fix(book, *values)
+        return [tuple(map(fixed, eqn.outvars[0].aval.shape))]
+    fix(book, tuple(values[1][i] for i in groups), tuple(values[0][i] for i in rows), values[2])
     return [_dot(book, eqn, d.dot_dimension_numbers, values, groups)]
 
 
@@ -275,15 +288,15 @@ def _dot(
     (left, right), (left_batch, right_batch) = dimensions
     a, b = values[:2]
     sizes = eqn.invars[0].aval.shape
-    for i, j in zip(left, right, strict=True):
-        book.use(same(book, a[i], b[j]))
+    summed = [(same(book, a[i], b[j]), sizes[i]) for i, j in zip(left, right, strict=True)]
+    for numbers, _ in summed:
+        book.use(numbers)
     batch = [same(book, a[i], b[j]) for i, j in zip(left_batch, right_batch, strict=True)]
     for numbers in batch:
         book.use(numbers)
     rows = [n for i, n in enumerate(a) if i not in (*left, *left_batch)]
     columns = [n for i, n in enumerate(b) if i not in (*right, *right_batch, *groups)]
     out = (*batch, *rows, *columns)
-    summed = [(n, sizes[i]) for i, n in enumerate(a) if i in left]
     book.product(*zip(out, eqn.outvars[0].aval.shape, strict=True), *summed)
     return out
 
@@ -322,6 +335,7 @@ def reshape(book: Book, eqn: Any, values: Sequence[Axes]) -> list[Axes]:
         fix(book, values[0])
         return [tuple(map(fixed, new))]
     out: list[Numbers | None] = [None] * len(new)
+    fix(book, tuple(values[0][i] for i, n in enumerate(old) if n == 1))
     before = [i for i, n in enumerate(old) if n != 1]
     after = [i for i, n in enumerate(new) if n != 1]
     while before:

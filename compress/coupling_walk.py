@@ -18,6 +18,22 @@ from compress.coupling_rules import RULES, Axes, fix, fixed, same
 LARGEST = 1 << 20
 """Elements of a constant that is computed to see along which axes it is the same."""
 
+
+@dataclass(frozen=True, eq=False)
+class Event:
+    """Something that a program did.
+
+    Attributes:
+        layers: numbers of the layers of stacks that it was in.
+        kind: "value" that was made, or "cut" of entries of an axis.
+        axes: of the value, or the entries.
+    """
+
+    layers: tuple[Numbers, ...]
+    kind: str
+    axes: Axes
+
+
 Sized = tuple[Numbers | None, int]
 """An axis of a product: its numbers, and its size."""
 
@@ -46,6 +62,10 @@ class Leaf:
         if self.first is None:
             self.first = self.walk.name(self, -1, 0, self.shape[0])
         return self.first
+
+    def stay(self) -> None:
+        """No entry of its first axis may go."""
+        self.walk.classes.fix(self.rows())
 
     def whole(self) -> Axes:
         """Numbers of all axes."""
@@ -100,6 +120,7 @@ class Walk:
         self.leaves = [Leaf(self, path, shape) for path, shape in leaves]
         self.tried, self.asked = tried, dict[int, tuple[int, list[Numbers]]]()
         self.cuts: list[Numbers] = []
+        self.log: list[Event] = []
         self.used: list[Numbers] = []
         self.layer: tuple[Sized, ...] = ()
         self.times = 1.0
@@ -121,9 +142,10 @@ class Walk:
         """See `Book`."""
         self.products.append((self.times, (*self.layer, *axes)))
 
-    def cut(self, numbers: Numbers) -> None:
+    def cut(self, numbers: Numbers, part: Numbers) -> None:
         """See `Book`."""
         self.cuts.append(numbers)
+        self.log.append(Event(self._layers(), "cut", (part,)))
 
     def choice(self, eqn: Any, options: Sequence[int]) -> int:
         """See `Book`: the outermost, unless that was of no avail before."""
@@ -156,6 +178,8 @@ class Walk:
         values += [Value(v.aval.shape, every(v.aval.shape)) for v in jaxpr.invars[-given:] if given]
         out = self.walk(jaxpr, closed.consts, values)
         fix(self, *map(self.axes, out))
+        for value in out:  # axes without numbers, too, for their sizes are those of results
+            self.log.append(Event((), "value", every(value.shape)))
         for leaf in self.leaves:
             leaf.close()
 
@@ -180,19 +204,24 @@ class Walk:
             return _CONTROL[name](self, eqn, own)
         if (done := _folded(eqn, own)) is not None:
             return done
+        if name in _AS_IT_IS and own[0].leaf is not None:
+            return [Value(own[0].shape, leaf=own[0].leaf)]
         if (entries := _entries(eqn, own)) is not None:
             return entries
         axes = [self.axes(value) for value in own]
         rule = RULES.get(name)
-        if name.startswith("random_") or name.startswith("threefry"):
-            out: list[Axes] = [(None,) * len(s) for s in shapes]
-        elif rule is None:
-            self.opaque.add(name)
+        if rule is None:
+            if not name.startswith(("random_", "threefry")):
+                self.opaque.add(name)
             fix(self, *axes)
             out = [every(s) for s in shapes]
         else:
             out = rule(self, eqn, axes)
+        self.log += [Event(self._layers(), "value", a) for a in out]
         return [Value(s, a) for s, a in zip(shapes, out, strict=True)]
+
+    def _layers(self) -> tuple[Numbers, ...]:
+        return tuple(numbers for numbers, _ in self.layer if numbers is not None)
 
     def axes(self, value: Value) -> Axes:
         """The numbers of a value."""
@@ -244,6 +273,7 @@ def _entries(eqn: Any, own: Sequence[Value]) -> list[Value] | None:
         return None
     p, name, shape = eqn.params, eqn.primitive.name, value.shape
     if name == "unstack" and p["axis"] == 0 and shape[0] > 1:
+        value.leaf.stay()
         return [Value(shape[1:], value.leaf.entry(i)) for i in range(shape[0])]
     if name == "slice":
         start, sizes = p["start_indices"], eqn.outvars[0].aval.shape
@@ -251,7 +281,7 @@ def _entries(eqn: Any, own: Sequence[Value]) -> list[Value] | None:
         start, sizes = [v.known for v in own[1:]], p["slice_sizes"]
     elif name == "gather":
         d, sizes, at = p["dimension_numbers"], p["slice_sizes"], own[1].known
-        if d.start_index_map != (0,) or at is None or np.size(at) != 1:
+        if d.start_index_map != (0,) or at is None or np.shape(at) != (1,):
             return None
         start = [np.reshape(at, ())]
     else:
@@ -259,6 +289,7 @@ def _entries(eqn: Any, own: Sequence[Value]) -> list[Value] | None:
     if sizes[0] != 1 or tuple(sizes[1:]) != shape[1:] or start[0] is None or shape[0] == 1:
         return None
     i = int(np.clip(int(start[0]), 0, shape[0] - 1))
+    value.leaf.stay()  # it is read by its place
     row, rest = value.leaf.rows()[i : i + 1], value.leaf.entry(i)
     result = eqn.outvars[0].aval.shape
     return [Value(result, rest if len(result) < len(shape) else (row, *rest))]
@@ -289,36 +320,81 @@ def _scan(walk: Walk, eqn: Any, own: list[Value]) -> list[Value]:
         own[consts : consts + carried],
         own[consts + carried :],
     )
-    own_layers = any(value.leaf is not None for value in stacks)
     read = {atom for eqn in body.eqns for atom in eqn.invars if not isinstance(atom, core.Literal)}
     read |= {atom for atom in body.outvars if not isinstance(atom, core.Literal)}
     needed = [var in read for var in body.invars[consts + carried :]]  # a counter may not be
+    own_layers = any(v.leaf and need for v, need in zip(stacks, needed, strict=True))
     rows = same(walk, *(
         v.leaf.rows() if v.leaf else walk.axes(v)[0]
         for v, need in zip(stacks, needed, strict=True) if need
     ))  # fmt: skip
     if own_layers:
         walk.use(rows)
+    if rows is not None and _counts(body, consts, carried, needed):
+        walk.classes.fix(rows)
+    outside, done, seen = walk.layer, len(walk.products), len(walk.log)
     outs: list[list[Value]] = []
-    outside, times = walk.layer, walk.times
-    for i in range(length if own_layers else 2):
-        # Each layer's products are there once, and if the layer is; a loop's, of its second round.
-        walk.layer = (
-            (*outside, (rows[i : i + 1], 1)) if own_layers and rows is not None else outside
-        )
-        walk.times = times if own_layers else times * length * i
-        each = [Value(v.shape[1:], v.leaf.entry(i) if v.leaf else walk.axes(v)[1:]) for v in stacks]
+    for i in range(length if own_layers else len(carry) + 2):
+        if own_layers:  # each layer's products are there once, and if the layer is
+            assert rows is not None
+            walk.layer = (*outside, (rows[i : i + 1], 1))
+        else:  # those of the last round count
+            del walk.products[done:], walk.log[seen:], outs[:]
+            walk.layer = (*outside, (rows, length))
+        before = walk.classes.merged, [walk.axes(value) for value in carry]
+        each = [
+            Value(v.shape[1:], v.leaf.entry(i) if own_layers and v.leaf else walk.axes(v)[1:])
+            for v in stacks
+        ]
         out = walk.walk(body, held, [*fixed_values, *carry, *each])
         carry = _alike(walk, carry, out[:carried])
         outs.append(out[carried:])
-    walk.layer, walk.times = outside, times
+        if not own_layers and not _moved(walk, before, carry):
+            break
+    walk.layer = outside
     ys = []
     for column in zip(*outs, strict=True):
         y = column[0]
         for other in column[1:]:
             (y,) = _alike(walk, [y], [other])
-        ys.append(Value((length, *y.shape), (rows, *walk.axes(y))))
+        along = fixed(length) if rows is None else rows
+        ys.append(Value((length, *y.shape), (along, *walk.axes(y))))
     return [*carry, *ys]
+
+
+def _moved(walk: Walk, before: tuple[int, list[Axes]], carry: Sequence[Value]) -> bool:
+    """Whether a round of a loop brought anything new."""
+    merged, axes = before
+    had = [[n is None for n in each] for each in axes]
+    have = [[n is None for n in walk.axes(value)] for value in carry]
+    return merged != walk.classes.merged or had != have
+
+
+def _counts(body: Any, consts: int, carried: int, needed: Sequence[bool]) -> bool:
+    """Whether a loop carries what changes without its layers, such as a counter, and reads it."""
+
+    def reached(of: set[Any]) -> set[Any]:
+        for eqn in body.eqns:
+            if any(not isinstance(atom, core.Literal) and atom in of for atom in eqn.invars):
+                of = of | set(eqn.outvars)
+        return of
+
+    ins, outs = body.invars[consts : consts + carried], body.outvars[:carried]
+    layers = {v for v, need in zip(body.invars[consts + carried :], needed, strict=True) if need}
+    for _ in range(carried + 1):
+        of_layers = reached(layers)
+        layers |= {a for a, b in zip(ins, outs, strict=True) if _in(b, of_layers)}
+    for own, after in zip(ins, outs, strict=True):
+        if own in layers or after is own:
+            continue
+        reads = reached({own})
+        if any(_in(b, reads) for b in body.outvars if b is not after):
+            return True
+    return False
+
+
+def _in(atom: Any, variables: set[Any]) -> bool:
+    return not isinstance(atom, core.Literal) and atom in variables
 
 
 def _alike(walk: Walk, first: Sequence[Value], second: Sequence[Value]) -> list[Value]:
@@ -331,29 +407,37 @@ def _alike(walk: Walk, first: Sequence[Value], second: Sequence[Value]) -> list[
 
 
 def _while(walk: Walk, eqn: Any, own: list[Value]) -> list[Value]:
-    p = eqn.params
+    """FLOPs of one round count: nobody knows how many there are."""
+    p, done, seen = eqn.params, len(walk.products), len(walk.log)
     n, m = p["cond_nconsts"], p["body_nconsts"]
     carry = own[n + m :]
-    for _ in range(2):  # FLOPs of one round count: nobody knows how many there are
-        walk.times /= 2
+    for _ in range(len(carry) + 2):
+        del walk.products[done:], walk.log[seen:]
+        before = walk.classes.merged, [walk.axes(value) for value in carry]
         walk.walk(*_inner(p["cond_jaxpr"]), [*own[:n], *carry])
         out = walk.walk(*_inner(p["body_jaxpr"]), [*own[n : n + m], *carry])
         carry = _alike(walk, carry, out)
-        walk.times *= 2
+        if not _moved(walk, before, carry):
+            break
     return carry
 
 
 def _cond(walk: Walk, eqn: Any, own: list[Value]) -> list[Value]:
-    """Any branch may run; of branches by platform, that of this one."""
+    """Any branch may run, as likely as others; of branches by platform, that of this one."""
     branches, platforms = eqn.params["branches"], eqn.params.get("branches_platforms")
     if platforms is not None:
         here, pairs = jax.default_backend(), list(zip(branches, platforms, strict=True))
         branches = [b for b, p in pairs if here in (p or ())] or [b for b, p in pairs if p is None]
+    times, walk.times = walk.times, walk.times / len(branches)
     out, *others = [walk.walk(*_inner(branch), own[1:]) for branch in branches]
+    walk.times = times
     for other in others:
         out = _alike(walk, out, other)
     return out
 
+
+_AS_IT_IS = ("convert_element_type", "copy", "copy_p", "sharding_constraint", "stop_gradient")
+"""After these a parameter is one still, each of whose layers has its own numbers."""
 
 _CONTROL: dict[str, Callable[..., list[Value]]] = {"scan": _scan, "while": _while, "cond": _cond}
 _CONTROL |= dict.fromkeys(

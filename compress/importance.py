@@ -163,7 +163,7 @@ def choose_units(
     parameters: float | None = None,
     flops: float | None = None,
     among: str = "**",
-    least: int = 1,
+    least: int = 2,
     multiple: int = 1,
 ) -> dict[str, np.ndarray]:
     """The units that stay: those of least score by cost go first, until a budget is met.
@@ -186,7 +186,7 @@ def choose_units(
     >>> from compress.coupling import couplings
     >>> p = {"up": jnp.ones((3, 2)), "down": jnp.array([[1.0], [3.0]])}
     >>> found = couplings(lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"], p, jnp.ones((2, 3)))
-    >>> choose_units(found, magnitude_scores(found, p), parameters=0.5)
+    >>> choose_units(found, magnitude_scores(found, p), parameters=0.5, least=1)
     {'down:0': array([[1]])}
     """
     limits = [limit for limit in (parameters, flops) if limit is not None]
@@ -196,6 +196,9 @@ def choose_units(
     if not names:
         near = difflib.get_close_matches(among, list(found.dimensions), n=3, cutoff=0.0)
         raise ValueError(f"units: {among!r} matches no dimension; nearest are {', '.join(near)}")
+    for name in names:
+        if not np.isfinite(scores[name]).all():
+            raise ValueError(f"units: {name}: scores hold NaN or infinity; look at what made them")
     cost = found.flops if parameters is None else found.parameters
     left: dict[str, int] = dict(found.units)
     limit = limits[0] * cost(left)

@@ -1,8 +1,9 @@
 """Smaller arrays: units of dimensions are taken out, and what is left is ordinary.
 
     found = couplings(fn, params, batch)                    # what must shrink together
-    scores = importance(found, params)                      # how much each unit matters
-    small, report = shrink(found, choose_units(scores, 0.5))(params)
+    scores = magnitude_scores(found, params)                # how much each unit matters
+    kept = choose_units(found, scores, parameters=0.5)
+    small, report = shrink(found, kept)(params)
 
 `Shrink` is data: for every axis of every leaf that becomes shorter, the entries that stay.
 """
@@ -10,7 +11,7 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,7 +22,7 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from compress.arrays import describe, is_compressed
-from compress.coupling import Couplings, Dimension, couplings
+from compress.coupling import Couplings, Dimension, Place, Trace, couplings
 from compress.transform import Record, Report, Transform, named_leaves, sharding_of, size
 
 Kept = Mapping[str, np.ndarray]
@@ -55,7 +56,7 @@ class Cut:
         for row in rows:
             if any(b <= a for a, b in itertools.pairwise(row)):
                 raise ValueError(f"{self.path} axis {self.axis}: entries {row} do not ascend")
-            if row[0] < 0 or row[-1] >= self.size:
+            if row[0] < 0 or row[-1] >= self.size or self.axis < 0:
                 raise ValueError(f"{self.path} axis {self.axis}: entries {row} of {self.size}")
 
     def __call__(self, leaf: jax.Array) -> jax.Array:
@@ -182,6 +183,8 @@ def shrink(found: Couplings, kept: Kept) -> Shrink:
         layers = dimension.layers or 1
         if len(units) != layers:
             raise ValueError(f"shrink: {name}: units of {len(units)} layers; expected {layers}")
+        if units.size and not (units.min() >= 0 and units.max() < dimension.units):
+            raise ValueError(f"shrink: {name}: units are 0 to {dimension.units - 1}; got {units}")
         for key, entries in dimension.members.items():
             gone.setdefault(key, []).append(
                 np.stack([
@@ -214,7 +217,8 @@ def check_shrunk(
         small: what the transform left, or its `jax.eval_shape`.
 
     Raises:
-        ValueError: it does not run, or couples other entries.
+        ValueError: it does not run, couples other entries, or makes values of other sizes; or one
+            unit is left of a dimension.
 
     >>> fn = lambda p, x: (x @ p["up"]).reshape(-1, 4, 2).sum(-1) @ p["down"]
     >>> p = {"up": jnp.ones((3, 8)), "down": jnp.ones((4, 3))}
@@ -227,23 +231,94 @@ def check_shrunk(
     """
     try:
         again = couplings(fn, small, *args)
-    except (TypeError, ValueError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, IndexError, ZeroDivisionError) as error:
         raise ValueError(
             f"shrink: the function does not run on what is left; is a size written in it? {error}"
         ) from error
     stays = {(cut.path, cut.axis): cut.entries for cut in transform.cuts}
+    left: dict[str, list[list[int]]] = {}
     for name, dimension in found.dimensions.items():
         wanted = {
             (path, axis): _renumbered(dimension, stays, path, axis, found.shapes[path][axis])
             for path, axis in dimension.members
         }
-        if len(next(iter(wanted.values()))[0]) < 2:
-            continue  # one unit is left, which is no dimension any more
+        left[name] = _units_left(dimension, stays)
+        if max(map(len, left[name])) < 2:
+            raise ValueError(
+                f"shrink: {name}: one unit is left, which programs treat in their own way: what "
+                "is written in one cannot be told; check with two"
+            )
         own = again.dimensions.get(name)
         if own is None or {k: v.tolist() for k, v in own.members.items()} != wanted:
             raise ValueError(
                 f"shrink: {name}: what is left is coupled otherwise than it was; is a size or a "
                 "place written in the function?"
+            )
+    expected, got = list(_expected(found.trace, left, again)), list(_events(again.trace))
+    if len(expected) != len(got) or not all(map(_same, expected, got)):
+        raise ValueError(
+            "shrink: the function makes other values of what is left, or cuts other entries out; "
+            "is a size or a place written in it?"
+        )
+
+
+def _same(expected: Sequence[Any], got: Sequence[Any]) -> bool:
+    """Whether an event is as expected; the size of an axis without numbers may be any."""
+    if isinstance(expected, list):
+        return expected == got
+    return len(expected) == len(got) and all(
+        a is None or b is None or a == b for a, b in zip(expected, got, strict=True)
+    )
+
+
+def _units_left(dimension: Dimension, stays: Mapping[tuple[str, int], Any]) -> list[list[int]]:
+    """The units that stay, of each layer: none of a layer that goes."""
+    (path, axis), entries = next(iter(dimension.members.items()))
+    rows = stays.get((path, axis))
+    layers = range(len(entries))
+    if dimension.layers and (path, 0) in stays:
+        (layers,) = stays[path, 0]
+    found: list[list[int]] = [[] for _ in entries]
+    for i in layers:
+        kept = None if rows is None else set(rows[i % len(rows)])
+        found[i] = [u for u, of in enumerate(entries[i]) if kept is None or int(of[0]) in kept]
+    return found
+
+
+def _events(trace: Trace) -> Iterator[Any]:
+    """The sizes of all values of a program in its order, and the places of what it cuts out."""
+    for event in trace.walk.log:
+        if event.kind == "cut":
+            (part,) = event.axes
+            assert part is not None
+            yield [trace.places.get(number) for number in trace.walk.classes.of(part).tolist()]
+        else:
+            yield tuple(None if axis is None else len(axis) for axis in event.axes)
+
+
+def _expected(trace: Trace, left: Mapping[str, list[list[int]]], again: Couplings) -> Iterator[Any]:
+    """The same of what is left, from the program of the whole."""
+    classes = trace.walk.classes
+    place: dict[int, Place | None] = {}
+    gone = np.zeros(len(classes), bool)
+    for number, (name, layer, unit) in trace.places.items():
+        if unit not in left[name][layer]:
+            gone[number] = True
+        elif name in again.dimensions:
+            before = sum(not units for units in left[name][:layer])
+            place[number] = (name, layer - before, left[name][layer].index(unit))
+    for event in trace.walk.log:
+        if any(gone[classes.of(numbers)].all() for numbers in event.layers):
+            continue
+        if event.kind == "cut":
+            (part,) = event.axes
+            assert part is not None
+            of = classes.of(part)
+            yield [place.get(number) for number in of[~gone[of]].tolist()]
+        else:
+            yield tuple(
+                None if axis is None else int((~gone[classes.of(axis)]).sum())
+                for axis in event.axes
             )
 
 
@@ -259,6 +334,8 @@ def _renumbered(
     found = []
     for i in layers:
         place = {old: new for new, old in enumerate(rows[i % len(rows)])}
-        units = [unit for unit in entries[i].tolist() if unit[0] in place]
+        units = [unit for unit in entries[i].tolist() if any(entry in place for entry in unit)]
+        if not all(entry in place for unit in units for entry in unit):
+            raise ValueError(f"shrink: {path} axis {axis}: a part of a unit goes, and a part stays")
         found.append([[place[entry] for entry in unit] for unit in units])
     return found

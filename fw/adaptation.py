@@ -87,6 +87,8 @@ class LoraOptions:
             name, given = field.name, getattr(self, field.name)
             if not self.lora and name != "lora" and given != field.default:
                 raise FwError(f"{name} is for adapters; give --lora a rank, such as 8, too")
+        if both := sorted({*parted(self.lora_on)} & {*parted(self.lora_whole)}):
+            raise FwError(f"{both[0]!r} is in lora_on and in lora_whole; expected it in one")
         if self.lora_base and self.lora_init == "eva":
             raise FwError("lora_init eva is of what meets floats; leave lora_base or it away")
         if self.lora_base and self.lora_base not in FORMATS:
@@ -214,9 +216,10 @@ def transform(loaded: Loaded, options: LoraOptions, *, seed: int = 0) -> Lora:
       loaded, options, seed: as in `adapt`.
     """
     alpha = options.lora_alpha or SCALE[options.lora_init] * options.lora
-    whole = (*loaded.fresh, *parted(options.lora_whole))
-    on = parted(options.lora_on) or [USUAL]
-    rules = {**dict.fromkeys(whole, "train"), **dict.fromkeys(on, options.lora)}
+    whole, on = parted(options.lora_whole), parted(options.lora_on) or (USUAL,)
+    # What a pattern names already has no rule of its own: one that comes too late is an error.
+    fresh = [path for path in loaded.fresh if not any(match(p, path) for p in whole)]
+    rules = {**dict.fromkeys((*whole, *fresh), "train"), **dict.fromkeys(on, options.lora)}
     # Not strict: kernels of convolutions, or thinner than the rank, stay as they are: `left`.
     return Lora(
         tuple(rules.items()), strict=False, alpha=alpha, dora=options.dora, seed=seed,
@@ -273,7 +276,7 @@ def adapt(
         parts = _Parts(chosen, chosen.alpha / options.lora, frozenset(adapters))
         trained, base = parts.split(params, stats)
     except ValueError as error:
-        raise FwError(f"lora: {error}") from error
+        raise FwError(f"lora: {str(error).removeprefix('lora: ')}") from error
     # What the model's own `init` makes has no statistics.
     bare_parts = dataclasses.replace(parts, transform=dataclasses.replace(chosen, init="uniform"))
     model = _adapted(loaded.model, bare_parts)

@@ -189,7 +189,7 @@ def _adapt(
         with scope(mesh, rules):
             stats = calibrated(transform(loaded, recipe), apply, loaded.variables["params"], placed)
     except ValueError as error:
-        raise FwError(f"lora: {error}") from error
+        raise FwError(f"lora: {str(error).removeprefix('lora: ')}") from error
     return adapt(loaded, recipe, seed=recipe.seed, stats=stats)
 
 

@@ -140,6 +140,9 @@ def test_what_patterns_name_is_trained_and_saved(world, tmp_path):
         "stack/layers/up/kernel/b",
     }  # fmt: skip
     assert not adapted.left
+    fresh = dataclasses.replace(base, fresh=("classifier/kernel", "classifier/bias"))
+    head = adapt(fresh, LoraOptions(lora=2, lora_whole="classifier/*"))
+    assert head.share == adapt(fresh, LoraOptions(lora=2)).share
     tuned = adapted.tuned({**adapted.trained.variables, "params": moved})
     hub.save_adapter(tmp_path / "adapter", *hub.detach(tuned))
     again = hub.merge(base, hub.load_adapter(tmp_path / "adapter", base))
@@ -300,6 +303,7 @@ def test_a_base_with_nan_and_several_adapters_are_refused(world, tmp_path):
         ({"dora": True}, "dora is for adapters; give --lora a rank"),
         ({"lora": 4, "lora_base": "int3"}, "lora_base 'int3' is unknown; choose one of"),
         ({"lora": 4, "lora_alpha": -1.0}, "lora_alpha is -1.0; expected 0 or more"),
+        ({"lora": 4, "lora_on": "a, b", "lora_whole": "b"}, "'b' is in lora_on and in lora_whole"),
         ({"lora_init": "eva"}, "lora_init is for adapters; give --lora a rank"),
         ({"lora": 4, "lora_init": "pissa"}, "lora_init 'pissa' is unknown; choose one of uniform"),
         ({"lora": 4, "lora_init": "eva", "lora_base": "nf4"}, "leave lora_base or it away"),

@@ -119,7 +119,7 @@ def some(found, part, seed=0):
     kept = {}
     for name, d in found.dimensions.items():
         scores = rng.random((d.layers or 1, d.units))
-        left = max(1, round(part * d.units))
+        left = max(2, round(part * d.units))
         kept[name] = np.sort(np.argsort(scores, axis=1)[:, :left], axis=1)
     return kept
 
@@ -252,16 +252,90 @@ def test_a_size_that_is_written_in_the_function_is_told():
     transform = shrink(found, {"down:0": np.array([[0, 2]])})
     with pytest.raises(ValueError, match="is a size written in it"):
         check_shrunk(found, transform, pairs, transform(p)[0], jnp.ones((2, 3)))
+    found, one = couplings(net, PARAMS, X), {HIDDEN: np.array([[0]])}
+    with pytest.raises(ValueError, match="one unit is left"):
+        check_shrunk(found, shrink(found, one), net, shrink(found, one)(PARAMS)[0], X)
 
-    def halves(p, x):  # it runs, and reads other entries
-        y = x @ p["up"]
-        return y[:, :2] @ p["a"] + y[:, 2:4] @ p["b"]
 
-    p = {"up": jnp.ones((3, 8)), "a": jnp.ones((2, 1)), "b": jnp.ones((2, 1))}
-    found = couplings(halves, p, jnp.ones((2, 3)))
-    cut = Shrink((Cut("up", 1, 8, ((1, 2, 3, 4),)),))
-    with pytest.raises(ValueError, match=r"^shrink: .*coupled otherwise"):
-        check_shrunk(found, cut, halves, cut(p)[0], jnp.ones((2, 3)))
+def up(p, x):
+    return x @ p["up"]
+
+
+def counted(p, x):
+    """Layers of which every second is another."""
+
+    def step(carry, w):
+        x, i = carry
+        return (x + jnp.tanh(x @ w) * jnp.where(i % 2 == 0, 1.0, 3.0), i + 1), None
+
+    return jax.lax.scan(step, (x, 0), p["stack"])[0][0]
+
+
+def shifted(p, x):
+    """What comes in goes through three places before it is read."""
+    zero = jnp.zeros((len(x), p["up"].shape[1]))
+
+    def step(carry, x):
+        a, b, c = carry
+        return (jnp.tanh(x @ p["up"]), a, b), c @ p["down"]
+
+    return jax.lax.scan(step, (zero,) * 3, jnp.stack([x] * 6))[1]
+
+
+def layers(p, x):
+    return jax.lax.scan(lambda x, w: (x + jnp.tanh(x @ w), None), x, p["stack"])[0]
+
+
+def grouped(p, x):
+    y = up(p, x).reshape(len(x), 4, -1)
+    y = y / (1 + jnp.abs(y).sum(-1, keepdims=True))
+    return y.reshape(len(x), -1) @ p["down"]
+
+
+WRITTEN = {
+    "an index": lambda p, x: up(p, x) @ p["down"] + up(p, x)[:, 0][:, None],
+    "the last": lambda p, x: up(p, x) @ p["down"] + up(p, x)[:, -1:],
+    "a slice": lambda p, x: up(p, x) @ p["down"] + up(p, x)[:, :4].sum(-1, keepdims=True),
+    "a stride": lambda p, x: up(p, x) @ p["down"] + up(p, x)[:, ::2].sum(-1, keepdims=True),
+    "halves": lambda p, x: jnp.maximum(up(p, x)[:, :4], up(p, x)[:, 4:]).sum(-1),
+    "mixed": lambda p, x: p["bias"][0] * x + p["bias"][1] * x**2 + jnp.abs(p["bias"]).sum(),
+    "a layer": lambda p, x: layers(p, x) @ p["stack"][0],
+    "a counter": counted,
+    "shifted": shifted,
+    "groups": grouped,
+    "summed up": lambda p, x: jnp.cumsum(
+        jnp.broadcast_to(x[:, :1], (len(x), p["down"].shape[0])), 1) @ p["down"],
+    "updated": lambda p, x: jax.lax.dynamic_update_slice(
+        jnp.zeros((len(x), p["down"].shape[0])), x @ p["thin"], (0, 0)) @ p["down"],
+    "drawn": lambda p, x: jnp.where(
+        jax.random.bernoulli(jax.random.key(0), 0.5, (p["up"].shape[1],)), up(p, x), 0.0
+    ) @ p["down"],
+    "both ways": lambda p, x: up(p, x) @ p["two"][0] + up(p, x)[:, ::-1] @ p["two"][1],
+    "looked up": lambda p, x: x @ jnp.take(p["stack"], jnp.array([[1]]), axis=0)[0, 0],
+    "pooled": lambda p, x: jax.lax.reduce_window(
+        up(p, x), -jnp.inf, jax.lax.max, (1, 2), (1, 2), "VALID").sum(-1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_what_is_written_in_a_function_is_never_silently_wrong(name):
+    """It stays, or the check tells, or what is left computes what zeros do."""
+    rng = np.random.default_rng(7)
+    shapes = {"up": (3, 8), "down": (8, 3), "bias": (4,), "stack": (4, 3, 3), "thin": (3, 4),
+              "two": (2, 8, 3)}  # fmt: skip
+    params = {k: jnp.asarray(rng.standard_normal(n, np.float32)) for k, n in shapes.items()}
+    x, fn = jnp.asarray(rng.standard_normal((2, 3), np.float32)), WRITTEN[name]
+    found = couplings(fn, params, x)
+    for seed in range(6):
+        kept = some(found, 0.5, seed)
+        transform, before = shrink(found, kept), zeroed(params, found, kept)
+        small, _ = transform(before)
+        try:
+            check_shrunk(found, transform, fn, small, x)
+        except ValueError as error:
+            assert "written in" in str(error)
+            continue
+        np.testing.assert_allclose(fn(small, x), fn(before, x), atol=1e-4)
 
 
 def test_what_no_rule_is_known_of_stays():
@@ -339,7 +413,10 @@ def test_a_budget_is_met_and_hardly_more(network, part, of_what):
         return
     left = found.units | {name: units.shape[1] for name, units in kept.items()}
     assert cost(left) <= part * cost(found.units)
-    assert all(n >= 1 for n in left.values())
+    assert all(n >= 2 for n in left.values())
+    if kept:  # the last that went was needed
+        more = [cost({**left, name: left[name] + 1}) for name in kept]
+        assert max(more) > part * cost(found.units)
     for name, units in kept.items():
         for row, of_layer in zip(units, scores[name], strict=True):
             gone = np.delete(of_layer, row)

@@ -59,7 +59,13 @@ class BertConfig:
     def __post_init__(self):
         """Checks what the arithmetic relies on."""
         rates = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
-        check(self, size="hidden_size", heads_="num_attention_heads", rates=rates)
+        check(
+            self,
+            size="hidden_size",
+            heads_="num_attention_heads",
+            rates=rates,
+            head_size=self.head_size,
+        )
         if self.hidden_act != "gelu":
             raise FwError(f"hidden_act {self.hidden_act!r} is not supported; expected 'gelu'")
 

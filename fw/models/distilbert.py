@@ -52,7 +52,7 @@ class DistilBertConfig:
     def __post_init__(self):
         """Checks what the arithmetic relies on."""
         rates = ("dropout", "attention_dropout", "qa_dropout", "seq_classif_dropout")
-        check(self, size="dim", heads_="n_heads", rates=rates)
+        check(self, size="dim", heads_="n_heads", rates=rates, head_size=self.head_size)
         if self.activation != "gelu":
             raise FwError(f"activation {self.activation!r} is not supported; expected 'gelu'")
 

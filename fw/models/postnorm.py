@@ -175,11 +175,15 @@ class Encoder(nnx.Module):
         return self.classifier(dropout(x, head.dropout, keys[-1]))
 
 
-def check(config: Any, *, size: str, heads_: str, rates: tuple[str, ...]) -> None:
+def check(
+    config: object, *, size: str, heads_: str, rates: tuple[str, ...], head_size: int | None = None
+) -> None:
     """Raises FwError for a config that the arithmetic cannot follow; names are those of fields."""
     checks.at_least(config, 1, size, heads_)
+    if head_size is not None:
+        checks.at_least(config, 1, "head_size")
     width, number = getattr(config, size), getattr(config, heads_)
-    if config.head_size is None and width % number:
+    if head_size is None and width % number:
         raise FwError(f"{size} {width} is not a multiple of {heads_} {number}")
     checks.one_of(config, task=heads.TASKS, pooling=heads.POOLINGS, remat=REMAT)
     checks.rates(config, *rates)

@@ -70,6 +70,8 @@ class Patches:
         at_least(self, 1, "image_size", "patch_size", "num_channels", "num_labels", "hidden_size")
         at_least(self, 1, "num_hidden_layers", "num_attention_heads")
         rates(self, "hidden_dropout_prob", "attention_probs_dropout_prob")
+        if self.head_size is not None:
+            at_least(self, 1, "head_size")
         if self.head_size is None and self.hidden_size % self.num_attention_heads:
             raise FwError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
