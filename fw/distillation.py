@@ -1,6 +1,6 @@
 """Distillation: a student learns what a teacher says of the data, beside the labels.
 
-    taught, loss = distilled(student.model, teacher.model, task.loss, Distil(temperature=2.0))
+    taught, loss = distilled(student.model, teacher.model, task.loss, temperature=2.0)
     step = make_step(taught, loss, tx, mesh=mesh, rules=rules)
     state, metrics = step(state, batch, teacher.variables)
 
@@ -25,19 +25,25 @@ Loss = Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
 
 @dataclass(frozen=True)
 class Distil:
-    """How much a student heeds its teacher.
+    """Who teaches a student, and how much it heeds that.
 
     Attributes:
-      temperature: T, by which both one's logits are divided; more of it shows more of what the
-        teacher holds for possible.
-      teacher_weight: w of the teacher's part of the loss, in [0, 1]; the labels have the rest.
+      teacher: a run or a model folder, of the same classes and tokens; its logits are learned
+        beside the labels.
+      temperature: what the logits of both are divided by; more of it shows more of what the teacher
+        holds for possible.
+      teacher_weight: of the teacher's part of the loss, 0 to 1; the labels have the rest.
     """
 
+    teacher: str = ""
     temperature: float = 2.0
     teacher_weight: float = 0.9
 
     def __post_init__(self):
         """Checks them."""
+        for name in ("temperature", "teacher_weight"):
+            if not self.teacher and getattr(self, name) != getattr(Distil, name):
+                raise FwError(f"{name} is for distillation; give --teacher a run, too")
         if not self.temperature > 0:
             raise FwError(f"temperature is {self.temperature}; expected more than 0")
         if not 0 <= self.teacher_weight <= 1:
@@ -74,7 +80,12 @@ def divergence(
 
 
 def distilled(
-    student: Model, teacher: Model, loss: Loss, options: Distil | None = None
+    student: Model,
+    teacher: Model,
+    loss: Loss,
+    *,
+    temperature: float = Distil.temperature,
+    weight: float = Distil.teacher_weight,
 ) -> tuple[Model, Loss]:
     """A model that asks both, and the loss of what they answer.
 
@@ -84,7 +95,8 @@ def distilled(
       student: its parameters are the model's.
       teacher: of logits of the same classes, for the same batches; it is asked as in evaluation.
       loss: of the student's logits and labels, a mean over labels that count.
-      options: temperature and weight.
+      temperature: T.
+      weight: w.
 
     Returns:
       The model, whose `apply` takes variables with the collection `frozen`, the teacher's, and
@@ -104,7 +116,6 @@ def distilled(
     >>> float(count)
     6.0
     """
-    how = options or Distil()
 
     def apply(
         variables: Variables, batch: Any, *, key: jax.Array | None = None, train: bool = False
@@ -122,8 +133,8 @@ def distilled(
                 f"{list(jnp.shape(taught))}; expected the same classes"
             )
         hard, count = loss(said, batch)
-        soft, _ = divergence(said, taught.astype(said.dtype), batch, how.temperature)
-        w = jnp.asarray(how.teacher_weight, said.dtype)
+        soft, _ = divergence(said, taught.astype(said.dtype), batch, temperature)
+        w = jnp.asarray(weight, said.dtype)
         return (1 - w) * hard + w * soft, count
 
     return dataclasses.replace(student, apply=apply), of_both

@@ -8,11 +8,12 @@ file is also the example to copy where a recipe does not fit.
 import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from reprlib import repr as shown
 from typing import Any
 
 import jax
@@ -25,6 +26,7 @@ from fw.adaptation import Adapted, adapt, coded, transform
 from fw.checkpoint import Checkpoints
 from fw.compression import calibrated
 from fw.data.rows import AnyRows
+from fw.distillation import Loss, distilled
 from fw.errors import FwError
 from fw.evaluate import Forward, evaluate, make_counter
 from fw.json_files import is_writer
@@ -32,9 +34,9 @@ from fw.model import Model
 from fw.optimizer import learning_rate, optimizer
 from fw.processors import Change, Processor, Text, processor_of
 from fw.recipe import NEW, Finetune, locate
-from fw.step import initial_state, make_step
+from fw.step import Optimizer, initial_state, make_step
 from fw.table_optimizer import row_optimizer, with_tables
-from fw.tasks import Summary
+from fw.tasks import Summary, Task
 from fw.train import Progress, train
 from sharding import Rules, make_mesh, put, scope
 from sharding import rules as make_rules
@@ -119,13 +121,7 @@ def finetune(recipe: Finetune, *, resume: bool = False) -> Path:
         **({} if adapted is None else {"trainable_share": adapted.share}),
     }  # fmt: skip
     tx = with_tables(optimizer(recipe, steps), model, row_optimizer(recipe, recipe, steps))
-    step = make_step(
-        model, task.loss, tx, mesh=mesh, rules=rules, precision=recipe.precision,
-        accumulate=recipe.accumulate, seed=recipe.seed,
-    )  # fmt: skip
-    if adapted is not None:
-        _try(model, adapted, put(batches(0), mesh, rules), mesh, rules)
-        step = partial(step, frozen=adapted.frozen)
+    step = _step(model, task, tx, recipe, prepared, adapted, batches, mesh, rules)
     with _alone(Path(recipe.run)):
         folder = run.create(recipe.run, settings, resume=resume, may_change=MAY_CHANGE)
         progress = Progress(steps)
@@ -191,6 +187,53 @@ def _adapt(
     except ValueError as error:
         raise FwError(f"lora: {str(error).removeprefix('lora: ')}") from error
     return adapt(loaded, recipe, seed=recipe.seed, stats=stats)
+
+
+def _step(
+    model: Model, task: Task, tx: Optimizer, recipe: Finetune, prepared: Data,
+    adapted: Adapted | None, batches: data.Batches, mesh: Mesh, rules: Rules,
+) -> Callable[..., Any]:  # fmt: skip
+    """`(state, batch) -> (state, metrics)`, beside what is frozen: a base, or a teacher."""
+    loss, frozen = task.loss, None
+    if adapted is not None:
+        _try(model, adapted, put(batches(0), mesh, rules), mesh, rules)
+        frozen = adapted.frozen
+    elif recipe.teacher:
+        model, loss, frozen = _taught(model, task, recipe, prepared, mesh, rules)
+    step = make_step(
+        model, loss, tx, mesh=mesh, rules=rules, precision=recipe.precision,
+        accumulate=recipe.accumulate, seed=recipe.seed,
+    )  # fmt: skip
+    return step if frozen is None else partial(step, frozen=frozen)
+
+
+def _taught(
+    student: Model, task: Task, recipe: Finetune, prepared: Data, mesh: Mesh, rules: Rules
+) -> tuple[Model, Loss, Any]:
+    """A model that asks its teacher, too, the loss of both, and the teacher's variables.
+
+    Raises:
+      FwError: no such teacher, or one of other classes or tokens.
+    """
+    folder = Path(recipe.teacher)
+    folder = folder / MODEL if (folder / MODEL).is_dir() else assets.fetch(recipe.teacher)
+    where = {"mesh": mesh, "rules": rules, **recipe.computed(mesh)}
+    teacher = hub.load(folder, task=recipe.long_task, **where)
+    if teacher.fresh or teacher.labels != task.labels:
+        raise FwError(
+            f"{folder}: its classes are {shown(teacher.labels)}, those of the data "
+            f"{shown(task.labels)}; a teacher knows the same, in this order"
+        )
+    processor = prepared.processor.load(folder, asdict(recipe))
+    assert isinstance(processor, Text)  # the tasks that are taught are of texts
+    assert isinstance(prepared.processor, Text)
+    if processor.tokenizer.fast.get_vocab() != prepared.processor.tokenizer.fast.get_vocab():
+        raise FwError(f"{folder}: its tokens are others than the model's; both read the same texts")
+    model, loss = distilled(
+        student, processor.adapt(teacher.model), task.loss, temperature=recipe.temperature,
+        weight=recipe.teacher_weight,
+    )  # fmt: skip
+    return model, loss, teacher.variables
 
 
 def _save(

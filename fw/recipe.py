@@ -16,6 +16,7 @@ from fw import adaptation, assets, precision, run
 from fw.adaptation import LoraOptions
 from fw.data.readers import SCHEMES
 from fw.data.targets import SEPARATOR
+from fw.distillation import Distil
 from fw.errors import FwError
 from fw.models.stack_layout import default_microbatches
 from fw.optimizer import AdamW
@@ -66,6 +67,9 @@ _ONLY: Mapping[tuple[str, ...], tuple[str, ...]] = {
 }
 """Options that only some tasks heed."""
 
+TAUGHT = ("ner", "classify")
+"""Tasks whose logits a teacher's are learned beside labels of."""
+
 LEARNING_RATE = 1e-3
 """Of a new model, where nothing is said."""
 
@@ -77,7 +81,7 @@ _REMAT = {name or "none": name for name in REMAT}
 
 
 @dataclasses.dataclass(frozen=True)
-class Finetune(AdamW, TableOptions, LoraOptions):
+class Finetune(AdamW, TableOptions, LoraOptions, Distil):
     """The recipe of a fine-tuning run; every field is an option of `fw finetune`.
 
     Attributes:
@@ -195,6 +199,7 @@ class Finetune(AdamW, TableOptions, LoraOptions):
         AdamW.__post_init__(self)
         TableOptions.__post_init__(self)
         LoraOptions.__post_init__(self)
+        Distil.__post_init__(self)
         choices = {"task": TASKS, "scheme": SCHEMES, "remat": _REMAT, "split": SPLITS}
         for name, known in choices.items():
             if (value := getattr(self, name)) not in known:
@@ -265,6 +270,10 @@ class Finetune(AdamW, TableOptions, LoraOptions):
                     raise FwError(f"{name} is for {', '.join(tasks)}, not {self.task}")
         if self.config and self.model not in NEW:
             raise FwError(f"config is for new models, {', '.join(NEW)}; {self.model} has its own")
+        if self.teacher and self.task not in TAUGHT:
+            raise FwError(f"a teacher is for {', '.join(TAUGHT)}, not {self.task}")
+        if self.teacher and self.lora:
+            raise FwError("a teacher is for models that are trained whole; leave lora or it away")
         if self.lora and self.model in NEW:
             raise FwError(f"lora is for pretrained models; {self.model} is new: train it whole")
 

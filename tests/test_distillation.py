@@ -1,5 +1,8 @@
 """A student learns what its teacher says: the loss by hand, and training with it, on any mesh."""
 
+import json
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,13 +10,17 @@ import optax
 import pytest
 from scipy.special import log_softmax
 
-from fw.distillation import Distil, distilled, divergence
+from fw import run
+from fw.cli import main
+from fw.distillation import distilled, divergence
 from fw.errors import FwError
 from fw.labels import IGNORE
 from fw.models.bert import BertConfig, bert
+from fw.recipe import Finetune
 from fw.step import initial_state, make_step
 from fw.tasks import cross_entropy
 from sharding import make_mesh, put, rules, shardings
+from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -52,7 +59,7 @@ def test_divergence_is_the_formula_over_labels_that_count(temperature):
 
 def train(mesh, options, steps):
     mesh, own = make_mesh(mesh), rules()
-    taught, loss = distilled(STUDENT, TEACHER, cross_entropy, options)
+    taught, loss = distilled(STUDENT, TEACHER, cross_entropy, **options)
     tx = optax.adam(3e-2)
     variables = STUDENT.init(jax.random.key(0))
     state = initial_state(
@@ -72,7 +79,7 @@ def train(mesh, options, steps):
 
 def test_a_student_comes_to_say_what_its_teacher_says():
     """With no weight on the labels, which are chance."""
-    losses, variables, teacher = train("data=1", Distil(teacher_weight=1.0), 200)
+    losses, variables, teacher = train("data=1", {"weight": 1.0}, 200)
     assert losses[-1] < 0.15 * losses[0]
     said, _ = STUDENT.apply(variables, batch(0))
     taught, _ = TEACHER.apply(teacher, batch(0))
@@ -80,13 +87,13 @@ def test_a_student_comes_to_say_what_its_teacher_says():
 
 
 def test_eight_devices_learn_as_one():
-    one, *_ = train("data=1", Distil(), 5)
-    eight, *_ = train("data=2,fsdp=2,tensor=2", Distil(), 5)
+    one, *_ = train("data=1", {}, 5)
+    eight, *_ = train("data=2,fsdp=2,tensor=2", {}, 5)
     np.testing.assert_allclose(eight, one, rtol=1e-4)
 
 
 def test_without_weight_the_loss_is_that_of_labels():
-    taught, loss = distilled(STUDENT, TEACHER, cross_entropy, Distil(teacher_weight=0.0))
+    taught, loss = distilled(STUDENT, TEACHER, cross_entropy, weight=0.0)
     variables = STUDENT.init(jax.random.key(0)) | {"frozen": TEACHER.init(jax.random.key(1))}
     outputs, _ = taught.apply(variables, batch(0))
     got, want = loss(outputs, batch(0)), cross_entropy(outputs[0], batch(0))
@@ -99,6 +106,79 @@ def test_what_does_not_fit_is_told():
     variables = STUDENT.init(jax.random.key(0)) | {"frozen": other.init(jax.random.key(1))}
     with pytest.raises(FwError, match=r"logits are \[8, 6, 3\], the teacher's \[8, 6, 4\]"):
         loss(taught.apply(variables, batch(0))[0], batch(0))
-    for options, said in ({"temperature": 0.0}, "more than 0"), ({"teacher_weight": 2.0}, "0 to 1"):
-        with pytest.raises(FwError, match=said):
-            Distil(**options)
+
+
+REFUSED = {
+    "cold": ({"teacher": "runs/a", "temperature": 0.0}, "temperature is 0.0; expected more than 0"),
+    "too much": ({"teacher": "runs/a", "teacher_weight": 2.0}, "teacher_weight is 2.0; expected 0"),
+    "alone": ({"temperature": 3.0}, "temperature is for distillation; give --teacher a run"),
+    "adapters": (
+        {"teacher": "runs/a", "lora": 4},
+        "a teacher is for models that are trained whole",
+    ),
+    "task": (
+        {"teacher": "runs/a", "task": "regress"},
+        "a teacher is for ner, classify, not regress",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_options_that_are_refused(case):
+    options, said = REFUSED[case]
+    with pytest.raises(FwError, match=said):
+        Finetune(data="somewhere", **options)
+
+
+COMMON = ("--task", "classify", "--length", "32", "--learning-rate", "1e-2", "--precision", "f32",
+          "--log-every", "1")  # fmt: skip
+
+
+def fw(where, folder, *more, status=0):
+    words = [w for name, path in where.items() for w in (f"--{name}", path)]
+    assert main([str(w) for w in ("finetune", *COMMON, *words, "--run", folder, *more)]) == status
+
+
+def test_a_run_learns_from_a_run_and_resumes_to_the_same_bits(taught, tmp_path):
+    root, where = taught
+    more = (
+        "--teacher",
+        root / "teacher",
+        "--steps",
+        "8",
+        "--evaluate-every",
+        "4",
+        "--temperature",
+        "3",
+    )
+    fw(where, tmp_path / "one", *more)
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    shutil.rmtree(tmp_path / "two/checkpoints/8")
+    fw(where, tmp_path / "two", *more, "--resume")
+    for name in ("model/model.safetensors",):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    # The teacher, which knows the labels, says them more gently: its part of the loss is smaller.
+    hard = tmp_path / "hard"
+    fw(where, hard, "--steps", "8", "--evaluate-every", "4")
+    first = [next(r["loss"] for r in run.metrics(f) if r["kind"] == "train")
+             for f in (tmp_path / "one", hard)]  # fmt: skip
+    assert first[0] != first[1]
+
+
+def test_teachers_that_do_not_fit_are_told(tmp_path, capsys):
+    model = tiny.make_model(tmp_path / "model")
+    where = {"model": model, "data": tiny.make_reviews(tmp_path / "data")}
+    turned, strange = (shutil.copytree(model, tmp_path / name) for name in ("turned", "strange"))
+    config = json.loads((turned / "config.json").read_text())
+    config |= {"id2label": {"0": "yes", "1": "no"}, "label2id": {"yes": 0, "no": 1}}
+    (turned / "config.json").write_text(json.dumps(config))
+    words = (strange / "vocab.txt").read_text().split("\n")
+    (strange / "vocab.txt").write_text("\n".join([*words[:-2], words[-1], words[-2]]))
+    for teacher, said in (
+        (tmp_path / "nothing", "nothing"),
+        (turned, "its classes are"),
+        (strange, "its tokens are others"),
+    ):
+        fw(where, tmp_path / "run", "--teacher", teacher, "--steps", "2", status=1)
+        assert said in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
