@@ -24,7 +24,7 @@ transformers reads those it knows), with --lora adapter/ (as PEFT reads it), and
   fw finetune --task tabular --data german-credit --target creditability --run runs/credit
   fw finetune --task retrieve --data movielens-100k --batch 512 --run runs/films
   fw finetune ... --lora 8                          train adapters; --lora-base nf4: over codes
-  fw finetune ... --teacher runs/large               learn from a finished run, too
+  fw finetune ... --teacher runs/large              learn from a finished run, too
   fw finetune ... --mesh data=2,fsdp=2,tensor=2     the same numbers on 8 devices
   mpirun -n 2 fw finetune ... --mesh data=2         the same in two processes, also with srun
   fw finetune ... --resume                          go on where it stopped, on any mesh
