@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 import compress
 from compress.transform import named_leaves
-from fw import export, hub, run
+from fw import export, hub, pruning, run
 from fw.compare import compare, sizes
 from fw.compression import calibrated
 from fw.compression import recipe as named_recipe
@@ -30,7 +30,7 @@ from fw.hub.files import WEIGHTS
 from fw.metrics import merge
 from fw.model import Model
 from fw.models.stack_layout import default_microbatches, layer_of, relayout
-from fw.processors import Processor, processor_of
+from fw.processors import Processor, Text, processor_of
 from fw.recipe import Finetune, locate, read_recipe
 from fw.tasks import Summary, Task
 from fw.tensors import read_tensors, write_tensors
@@ -81,12 +81,13 @@ class Opened:
         return self.processor.adapt(self.loaded.model)
 
 
-def open_run(folder: str | Path, mesh: str = "data=1") -> Opened:
+def open_run(folder: str | Path, mesh: str = "data=1", *, scan: bool | None = None) -> Opened:
     """Loads the best model of a run onto a mesh.
 
     Args:
       folder: the run.
       mesh: devices by axis; need not be that of the training.
+      scan: whether layers are in a stack; None as `fw.hub.load` has it.
 
     Raises:
       FwError: no run there, or its training has not ended.
@@ -97,7 +98,7 @@ def open_run(folder: str | Path, mesh: str = "data=1") -> Opened:
         raise FwError(f"{folder / MODEL}: not there yet; finish the run with --resume first")
     where, rules = make_mesh(mesh), make_rules(recipe.rules)
     parts = default_microbatches(where)
-    loaded = hub.load(folder / MODEL, mesh=where, rules=rules, microbatches=parts)
+    loaded = hub.load(folder / MODEL, mesh=where, rules=rules, microbatches=parts, scan=scan)
     kind = processor_of(recipe.long_task)
     processor = kind.load(folder / MODEL, dataclasses.asdict(recipe))
     task = processor.task(recipe, loaded.labels)
@@ -340,9 +341,13 @@ def _try(opened: Opened, small: Any, rows_by_domain: Mapping[str, AnyRows]) -> N
 
 
 def _examples(opened: Opened, transform: compress.Transform, data: str) -> Iterator[Any]:
-    """Batches of the training split, as evaluation has them, if the transform looks at any."""
-    if not transform.observes() and not transform.hessians():
-        return
+    """Batches of the training split, if the transform looks at any."""
+    if transform.observes() or transform.hessians():
+        yield from _training(opened, data)
+
+
+def _training(opened: Opened, data: str) -> Iterator[Any]:
+    """`CALIBRATION` examples of the training split, in batches as evaluation has them."""
     by_domain, size = _rows_by_domain(opened, "train", data), opened.recipe.batch
     each = max(1, CALIBRATION // size // len(by_domain))
     for rows in by_domain.values():
@@ -354,6 +359,82 @@ def _examples(opened: Opened, transform: compress.Transform, data: str) -> Itera
             if i in chosen:
                 with scope(opened.mesh, opened.rules):
                     yield put(batch, opened.mesh, opened.rules)
+
+
+SCORES = ("taylor", "activation", "magnitude")
+"""What `prune_run` can judge units by."""
+
+
+def prune_run(
+    folder: str | Path,
+    output: str | Path,
+    *,
+    parameters: float | None = None,
+    flops: float | None = None,
+    by: str = "taylor",
+    among: str = "**/layers/**",
+    multiple: int = 1,
+    mesh: str = "data=1",
+    data: str = "",
+) -> str:
+    """Takes heads, neurons and layers out of a run's best model, and writes what is left.
+
+    Args:
+      folder: the run.
+      output: a model folder to make, for `fw finetune --model OUTPUT --teacher RUN`.
+      parameters: part of all parameters that may stay.
+      flops: part of the products' operations that may stay; instead of `parameters`.
+      by: how units are judged, one of `SCORES`; the first two look at training examples.
+      among: pattern of dimensions that may shrink, as `compress.couplings` names them.
+      multiple: how many units go at once.
+      mesh: devices by axis.
+      data: where the run's data is now, if it has moved.
+
+    Returns:
+      Lines for the terminal: what went, and what is left.
+
+    Raises:
+      FwError: as `open_run` does; the budget cannot be met, or no config of the family can say what
+        would be left; `output` exists.
+    """
+    _one_process("prune")
+    if by not in SCORES:
+        raise FwError(f"by is {by!r}; expected one of {', '.join(SCORES)}")
+    opened = open_run(folder, mesh, scan=True)
+    outputs, variables = pruning.outputs(opened.model), opened.loaded.variables
+    batches = list(_training(opened, data))
+
+    def loss(variables: Any, batch: Any) -> jax.Array:
+        total, weight = opened.task.loss(outputs(variables, batch), batch)
+        return total / jax.numpy.maximum(weight, 1)
+
+    try:
+        with scope(opened.mesh, opened.rules):
+            found = compress.couplings(outputs, variables, batches[0])
+            if by == "taylor":
+                scores = compress.taylor_scores(found, loss, variables, batches)
+            elif by == "activation":
+                watch = jax.jit(compress.observe(outputs))
+                stats = [watch(variables, batch)[1] for batch in batches]
+                merged = compress.merge_stats(*stats)
+                scores = compress.activation_scores(found, variables, merged)
+            else:
+                scores = compress.magnitude_scores(found, variables)
+            kept = compress.choose_units(
+                found, scores, parameters=parameters, flops=flops, among=among, multiple=multiple
+            )
+    except ValueError as error:
+        raise FwError(f"{opened.folder / MODEL}: {error}") from error
+    small = pruning.shrunk(opened.loaded, compress.shrink(found, kept))
+    more = None if isinstance(opened.processor, Text) else opened.processor.save
+    hub.save(output, small, tokenizer_from=opened.folder / MODEL, more=more)
+    units = found.units
+    left = units | {name: rows.shape[1] for name, rows in kept.items()}
+    lines = [f"{name}: {units[name]} → {left[name]}" for name in kept]
+    for what, cost in (("parameters", found.parameters), ("FLOPs", found.flops)):
+        before, after = cost(units), cost(left)
+        lines.append(f"{before:,.0f} → {after:,.0f} {what} ({after / before:.3f})")
+    return "\n".join(lines)
 
 
 def export_run(folder: str | Path, *, name: str = "f32", output: str | Path | None = None) -> Path:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import compress
-from fw import hub
+from fw import hub, stages
+from fw.cli import main
 from fw.errors import FwError
 from fw.models.bert import BertConfig, bert
 from fw.models.distilbert import DistilBertConfig, distilbert
@@ -18,6 +19,7 @@ from fw.models.vit import vit
 from fw.models.vit_config import ViTConfig
 from fw.pruning import LAYERS, outputs, shrunk
 from sharding import make_mesh, rules
+from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -109,3 +111,57 @@ def test_what_no_config_can_say_is_told():
     (name, *_) = found.dimensions
     with pytest.raises(FwError, match="a ResNetConfig has no fields for what is left"):
         shrunk(other, compress.shrink(found, {name: np.array([[0, 1]])}))
+
+
+def fw(*words, status=0):
+    assert main([str(word) for word in words]) == status
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A finished run."""
+    root = tmp_path_factory.mktemp("world")
+    where = ("--model", tiny.make_model(root / "model", layers=2, seed=1), "--data",
+             tiny.make_reviews(root / "data"))  # fmt: skip
+    common = ("finetune", "--task", "classify", "--length", "32", "--learning-rate", "1e-2")
+    fw(*common, *where, "--run", root / "run", "--steps", "24")
+    return root
+
+
+@pytest.mark.parametrize("by", stages.SCORES)
+def test_a_run_is_pruned(world, tmp_path, capsys, by):
+    fw("prune", world / "run", tmp_path / "small", "--flops", "0.75", "--by", by)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("params/stack/layers/")
+    before, after = (float(part.split()[0].replace(",", "")) for part in said[-1].split(" → "))
+    assert said[-1].endswith(f"FLOPs ({after / before:.3f})")
+    assert after <= 0.75 * before
+    where = {"mesh": make_mesh("data=1"), "rules": rules()}
+    small, whole = (hub.load(f, **where) for f in (tmp_path / "small", world / "run/model"))
+    count = [sum(x.size for x in jax.tree.leaves(m.variables)) for m in (small, whole)]
+    assert count[0] < count[1]
+    assert small.labels == whole.labels
+
+
+@pytest.mark.slow
+def test_what_is_left_learns_from_what_it_was(world, tmp_path, capsys):
+    fw("prune", world / "run", tmp_path / "small", "--parameters", "0.9", "--multiple", "2")
+    fw("finetune", "--task", "classify", "--model", tmp_path / "small", "--teacher", world / "run",
+       "--data", world / "data", "--length", "32", "--learning-rate", "1e-2", "--steps", "24",
+       "--run", tmp_path / "taught")  # fmt: skip
+    fw("compress", tmp_path / "taught")
+    assert "int8" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ((), "give parameters or flops"),
+        (("--parameters", "0.001"), "is the least part that can stay"),
+        (("--parameters", "0.5", "--among", "nothing"), "matches no dimension; nearest are"),
+    ],
+)
+def test_what_cannot_be_pruned_is_told(world, tmp_path, capsys, options, said):
+    fw("prune", world / "run", tmp_path / "small", "--by", "magnitude", *options, status=1)
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "small").exists()

@@ -16,6 +16,7 @@ From a pretrained checkpoint to a small, verified artifact:
   fw fetch all-MiniLM-L6-v2                      a pinned model or data set, verified
   fw finetune --task ner --data DIR --run RUN    train on any mesh; --resume goes on
   fw eval RUN                                    the report on the test split
+  fw prune RUN SMALL --parameters 0.7            fewer heads, neurons and layers; SMALL learns again
   fw compress RUN                                int8 weights, and what they cost
   fw export RUN --variant int8                   a folder that answers, RUN/artifact
   fw predict RUN/artifact "some text"            answers
@@ -73,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         assets.add_parser,
         finetune.add_parser,
         stages.add_eval,
+        stages.add_prune,
         stages.add_compress,
         stages.add_export,
         command.add_parser,

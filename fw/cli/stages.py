@@ -63,6 +63,44 @@ def add_compress(subparsers: Any) -> argparse.ArgumentParser:
     return parser
 
 
+def add_prune(subparsers: Any) -> argparse.ArgumentParser:
+    """Adds `fw prune`."""
+    parser = _run_parser(
+        subparsers, "prune", "take heads, neurons and layers out",
+        "Take heads, neurons and layers out of a run's best model, and write what is left as a "
+        "model folder. It learns again with: fw finetune --model OUTPUT --teacher RUN.",
+    )  # fmt: skip
+    parser.add_argument("output", metavar="OUTPUT", help="the model folder to make")
+    parser.add_argument("--parameters", type=float, help="part of all parameters that may stay")
+    parser.add_argument(
+        "--flops", type=float, help="part of the products' operations that may stay, instead"
+    )
+    parser.add_argument(
+        "--by", choices=stages.SCORES, default=stages.SCORES[0],
+        help="how units are judged (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--among", default="**/layers/**", metavar="PATTERN",
+        help="dimensions that may shrink, by the path of their first array (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--multiple", type=int, default=1, help="how many units go at once (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--data", default="", metavar="PATH", help="where that is now, if it has moved"
+    )
+    parser.add_argument("--mesh", default="data=1", help="devices by axis (default: %(default)s)")
+
+    def run(arguments: argparse.Namespace) -> int:
+        names = ("parameters", "flops", "by", "among", "multiple", "mesh", "data")
+        options = {name: getattr(arguments, name) for name in names}
+        print(stages.prune_run(arguments.folder, arguments.output, **options))
+        return 0
+
+    parser.set_defaults(command=run)
+    return parser
+
+
 def add_export(subparsers: Any) -> argparse.ArgumentParser:
     """Adds `fw export`."""
     parser = _run_parser(
