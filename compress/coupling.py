@@ -208,13 +208,12 @@ def _even(block: dict[int, _Unit]) -> bool:
 def _dimension(walk: Walk, layers: list[dict[int, _Unit]], stacked: bool) -> Dimension:
     members: dict[tuple[str, int], list[Any]] = {}
     for block in layers:
-        units = sorted(block.values(), key=lambda unit: sorted(unit.items()))
+        units = [block[number] for number in _ordered(block)]
         for leaf, axis in dict.fromkeys((leaf, axis) for leaf, axis, _ in units[0]):
-            entries = sorted(e for a, b, e in units[0] if (a, b) == (leaf, axis))
-            rows = [[unit[leaf, axis, e] for unit in units] for e in entries]
-            # What runs through all layers has the same entries in each.
-            assert all(row == rows[0] for row in rows)
-            members.setdefault((walk.leaves[leaf].path, axis), []).append(rows[0])
+            # What runs through all layers has the same entries in each (`_even`).
+            entry = min(e for a, b, e in units[0] if (a, b) == (leaf, axis))
+            rows = [unit[leaf, axis, entry] for unit in units]
+            members.setdefault((walk.leaves[leaf].path, axis), []).append(rows)
     return Dimension(
         len(layers[0]), {key: np.array(at) for key, at in members.items()},
         len(layers) if stacked else None,

@@ -10,7 +10,6 @@
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -19,9 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import NamedSharding, PartitionSpec
 
-from compress.arrays import describe, is_compressed
+from compress.arrays import describe, is_compressed, place_part
 from compress.coupling import Couplings, Dimension, Place, Trace, couplings
 from compress.transform import Record, Report, Transform, named_leaves, sharding_of, size
 
@@ -133,20 +131,10 @@ def _cut(path: str, leaf: Any, cuts: Sequence[Cut]) -> tuple[Any, Any]:
         small = cut(small)
     where = sharding_of(leaf)
     if where is not None and not isinstance(small, Tracer):
-        small = jax.device_put(small, _place(where, small.shape))
+        # As the leaf lay, but for axes that the mesh no longer divides.
+        small = jax.device_put(small, place_part(small, leaf.shape, where, "values"))
     error = _removed(leaf, small)
     return small, error if isinstance(error, Tracer) else float(error)
-
-
-def _place(where: NamedSharding, shape: Sequence[int]) -> NamedSharding:
-    """As the leaf lay, but for axes that the mesh no longer divides."""
-    entries = tuple(where.spec) + (None,) * (len(shape) - len(where.spec))
-    kept = []
-    for entry, n in zip(entries, shape, strict=True):
-        axes = (entry,) if isinstance(entry, str) else entry or ()
-        parts = math.prod(where.mesh.shape[axis] for axis in axes)
-        kept.append(entry if n % parts == 0 else None)
-    return NamedSharding(where.mesh, PartitionSpec(*kept), memory_kind=where.memory_kind)
 
 
 @jax.jit
@@ -275,14 +263,20 @@ def _units_left(dimension: Dimension, stays: Mapping[tuple[str, int], Any]) -> l
     """The units that stay, of each layer: none of a layer that goes."""
     (path, axis), entries = next(iter(dimension.members.items()))
     rows = stays.get((path, axis))
-    layers = range(len(entries))
-    if dimension.layers and (path, 0) in stays:
-        (layers,) = stays[path, 0]
+    layers = _layers_left(dimension, stays, path)
     found: list[list[int]] = [[] for _ in entries]
     for i in layers:
         kept = None if rows is None else set(rows[i % len(rows)])
         found[i] = [u for u, of in enumerate(entries[i]) if kept is None or int(of[0]) in kept]
     return found
+
+
+def _layers_left(
+    dimension: Dimension, stays: Mapping[tuple[str, int], Any], path: str
+) -> Sequence[int]:
+    if dimension.layers and (path, 0) in stays:
+        return stays[path, 0][0]
+    return range(dimension.layers or 1)
 
 
 def _events(trace: Trace) -> Iterator[Any]:
@@ -328,11 +322,8 @@ def _renumbered(
     """A member of a dimension after cuts: its layers and units that are left, in new places."""
     entries = dimension.members[path, axis]
     rows = stays.get((path, axis), (tuple(range(size)),))
-    layers = range(len(entries))
-    if dimension.layers and (path, 0) in stays:
-        (layers,) = stays[path, 0]
     found = []
-    for i in layers:
+    for i in _layers_left(dimension, stays, path):
         place = {old: new for new, old in enumerate(rows[i % len(rows)])}
         units = [unit for unit in entries[i].tolist() if any(entry in place for entry in unit)]
         if not all(entry in place for unit in units for entry in unit):

@@ -86,10 +86,7 @@ def add_prune(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--multiple", type=int, default=1, help="how many units go at once (default: %(default)s)"
     )
-    parser.add_argument(
-        "--data", default="", metavar="PATH", help="where that is now, if it has moved"
-    )
-    parser.add_argument("--mesh", default="data=1", help="devices by axis (default: %(default)s)")
+    _where(parser)
 
     def run(arguments: argparse.Namespace) -> int:
         names = ("parameters", "flops", "by", "among", "multiple", "mesh", "data")
@@ -130,8 +127,12 @@ def _options(parser: argparse.ArgumentParser, split: str) -> None:
     parser.add_argument(
         "--split", choices=SPLITS, default=split, help="of the run's data (default: %(default)s)"
     )
+    _where(parser)
+
+
+def _where(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--data", default="", metavar="PATH", help="where that is now, if it has moved"
+        "--data", default="", metavar="PATH", help="where the run's data is now, if it has moved"
     )
     parser.add_argument("--mesh", default="data=1", help="devices by axis (default: %(default)s)")
 
