@@ -12,12 +12,14 @@ from compress.calibrated import stats_specs
 from compress.choice import Choice, search
 from compress.coupling import Couplings, Dimension, couplings
 from compress.damage import Sensitivity, sensitivity
+from compress.factored import Factored
 from compress.gptq_solver import gptq
 from compress.histogram import threshold
 from compress.importance import activation_scores, choose_units, magnitude_scores, taylor_scores
 from compress.interpreter import apply
 from compress.latency import Times, measure
 from compress.learned import Learned, harden, qat
+from compress.lowrank import Lowrank, lowrank
 from compress.merging import merge, unmerge
 from compress.nearest import quantize
 from compress.observed import Observed
@@ -40,8 +42,10 @@ __all__ = [
     "Couplings",
     "Cut",
     "Dimension",
+    "Factored",
     "Learned",
     "LoRA",
+    "Lowrank",
     "Observed",
     "Quantized",
     "Record",
@@ -74,6 +78,7 @@ __all__ = [
     "is_compressed",
     "loads",
     "lora",
+    "lowrank",
     "magnitude_scores",
     "match",
     "measure",

@@ -5,11 +5,10 @@
 `LoRA` stands for W'. It keeps W as it is, floats or codes, and never adds to it: a product with it
 is one with W and two thin ones (Hu et al. 2021, https://arxiv.org/abs/2106.09685; with magnitudes
 m, DoRA, Liu et al. 2024, https://arxiv.org/abs/2402.09353). `compress.lora` makes them of a tree's
-leaves, and `compress.adapter_rules` says what primitives do with them.
+leaves, and `compress.thin_rules` says what primitives do with them.
 """
 
 import dataclasses
-import string
 from collections.abc import Callable, Sequence
 from dataclasses import field
 from typing import Any
@@ -22,6 +21,7 @@ from jax import lax
 from compress import products
 from compress.arrays import Compressed, Quantized, describe, is_compressed, place_part
 from compress.backends import Dims
+from compress.thin import Thin, einsum, letters
 
 TINY = np.float32(1e-30)
 """The least squared norm: a column of zeros stays one, and is not divided by zero."""
@@ -58,7 +58,7 @@ def bare(tree: Any) -> Any:
     )
 
 
-class LoRA(Compressed):
+class LoRA(Thin):
     """A kernel W [*stack, in, out] and its low-rank change; several changes, one for each row.
 
     Every array in it has the kernel's rank, so that a stack of layers is scanned, sliced and cut
@@ -160,20 +160,17 @@ class LoRA(Compressed):
         """See `Compressed.dense`."""
         return self.merged().astype(self.aval().dtype)
 
+    def ends(self) -> tuple[int, int]:
+        """See `Thin.ends`."""
+        return self.input, self.output
+
     def map(
         self,
         base: Callable[[Any], Any],
         part: Callable[[jax.Array, tuple[int, ...]], Any],
         **static,
     ) -> "LoRA":
-        """Itself with every array changed, and static fields replaced.
-
-        Args:
-            base: of the base.
-            part: of another array, and of the axes along which that is cut as the kernel is: those
-                of its stack, and of input and output its own.
-            **static: fields.
-        """
+        """See `Thin.map`."""
         ndim = self.aval().ndim
         core = (ndim + self.input, ndim + self.output)
         new = {}
@@ -193,6 +190,22 @@ class LoRA(Compressed):
 
         whole = place_part(jax.ShapeDtypeStruct(shape, jnp.float32), shape, spec, "values")
         return self.map(lambda w: w.place(spec) if is_compressed(w) else whole, at)
+
+    def cast(self, base: Callable[[Any], Any], dtype: Any) -> "LoRA":
+        """See `Thin.cast`; scales and magnitudes stay float32."""
+        a, b = self.a.astype(dtype), self.b.astype(dtype)
+        return dataclasses.replace(self, base=base(self.base), a=a, b=b)
+
+    def dot(self, x: jax.Array, dims: Any, *, dtype: Any, precision: Any) -> jax.Array:
+        """See `Thin.dot`."""
+        return dot(x, self, dims, dtype=dtype, precision=precision)
+
+    def check_cut(self, sizes: Sequence[int]) -> None:
+        """See `Thin.check_cut`."""
+        if self.magnitude is not None and sizes[self.input] != self.shape[self.input]:
+            raise NotImplementedError(
+                f"a slice of {describe(self)} cuts the axis that its norms are of; merge it before"
+            )
 
 
 def floats(array: Any) -> jax.Array:
@@ -229,14 +242,8 @@ def dot(
             f"dot_general of {describe(w)}: it can sum over its inputs or its outputs, the other "
             f"axis being free; got contraction over {list(contract_w)}, batch {list(batch_w)}"
         )
-    # A letter for every axis, as einsum has them; `r` of the ranks is shared by A and B.
-    free, r = list(string.ascii_lowercase.replace("r", "")), "r"
-    of_w = [free.pop(0) for _ in range(w.ndim)]
-    shared = dict(zip((*contract, *batch), (*contract_w, *batch_w), strict=True))
-    of_x = [of_w[shared[k]] if k in shared else free.pop(0) for k in range(x.ndim)]
-    free_x = [of_x[k] for k in range(x.ndim) if k not in shared]
-    free_w = [n for k, n in enumerate(of_w) if k not in (*contract_w, *batch_w)]
-    of_y = [*(of_x[k] for k in batch), *free_x, *free_w]
+    shared = (*contract, *batch)
+    of_w, of_x, of_y = letters(w, x, dims)
     row = _row(x, w, [k for k in range(x.ndim) if k not in shared], of_x)
 
     wide = np.promote_types(x.dtype, np.float32)
@@ -255,9 +262,9 @@ def dot(
     b, of_b = _chosen(w, w.scaled().astype(x.dtype), w.input, of_w, row)
     first, second = ((a, of_a), (b, of_b)) if forward else ((b, of_b), (a, of_a))
     of_u = [n for n in of_x if n != of_w[inner]]
-    of_u += [n for n in first[1] if n not in (*of_x, r)] + [r]
-    u = _einsum(x, of_x, *first, of_u, wide, precision).astype(x.dtype)
-    total = y.astype(wide) + _einsum(u, of_u, *second, of_y, wide, precision)
+    of_u += [n for n in first[1] if n not in (*of_x, "r")] + ["r"]
+    u = einsum(x, of_x, *first, of_u, wide, precision).astype(x.dtype)
+    total = y.astype(wide) + einsum(u, of_u, *second, of_y, wide, precision)
     if gain is not None and forward:
         total = total * _along(gain, of_gain, of_y)
     return total.astype(y.dtype)
@@ -267,14 +274,6 @@ def _base_dot(x: jax.Array, base: Any, dims: Dims, *, dtype: Any, precision: Any
     if isinstance(base, Quantized):
         return products.dot(x, base, dims, dtype=dtype, precision=precision)
     return lax.dot_general(x, base, dims, precision=precision, preferred_element_type=dtype)
-
-
-def _einsum(
-    x: jax.Array, of_x: Sequence[str], w: jax.Array, of_w: Sequence[str], out: Sequence[str],
-    dtype: Any, precision: Any,
-) -> jax.Array:  # fmt: skip
-    how = f"{''.join(of_x)},{''.join(of_w)}->{''.join(out)}"
-    return jnp.einsum(how, x, w, precision=precision, preferred_element_type=dtype)
 
 
 def _row(x: jax.Array, w: LoRA, free: Sequence[int], of_x: Sequence[str]) -> str | None:

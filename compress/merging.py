@@ -1,4 +1,4 @@
-"""Adapters become part of their base, and leave it again: plain arrays, which anything can run."""
+"""Thin factors become plain arrays, which anything can run, and adapters leave them again."""
 
 import dataclasses
 from typing import Any
@@ -9,6 +9,7 @@ from compress.adapter_trees import Adapters, attach
 from compress.adapters import LoRA, Trained
 from compress.arrays import Quantized, is_compressed
 from compress.blocks import spread
+from compress.factored import Factored
 from compress.formats import FLOAT, FORMATS
 from compress.hadamard import rotate
 from compress.scheme import Scheme, assemble, coded, grid, inputs
@@ -16,10 +17,10 @@ from compress.transform import named_leaves, sharding_of
 
 
 def merge(params: Any, *, requantize: bool = False) -> Any:
-    """The tree without adapters: W' = (W + s·A·B) · m / n, computed in float32.
+    """The tree without thin factors: W' = (W + s·A·B) · m / n, or A·B, computed in float32.
 
     Args:
-        params: with `LoRA` and `Trained` leaves; others stay as they are.
+        params: with `LoRA`, `Trained` and `Factored` leaves; others stay as they are.
         requantize: a base of codes becomes codes again, by the scheme that it has, rounded to
             nearest; otherwise floats of the dtype that it stands for. W is what the codes are, not
             what was before them, so that the floats are those that the adapter was trained with.
@@ -39,10 +40,10 @@ def merge(params: Any, *, requantize: bool = False) -> Any:
     def merged(path: str, leaf: Any) -> Any:
         if isinstance(leaf, Trained):
             return leaf.array
-        if not isinstance(leaf, LoRA):
+        if not isinstance(leaf, LoRA | Factored):
             return leaf
         try:
-            again = requantize and isinstance(leaf.base, Quantized)
+            again = requantize and isinstance(leaf, LoRA) and isinstance(leaf.base, Quantized)
             new = (_requantized if again else _dense)(leaf)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None

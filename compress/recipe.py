@@ -25,12 +25,13 @@ def kinds() -> dict[str, type[Transform]]:
     from compress.awq_scales import Awq
     from compress.gptq_solver import Gptq
     from compress.learned import Harden, Qat
+    from compress.lowrank import Lowrank
     from compress.nearest import Quantize
     from compress.prepare import Rotate, Smooth
     from compress.shrink import Shrink
     from compress.trainable import Lora
 
-    every = (Chain, Quantize, Smooth, Rotate, Awq, Gptq, Qat, Harden, Lora, Shrink)
+    every = (Chain, Quantize, Smooth, Rotate, Awq, Gptq, Qat, Harden, Lora, Lowrank, Shrink)
     return {kind.name: kind for kind in every}
 
 

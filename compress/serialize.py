@@ -6,8 +6,13 @@ quantised one becomes a tensor for each of its parts,
     encoder/query/kernel:int8:float32:activations=int8    codes, and what they stand for
     encoder/query/kernel:scale                            float32 scales
 
-so a file needs no side channel, and a reader needs only `codes * scale`: parts have the array's
-rank. What comes back from a file is checked before it is used;
+and a factored one two,
+
+    encoder/query/kernel:factored:float32                 A
+    encoder/query/kernel:b                                B
+
+so a file needs no side channel, and a reader needs only `codes * scale` or `A @ B`: parts have the
+array's rank. What comes back from a file is checked before it is used;
 nothing in it is ever executed.
 """
 
@@ -19,8 +24,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from compress.arrays import PARTS, Quantized, is_compressed
+from compress.factored import Factored
 from compress.formats import FLOAT, FORMATS
 from compress.transform import named_leaves
+
+FACTORED, SECOND = "factored", "b"
+"""The form of a factored array, and the part beside its first."""
+
+BESIDE = (*PARTS[1:], SECOND)
+"""Parts that come with another."""
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 """The dtypes that a compressed array may stand for."""
@@ -36,7 +48,8 @@ def to_arrays(tree: Any) -> dict[str, Any]:
     """Flatten a tree to named plain arrays.
 
     Args:
-        tree: nested dicts (or any pytree) of arrays and `Quantized`; no key may hold ":" or "/".
+        tree: nested dicts (or any pytree) of arrays, `Quantized` and `Factored`; no key may hold
+            ":" or "/".
 
     Returns:
         Names as above to the arrays themselves, not copied, in the tree's order.
@@ -60,6 +73,9 @@ def to_arrays(tree: Any) -> dict[str, Any]:
         if isinstance(leaf, Quantized):
             for part, array in leaf.parts():
                 arrays[f"{name}:{_form(leaf) if part == 'values' else part}"] = array
+        elif isinstance(leaf, Factored) and (leaf.input, leaf.output) == (-2, -1):
+            arrays[f"{name}:{FACTORED}:{leaf.a.dtype}"] = leaf.a
+            arrays[f"{name}:{SECOND}"] = leaf.b
         elif is_compressed(leaf):
             raise TypeError(
                 f"{name}: a {type(leaf).__name__} is no plain array; merge it, or save its own"
@@ -123,19 +139,38 @@ def _leaves(arrays: Mapping[str, Any]) -> dict[str, Any]:
     parts: dict[str, dict[str, Any]] = {}
     for name, array in arrays.items():
         path, *form = name.split(":")
-        if len(form) == 1 and form[0] in PARTS[1:]:
+        if len(form) == 1 and form[0] in BESIDE:
             parts.setdefault(path, {})[form[0]] = array
     leaves: dict[str, Any] = {}
     for name, array in arrays.items():
         path, *form = name.split(":")
-        if len(form) == 1 and form[0] in PARTS[1:]:
+        if len(form) == 1 and form[0] in BESIDE:
             continue
         if path in leaves:
             raise ValueError(f"{path}: given twice, the second time as {name!r}")
-        leaves[path] = _quantized(name, array, parts.pop(path, {})) if form else array
+        make = _factored if form[:1] == [FACTORED] else _quantized
+        leaves[path] = make(name, array, parts.pop(path, {})) if form else array
     if parts:
         raise ValueError(f"scales without values: {', '.join(sorted(parts))}")
     return leaves
+
+
+def _factored(name: str, a: Any, parts: Mapping[str, Any]) -> Factored:
+    path, *form = name.split(":")
+    if len(form) != 2 or form[1] not in DTYPES or set(parts) != {SECOND}:
+        raise ValueError(
+            f"{name!r}: expected '<path>:{FACTORED}:<dtype>' with a dtype of {', '.join(DTYPES)}, "
+            f"and '<path>:{SECOND}' beside it"
+        )
+    b, ndim = parts[SECOND], a.ndim
+    fits = ndim >= 2 and b.ndim == ndim and a.shape[-1] == b.shape[-2] and all(a.shape + b.shape)
+    one = fits and [m in (1, n) for n, m in zip(a.shape[:-2], b.shape[:-2], strict=True)]
+    if not fits or not all(one or ()) or str(a.dtype) != form[1] or a.dtype != b.dtype:
+        raise ValueError(
+            f"{path}: factors {a.dtype}{list(a.shape)} and {b.dtype}{list(b.shape)}: expected "
+            f"{form[1]} [..., in, r] and [..., r, out]"
+        )
+    return Factored(a, b)
 
 
 def _quantized(name: str, values: Any, parts: Mapping[str, Any]) -> Quantized:
@@ -205,7 +240,7 @@ def _scale_dtype(kind: str) -> Any:
 def _static(name: str, form: list[str]) -> dict[str, Any]:
     """The static fields that a name spells."""
     expected = (
-        f"{name!r}: expected '<path>', '<path>:<part>' with a part of {', '.join(PARTS[1:])}, or "
+        f"{name!r}: expected '<path>', '<path>:<part>' with a part of {', '.join(BESIDE)}, or "
         f"'<path>:<format>:<dtype>' and fields of {', '.join(STATIC)}, with a format of "
         f"{', '.join((*FORMATS, FLOAT))} and a dtype of {', '.join(DTYPES)}"
     )

@@ -103,6 +103,8 @@ MEMBERS: dict[str, tuple[Any, float]] = {  # transform for a kind, largest relat
         ),
         0.25,
     ),
+    "lowrank": (lambda k: compress.lowrank(rules(k, 31 if k == "dense" else 8)), 1.0),
+    "lowrank aware": (lambda k: compress.lowrank(rules(k, 7), aware=True), 1.0),
     "qat": (lambda k: compress.qat(rules(k, "int8")), 0.02),
 }
 FOR_TABLES = ("int8", "int8 asymmetric", "int4", "int4 clipped", "e4m3", "mxfp8", "mxfp4", "nvfp4",
@@ -118,6 +120,7 @@ FAST = [
     *(("int8", kind) for kind in KINDS),
     *(("int4", "scanned"), ("gptq", "scanned"), ("qlora", "scanned")),
     *(("smooth, int8", "dense"), ("nvfp4", "dense"), ("int8 static", "conv")),
+    *(("lowrank", "scanned"), ("lowrank aware", "conv")),
 ]
 
 
@@ -201,7 +204,8 @@ def test_recipes_replay_and_transforms_trace(member, kind):
     ]
     traced = jax.jit(transform)(params, stats)[0]
     assert jax.tree.structure(traced) == jax.tree.structure(small)
-    if all(isinstance(leaf, compress.Quantized) for _, leaf in named_leaves(small)[0]):
+    kinds = (compress.Quantized, compress.Factored)
+    if all(isinstance(leaf, kinds) for _, leaf in named_leaves(small)[0]):
         equal(compress.from_arrays(compress.to_arrays(small), like=params), small)
 
 

@@ -1,11 +1,10 @@
-"""What each JAX primitive does with a `LoRA` array.
+"""What each JAX primitive does with an array of thin factors (`compress.thin`).
 
-Products are those of `compress.adapters`. What moves or cuts the kernel does the same to every
-array in it: all have its rank, A has its inputs, B its outputs. Whatever is not here is refused by
+Products are the array's own. What moves or cuts the whole does the same to every array in it: all
+have its rank, A has its inputs, B its outputs. Whatever is not here is refused by
 `Compressed.default`. Importing this file registers the rules with quax, once for the process.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,15 +17,17 @@ from jax.extend.core.primitives import sharding_constraint_p, stop_gradient_p
 from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 
-from compress.adapters import LoRA, dot
 from compress.arrays import Compressed, Quantized, describe
+from compress.backends import Conv
+from compress.factored import Factored
 from compress.rules import swapped
+from compress.thin import Thin
 
 
 @quax.register(lax.dot_general_p)
 def _dot(
     x: ArrayLike,
-    w: LoRA,
+    w: Thin,
     *,
     dimension_numbers: Any,
     precision: Any = None,
@@ -42,33 +43,42 @@ def _dot(
         )
     ((contract, contract_w), (batch, batch_w)) = dimension_numbers
     dims = ((tuple(contract), tuple(contract_w)), (tuple(batch), tuple(batch_w)))
-    return dot(x, w, dims, dtype=preferred_element_type, precision=precision)
+    return w.dot(x, dims, dtype=preferred_element_type, precision=precision)
 
 
 @quax.register(lax.dot_general_p)
 def _dot_swapped(
-    w: LoRA, x: ArrayLike, *, dimension_numbers: Any, precision: Any = None, **params: Any
+    w: Thin, x: ArrayLike, *, dimension_numbers: Any, precision: Any = None, **params: Any
 ) -> jax.Array:
     return swapped(_dot, w, x, dimension_numbers, precision, **params)
 
 
 @quax.register(lax.dot_general_p)
-def _dot_left(a: LoRA, b: Compressed, **params: Any) -> jax.Array:
+def _dot_left(a: Thin, b: Compressed, **params: Any) -> jax.Array:
     """What is multiplied with a compressed array becomes floats, as an activation is."""
     return _dot_swapped(a, b.dense(), **params)
 
 
 @quax.register(lax.dot_general_p)
-def _dot_right(a: Quantized, b: LoRA, **params: Any) -> jax.Array:
+def _dot_right(a: Quantized, b: Thin, **params: Any) -> jax.Array:
     return _dot(a.dense(), b, **params)
 
 
 @quax.register(lax.gather_p)
-def _gather(w: LoRA, *_: Any, **__: Any) -> jax.Array:
+def _gather(w: Thin, *_: Any, **__: Any) -> jax.Array:
     raise NotImplementedError(
-        f"gather of {describe(w)}: a low-rank change is for kernels, not for tables whose rows are "
-        "looked up; leave this leaf out of the rules, or train it whole ('train')"
+        f"gather of {describe(w)}: thin factors are for kernels, not for tables whose rows are "
+        "looked up; leave this leaf out of the rules ('keep')"
     )
+
+
+@quax.register(lax.conv_general_dilated_p)
+def _conv(
+    x: ArrayLike, w: Factored, *, precision: Any = None, preferred_element_type: Any = None,
+    **params: Any,
+) -> jax.Array:  # fmt: skip
+    how = Conv(**{name: params[name] for name in Conv._fields})
+    return w.convolve(jnp.asarray(x), how, dtype=preferred_element_type, precision=precision)
 
 
 def _by_rule(primitive: Any, **params: Any) -> Callable[[Any], Any]:
@@ -77,27 +87,26 @@ def _by_rule(primitive: Any, **params: Any) -> Callable[[Any], Any]:
 
 
 @quax.register(lax.convert_element_type_p)
-def _cast(w: LoRA, *, new_dtype: Any, **params: Any) -> LoRA:
+def _cast(w: Thin, *, new_dtype: Any, **params: Any) -> Thin:
     """Scales and magnitudes stay float32."""
     if not jnp.issubdtype(new_dtype, jnp.floating):
         raise NotImplementedError(f"{describe(w)} can be cast to a floating dtype, not {new_dtype}")
     cast = _by_rule(lax.convert_element_type_p, new_dtype=new_dtype, **params)
-    a, b = w.a.astype(new_dtype), w.b.astype(new_dtype)
-    return dataclasses.replace(w, base=cast(w.base), a=a, b=b)
+    return w.cast(cast, new_dtype)
 
 
 @quax.register(lax.copy_p)
-def _same(w: LoRA, **_: Any) -> LoRA:
+def _same(w: Thin, **_: Any) -> Thin:
     return w
 
 
 @quax.register(stop_gradient_p)
-def _stop(w: LoRA, **_: Any) -> LoRA:
+def _stop(w: Thin, **_: Any) -> Thin:
     return jax.tree.map(lax.stop_gradient, w)
 
 
 @quax.register(sharding_constraint_p)
-def _constrain(w: LoRA, *, sharding: Any, **_: Any) -> LoRA:
+def _constrain(w: Thin, *, sharding: Any, **_: Any) -> Thin:
     if not isinstance(sharding, NamedSharding):
         raise NotImplementedError(
             f"sharding constraint of {describe(w)}: expected a NamedSharding, got {sharding}"
@@ -106,8 +115,8 @@ def _constrain(w: LoRA, *, sharding: Any, **_: Any) -> LoRA:
 
 
 @quax.register(lax.transpose_p)
-def _transpose(w: LoRA, *, permutation: Sequence[int]) -> LoRA:
-    where = [tuple(permutation).index(w.ndim + k) - w.ndim for k in (w.input, w.output)]
+def _transpose(w: Thin, *, permutation: Sequence[int]) -> Thin:
+    where = [tuple(permutation).index(w.ndim + k) - w.ndim for k in w.ends()]
     return w.map(
         _by_rule(lax.transpose_p, permutation=permutation),
         lambda part, _: lax.transpose(part, permutation),
@@ -117,9 +126,9 @@ def _transpose(w: LoRA, *, permutation: Sequence[int]) -> LoRA:
 
 
 @quax.register(lax.squeeze_p)
-def _squeeze(w: LoRA, *, dimensions: Sequence[int]) -> LoRA:
+def _squeeze(w: Thin, *, dimensions: Sequence[int]) -> Thin:
     kept = [k for k in range(w.ndim) if k not in dimensions]
-    core = (w.ndim + w.input, w.ndim + w.output)
+    core = tuple(w.ndim + k for k in w.ends())
     if not set(core) <= set(kept):
         raise NotImplementedError(f"squeeze of {describe(w)} removes its input or output axis")
     return w.map(
@@ -132,8 +141,8 @@ def _squeeze(w: LoRA, *, dimensions: Sequence[int]) -> LoRA:
 
 @quax.register(lax.broadcast_in_dim_p)
 def _broadcast(
-    w: LoRA, *, shape: Sequence[int], broadcast_dimensions: Sequence[int], **params: Any
-) -> LoRA:
+    w: Thin, *, shape: Sequence[int], broadcast_dimensions: Sequence[int], **params: Any
+) -> Thin:
     """New axes of size 1 and nothing else."""
     at = tuple(broadcast_dimensions)
     if int(np.prod(shape)) != w.size:
@@ -148,13 +157,13 @@ def _broadcast(
     base = _by_rule(
         lax.broadcast_in_dim_p, shape=shape, broadcast_dimensions=broadcast_dimensions, **params
     )
-    places = [at[w.ndim + k] - len(shape) for k in (w.input, w.output)]
+    places = [at[w.ndim + k] - len(shape) for k in w.ends()]
     return w.map(base, wider, input=places[0], output=places[1])
 
 
 @quax.register(lax.reshape_p)
-def _reshape(w: LoRA, *, new_sizes: Sequence[int], **params: Any) -> LoRA:
-    if {w.input, w.output} != {-2, -1} or tuple(new_sizes[-2:]) != w.shape[-2:]:
+def _reshape(w: Thin, *, new_sizes: Sequence[int], **params: Any) -> Thin:
+    if {*w.ends()} != {-2, -1} or tuple(new_sizes[-2:]) != w.shape[-2:]:
         raise NotImplementedError(
             f"reshape of {describe(w)} to {list(new_sizes)}: only the axes before its input and "
             "output axis can be joined or split; leave this leaf out of the rules ('keep')"
@@ -166,10 +175,10 @@ def _reshape(w: LoRA, *, new_sizes: Sequence[int], **params: Any) -> LoRA:
 
 
 @quax.register(lax.slice_p)
-def _slice(w: LoRA, *, start_indices: Any, limit_indices: Any, strides: Any) -> LoRA:
+def _slice(w: Thin, *, start_indices: Any, limit_indices: Any, strides: Any) -> Thin:
     steps = strides or [1] * w.ndim
     cuts = list(zip(start_indices, limit_indices, steps, strict=True))
-    _check_inputs(w, [len(range(*cut)) for cut in cuts])
+    w.check_cut([len(range(*cut)) for cut in cuts])
 
     def cut(part: jax.Array, axes: tuple[int, ...]) -> jax.Array:
         own = [c if k in axes else (0, part.shape[k], 1) for k, c in enumerate(cuts)]
@@ -182,7 +191,7 @@ def _slice(w: LoRA, *, start_indices: Any, limit_indices: Any, strides: Any) -> 
 
 
 @quax.register(lax.split_p)
-def _split(w: LoRA, *, sizes: Sequence[int], axis: int) -> list[LoRA]:
+def _split(w: Thin, *, sizes: Sequence[int], axis: int) -> list[Thin]:
     ends = np.cumsum(sizes).tolist()
     found = []
     for start, end in zip([0, *ends], ends, strict=False):
@@ -193,8 +202,8 @@ def _split(w: LoRA, *, sizes: Sequence[int], axis: int) -> list[LoRA]:
 
 
 @quax.register(lax.dynamic_slice_p)
-def _dynamic_slice(w: LoRA, *starts: ArrayLike, slice_sizes: Sequence[int]) -> LoRA:
-    _check_inputs(w, slice_sizes)
+def _dynamic_slice(w: Thin, *starts: ArrayLike, slice_sizes: Sequence[int]) -> Thin:
+    w.check_cut(slice_sizes)
 
     def cut(part: jax.Array, axes: tuple[int, ...]) -> jax.Array:
         own = [
@@ -205,10 +214,3 @@ def _dynamic_slice(w: LoRA, *starts: ArrayLike, slice_sizes: Sequence[int]) -> L
 
     base = quax.quaxify(lambda base: lax.dynamic_slice(base, starts, slice_sizes))
     return w.map(base, cut)
-
-
-def _check_inputs(w: LoRA, sizes: Sequence[int]) -> None:
-    if w.magnitude is not None and sizes[w.input] != w.shape[w.input]:
-        raise NotImplementedError(
-            f"a slice of {describe(w)} cuts the axis that its norms are of; merge it before"
-        )

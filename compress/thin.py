@@ -1,0 +1,71 @@
+"""Arrays that hold thin factors: what a low-rank change and a factored array share.
+
+Every array in them has the rank of the one that they stand for, A [*stack, in, r] its inputs and
+B [*stack, r, out] its outputs, so that whatever moves, cuts or shards the whole does so with each.
+`compress.thin_rules` says what primitives do with them.
+"""
+
+import string
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+
+from compress.arrays import Compressed
+
+
+class Thin(Compressed):
+    """An array that holds factors A and B of another."""
+
+    @abstractmethod
+    def ends(self) -> tuple[int, int]:
+        """The axes of the whole that A and B have: `input` and `output`, negative."""
+
+    @abstractmethod
+    def map(
+        self,
+        base: Callable[[Any], Any],
+        part: Callable[[jax.Array, tuple[int, ...]], Any],
+        **static: Any,
+    ) -> Self:
+        """Itself with every array changed, and static fields replaced.
+
+        Args:
+            base: of an array of the whole's own shape, if it holds one.
+            part: of another array, and of the axes along which that is cut as the whole is.
+            **static: fields.
+        """
+
+    @abstractmethod
+    def cast(self, base: Callable[[Any], Any], dtype: Any) -> Self:
+        """Itself for another dtype; `base` casts an array of the whole's shape."""
+
+    @abstractmethod
+    def dot(self, x: jax.Array, dims: Any, *, dtype: Any, precision: Any) -> jax.Array:
+        """`lax.dot_general(x, self)` without making the whole."""
+
+    def check_cut(self, sizes: Sequence[int]) -> None:
+        """Refuses a cut to `sizes` that would change what it stands for."""
+
+
+def letters(w: Thin, x: jax.Array, dims: Any) -> tuple[list[str], list[str], list[str]]:
+    """A letter for every axis of w, x and their dot, as einsum has them; "r" is left for ranks."""
+    ((contract, contract_w), (batch, batch_w)) = dims
+    free = list(string.ascii_lowercase.replace("r", ""))
+    of_w = [free.pop(0) for _ in range(w.ndim)]
+    shared = dict(zip((*contract, *batch), (*contract_w, *batch_w), strict=True))
+    of_x = [of_w[shared[k]] if k in shared else free.pop(0) for k in range(x.ndim)]
+    free_x = [of_x[k] for k in range(x.ndim) if k not in shared]
+    free_w = [n for k, n in enumerate(of_w) if k not in (*contract_w, *batch_w)]
+    return of_w, of_x, [*(of_x[k] for k in batch), *free_x, *free_w]
+
+
+def einsum(
+    x: jax.Array, of_x: Sequence[str], w: jax.Array, of_w: Sequence[str], out: Sequence[str],
+    dtype: Any, precision: Any,
+) -> jax.Array:  # fmt: skip
+    """A product by the letters of its axes."""
+    how = f"{''.join(of_x)},{''.join(of_w)}->{''.join(out)}"
+    return jnp.einsum(how, x, w, precision=precision, preferred_element_type=dtype)
