@@ -4,6 +4,8 @@ Transforms such as `quantize` replace chosen leaves of a parameter tree by compr
 `chain` joins them; `apply` makes any pure function understand the result. The guide is `README.md`.
 """
 
+from compress.adafactor import scale_by_adafactor
+from compress.adam import scale_by_adam_8bit
 from compress.adapter_trees import Adapter, attach, choose, detach, stack_adapters
 from compress.adapters import LoRA, Trained
 from compress.arrays import Compressed, Quantized, dequantize, is_compressed, specs
@@ -89,6 +91,8 @@ __all__ = [
     "qat",
     "quantize",
     "rotate",
+    "scale_by_adafactor",
+    "scale_by_adam_8bit",
     "search",
     "sensitivity",
     "shrink",

@@ -5,6 +5,7 @@ are sums over the leaves that read a unit: what they would lose is what the unit
 """
 
 import difflib
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -175,7 +176,8 @@ def choose_units(
         flops: part of the products' operations that may stay; instead of `parameters`.
         among: pattern of names of dimensions that may shrink.
         least: units of a dimension that stay at any rate.
-        multiple: how many units go at once, so that what stays is as even as what was.
+        multiple: entries of an axis that go at once, so that what stays is as even as what was: a
+            unit of several counts as so many, and a dimension of fewer goes unit by unit.
 
     Returns:
         For `compress.shrink`: by name, int [layers, kept].
@@ -203,15 +205,16 @@ def choose_units(
     left: dict[str, int] = dict(found.units)
     limit = limits[0] * cost(left)
     sums = {name: np.sort(scores[name], axis=1).sum(0) for name in names}
+    steps = {name: _step(found.dimensions[name], multiple) for name in names}
     while (now := cost(left)) > limit:
         best, price = None, np.inf
         for name in names:
-            after = left[name] - multiple
+            after = left[name] - steps[name]
             if after < least:
                 continue
             gone = found.dimensions[name].units - left[name]
             saved = now - cost({**left, name: after})
-            loss = float(sums[name][gone : gone + multiple].sum())
+            loss = float(sums[name][gone : gone + steps[name]].sum())
             if saved > 0 and (ratio := loss / saved) < price:
                 best, price = name, ratio
         if best is None:
@@ -219,7 +222,7 @@ def choose_units(
                 f"units: {now / cost(found.units):.3f} is the least part that can stay with at "
                 f"least {least} units in each of {', '.join(names)}"
             )
-        left[best] -= multiple
+        left[best] -= steps[best]
     kept = {}
     for name in names:
         gone = found.dimensions[name].units - left[name]
@@ -227,3 +230,10 @@ def choose_units(
             order = np.argsort(scores[name], axis=1, kind="stable")
             kept[name] = np.sort(order[:, gone:], axis=1)
     return kept
+
+
+def _step(d: Dimension, multiple: int) -> int:
+    """How many units of a dimension go at once."""
+    entries = max(at.shape[2] for at in d.members.values())
+    step = multiple // math.gcd(multiple, entries)
+    return step if step < d.units else 1

@@ -171,16 +171,24 @@ def role_of(path: str, shape: Sequence[int]) -> str | None:
     >>> role_of("words/embedding", (100, 64)), role_of("norm/scale", (64,))
     ('table', None)
     """
-    keys = path.split("/")
-    stacked = any(
-        key == "layers" and not following.isdigit() for key, following in itertools.pairwise(keys)
-    )
-    ndim, last = len(shape) - stacked, keys[-1]
+    ndim, last = len(shape) - in_stack(path), path.rpartition("/")[-1]
     if last in ("embedding", "table") and ndim == 2:
         return "table"
     if ndim == 2:
         return "kernel"
     return f"conv{ndim - 2}d" if ndim in (4, 5) and last == "kernel" else None
+
+
+def in_stack(path: str) -> bool:
+    """Whether a leaf's path says that its first axis is that of layers.
+
+    >>> in_stack("stack/layers/query/kernel"), in_stack("layers/0/query/kernel")
+    (True, False)
+    """
+    return any(
+        key == "layers" and not following.isdigit()
+        for key, following in itertools.pairwise(path.split("/"))
+    )
 
 
 def inputs(role: str) -> tuple[int, ...]:

@@ -9,9 +9,12 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+import compress
 from fw.errors import FwError
 
 SCHEDULES = ("linear", "cosine", "constant")
+
+MOMENTS = ("float32", "8bit", "factored")
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,9 @@ class AdamW:
       b1: decay of Adam's mean of the gradients, a step.
       b2: decay of Adam's mean of their squares, a step.
       epsilon: the term in Adam's denominator.
+      moments: what is kept of the gradients: "float32", two numbers a parameter; "8bit", two bytes
+        (`compress.scale_by_adam_8bit`); "factored", what rows and columns have of the squares
+        (`compress.scale_by_adafactor`, which has decays of its own).
     """
 
     learning_rate: float = 5e-5
@@ -37,11 +43,14 @@ class AdamW:
     b1: float = 0.9
     b2: float = 0.999
     epsilon: float = 1e-8
+    moments: str = "float32"
 
     def __post_init__(self):
         """Checks the ranges."""
         if self.schedule not in SCHEDULES:
             raise FwError(f"schedule {self.schedule!r} is unknown; choose one of {SCHEDULES}")
+        if self.moments not in MOMENTS:
+            raise FwError(f"moments {self.moments!r} are unknown; choose one of {MOMENTS}")
         if not 0 <= self.warmup < 1:
             raise FwError(f"warmup is {self.warmup}; expected a fraction of all steps in [0, 1)")
         for name in ("b1", "b2"):
@@ -70,19 +79,21 @@ def learning_rate(config: AdamW, steps: int) -> optax.Schedule:
 
 
 def optimizer(config: AdamW, steps: int) -> optax.GradientTransformation:
-    """Clip, then AdamW on the schedule of `learning_rate`."""
+    """Clip, then AdamW on the schedule of `learning_rate`, with moments as the config has them."""
     clip = clip_by_norm(config.clip) if config.clip else optax.identity()
-    return optax.chain(
-        clip,
-        optax.adamw(
-            learning_rate(config, steps),
-            config.b1,
-            config.b2,
-            config.epsilon,
-            weight_decay=config.weight_decay,
-            mask=partial(jax.tree_util.tree_map_with_path, _is_matrix),
-        ),
+    decays: Any = (config.b1, config.b2, config.epsilon)
+    scale: Any = {
+        "float32": partial(optax.scale_by_adam, *decays),
+        "8bit": partial(compress.scale_by_adam_8bit, *decays),
+        "factored": compress.scale_by_adafactor,
+    }[config.moments]
+    decayed = partial(jax.tree_util.tree_map_with_path, _is_matrix)
+    adamw = optax.chain(
+        scale(),
+        optax.add_decayed_weights(config.weight_decay, decayed),
+        optax.scale_by_learning_rate(learning_rate(config, steps)),
     )
+    return optax.chain(clip, adamw)
 
 
 def _is_matrix(path: Any, x: Any) -> bool:
@@ -122,10 +133,12 @@ def state_shardings(
       mesh: of the counters.
     """
     everywhere = NamedSharding(mesh, PartitionSpec())
+
     return optax.tree.map_params(
         tx,
-        lambda _, sharding: sharding,
+        lambda x, sharding: x.place(sharding) if compress.is_compressed(x) else sharding,
         jax.eval_shape(tx.init, params),
         shardings,
         transform_non_params=lambda _: everywhere,
+        is_leaf=compress.is_compressed,
     )

@@ -386,7 +386,7 @@ def prune_run(
       flops: part of the products' operations that may stay; instead of `parameters`.
       by: how units are judged, one of `SCORES`; the first two look at training examples.
       among: pattern of dimensions that may shrink, as `compress.couplings` names them.
-      multiple: how many units go at once.
+      multiple: entries of an axis that go at once; see `compress.choose_units`.
       mesh: devices by axis.
       data: where the run's data is now, if it has moved.
 

@@ -84,7 +84,10 @@ def add_prune(subparsers: Any) -> argparse.ArgumentParser:
         help="dimensions that may shrink, by the path of their first array (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--multiple", type=int, default=1, help="how many units go at once (default: %(default)s)"
+        "--multiple",
+        type=int,
+        default=1,
+        help="entries of an axis that go at once (default: %(default)s)",
     )
     _where(parser)
 
