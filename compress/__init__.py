@@ -16,6 +16,7 @@ from compress.coupling import Couplings, Dimension, couplings
 from compress.damage import Sensitivity, sensitivity
 from compress.factored import Factored
 from compress.gptq_solver import gptq
+from compress.gradual import Schedule, sparsify
 from compress.histogram import threshold
 from compress.importance import activation_scores, choose_units, magnitude_scores, taylor_scores
 from compress.interpreter import apply
@@ -28,7 +29,9 @@ from compress.observed import Observed
 from compress.observed import check as check_stats
 from compress.observed import merge as merge_stats
 from compress.observing import Stats, observe
+from compress.packed import Packed
 from compress.prepare import rotate, smooth
+from compress.prune import Prune, gradient_scores, prune
 from compress.recipe import dumps, loads
 from compress.scheme import Scheme, fit
 from compress.serialize import from_arrays, to_arrays
@@ -49,8 +52,11 @@ __all__ = [
     "LoRA",
     "Lowrank",
     "Observed",
+    "Packed",
+    "Prune",
     "Quantized",
     "Record",
+    "Schedule",
     "Scheme",
     "Sensitivity",
     "Shrink",
@@ -76,6 +82,7 @@ __all__ = [
     "fit",
     "from_arrays",
     "gptq",
+    "gradient_scores",
     "harden",
     "is_compressed",
     "loads",
@@ -88,6 +95,7 @@ __all__ = [
     "merge_stats",
     "observe",
     "partition",
+    "prune",
     "qat",
     "quantize",
     "rotate",
@@ -97,6 +105,7 @@ __all__ = [
     "sensitivity",
     "shrink",
     "smooth",
+    "sparsify",
     "specs",
     "stack_adapters",
     "stats_specs",

@@ -5,7 +5,7 @@
 `LoRA` stands for W'. It keeps W as it is, floats or codes, and never adds to it: a product with it
 is one with W and two thin ones (Hu et al. 2021, https://arxiv.org/abs/2106.09685; with magnitudes
 m, DoRA, Liu et al. 2024, https://arxiv.org/abs/2402.09353). `compress.lora` makes them of a tree's
-leaves, and `compress.thin_rules` says what primitives do with them.
+leaves, and `compress.parted_rules` says what primitives do with them.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from jax import lax
 from compress import products
 from compress.arrays import Compressed, Quantized, describe, is_compressed, place_part
 from compress.backends import Dims
-from compress.thin import Thin, einsum, letters
+from compress.parted import Parted, einsum, letters
 
 TINY = np.float32(1e-30)
 """The least squared norm: a column of zeros stays one, and is not divided by zero."""
@@ -58,7 +58,7 @@ def bare(tree: Any) -> Any:
     )
 
 
-class LoRA(Thin):
+class LoRA(Parted):
     """A kernel W [*stack, in, out] and its low-rank change; several changes, one for each row.
 
     Every array in it has the kernel's rank, so that a stack of layers is scanned, sliced and cut
@@ -161,7 +161,7 @@ class LoRA(Thin):
         return self.merged().astype(self.aval().dtype)
 
     def ends(self) -> tuple[int, int]:
-        """See `Thin.ends`."""
+        """See `Parted.ends`."""
         return self.input, self.output
 
     def map(
@@ -170,7 +170,7 @@ class LoRA(Thin):
         part: Callable[[jax.Array, tuple[int, ...]], Any],
         **static,
     ) -> "LoRA":
-        """See `Thin.map`."""
+        """See `Parted.map`."""
         ndim = self.aval().ndim
         core = (ndim + self.input, ndim + self.output)
         new = {}
@@ -192,16 +192,16 @@ class LoRA(Thin):
         return self.map(lambda w: w.place(spec) if is_compressed(w) else whole, at)
 
     def cast(self, base: Callable[[Any], Any], dtype: Any) -> "LoRA":
-        """See `Thin.cast`; scales and magnitudes stay float32."""
+        """See `Parted.cast`; scales and magnitudes stay float32."""
         a, b = self.a.astype(dtype), self.b.astype(dtype)
         return dataclasses.replace(self, base=base(self.base), a=a, b=b)
 
     def dot(self, x: jax.Array, dims: Any, *, dtype: Any, precision: Any) -> jax.Array:
-        """See `Thin.dot`."""
+        """See `Parted.dot`."""
         return dot(x, self, dims, dtype=dtype, precision=precision)
 
     def check_cut(self, sizes: Sequence[int]) -> None:
-        """See `Thin.check_cut`."""
+        """See `Parted.check_cut`."""
         if self.magnitude is not None and sizes[self.input] != self.shape[self.input]:
             raise NotImplementedError(
                 f"a slice of {describe(self)} cuts the axis that its norms are of; merge it before"

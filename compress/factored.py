@@ -18,10 +18,10 @@ from jax import lax
 
 from compress.arrays import describe, place_part
 from compress.backends import Conv
-from compress.thin import Thin, einsum, letters
+from compress.parted import Parted, einsum, letters
 
 
-class Factored(Thin):
+class Factored(Parted):
     """An array W = A · B, of any orientation.
 
     Attributes:
@@ -61,7 +61,7 @@ class Factored(Thin):
         return jnp.moveaxis(w, (-2, -1), (self.input, self.output)).astype(self.a.dtype)
 
     def ends(self) -> tuple[int, int]:
-        """See `Thin.ends`."""
+        """See `Parted.ends`."""
         return self.input, self.output
 
     def map(
@@ -70,7 +70,7 @@ class Factored(Thin):
         part: Callable[[jax.Array, tuple[int, ...]], Any],
         **static: Any,
     ) -> "Factored":
-        """See `Thin.map`; there is no base."""
+        """See `Parted.map`; there is no base."""
         del base
         shape, new = self.aval().shape, {}
         for name, inner in (("a", self.output), ("b", self.input)):
@@ -91,12 +91,12 @@ class Factored(Thin):
         return self.map(lambda none: none, at)
 
     def cast(self, base: Callable[[Any], Any], dtype: Any) -> "Factored":
-        """See `Thin.cast`."""
+        """See `Parted.cast`."""
         del base
         return dataclasses.replace(self, a=self.a.astype(dtype), b=self.b.astype(dtype))
 
     def dot(self, x: jax.Array, dims: Any, *, dtype: Any, precision: Any) -> jax.Array:
-        """See `Thin.dot`; whichever factor shares more with x comes first."""
+        """See `Parted.dot`; whichever factor shares more with x comes first."""
         of_w, of_x, of_y = letters(self, x, dims)
         summed = dims[0][1]
         result = dtype or np.promote_types(x.dtype, self.a.dtype)

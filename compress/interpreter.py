@@ -20,8 +20,6 @@ from jax.sharding import NamedSharding
 from quax import _compat, _primitives
 from quax._trace import _QuaxTrace
 
-import compress.rules
-import compress.thin_rules  # noqa: F401  # registers what each primitive does with them
 from compress.adapters import bare
 from compress.arrays import Compressed, describe, is_compressed
 

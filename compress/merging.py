@@ -1,4 +1,4 @@
-"""Thin factors become plain arrays, which anything can run, and adapters leave them again."""
+"""Parted factors become plain arrays, which anything can run, and adapters leave them again."""
 
 import dataclasses
 from typing import Any

@@ -28,10 +28,11 @@ def kinds() -> dict[str, type[Transform]]:
     from compress.lowrank import Lowrank
     from compress.nearest import Quantize
     from compress.prepare import Rotate, Smooth
+    from compress.prune import Prune
     from compress.shrink import Shrink
     from compress.trainable import Lora
 
-    every = (Chain, Quantize, Smooth, Rotate, Awq, Gptq, Qat, Harden, Lora, Lowrank, Shrink)
+    every = (Chain, Quantize, Smooth, Rotate, Awq, Gptq, Qat, Harden, Lora, Lowrank, Prune, Shrink)
     return {kind.name: kind for kind in every}
 
 

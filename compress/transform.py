@@ -22,7 +22,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
-from compress.arrays import Compressed, is_compressed
+from compress.arrays import is_compressed
 
 KEEP = "keep"
 """What a rule says of leaves that stay as they are."""
@@ -187,14 +187,14 @@ class Leafwise(Transform):
         """Why a leaf cannot have a resolved option, in words, or ""."""
 
     @abstractmethod
-    def leaf(self, leaf: Any, option: Any, observed: Any) -> Compressed:
+    def leaf(self, leaf: Any, option: Any, observed: Any) -> Any:
         """The new leaf; jax.numpy all the way."""
 
     def describe(self, option: Any) -> str:
         """What is applied, for the report."""
         return str(option)
 
-    def error(self, leaf: Any, new: Compressed) -> jax.Array:
+    def error(self, leaf: Any, new: Any) -> jax.Array:
         """‖w − w'‖ / ‖w‖; NaN if the leaf has what is not finite."""
         return relative_error(leaf, new)
 
@@ -271,7 +271,7 @@ class Leafwise(Transform):
             leaf, observed = jax.device_put((leaf, observed), whole)
         new, error = _leaf_jit(self, option, leaf, observed)
         if where is not None:
-            new = jax.device_put(new, new.place(where))
+            new = jax.device_put(new, new.place(where) if is_compressed(new) else where)
         return new, error
 
 
@@ -282,9 +282,7 @@ def sharding_of(leaf: Any) -> NamedSharding | None:
     return where if isinstance(where, NamedSharding) else None
 
 
-def _leaf(
-    transform: Leafwise, option: Any, leaf: Any, observed: Any
-) -> tuple[Compressed, jax.Array]:
+def _leaf(transform: Leafwise, option: Any, leaf: Any, observed: Any) -> tuple[Any, jax.Array]:
     new = transform.leaf(leaf, option, observed)
     return new, transform.error(leaf, new)
 

@@ -29,6 +29,7 @@ from fw.data.rows import AnyRows
 from fw.distillation import Loss, distilled
 from fw.errors import FwError
 from fw.evaluate import Forward, evaluate, make_counter
+from fw.exchange import with_exchange
 from fw.json_files import is_writer
 from fw.model import Model
 from fw.optimizer import learning_rate, optimizer
@@ -121,6 +122,7 @@ def finetune(recipe: Finetune, *, resume: bool = False) -> Path:
         **({} if adapted is None else {"trainable_share": adapted.share}),
     }  # fmt: skip
     tx = with_tables(optimizer(recipe, steps), model, row_optimizer(recipe, recipe, steps))
+    tx = with_exchange(tx, recipe.exchange, mesh)
     step = _step(model, task, tx, recipe, prepared, adapted, batches, mesh, rules)
     with _alone(Path(recipe.run)):
         folder = run.create(recipe.run, settings, resume=resume, may_change=MAY_CHANGE)

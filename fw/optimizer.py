@@ -134,11 +134,17 @@ def state_shardings(
     """
     everywhere = NamedSharding(mesh, PartitionSpec())
 
+    def place(x: Any, sharding: Any, param: Any) -> Any:
+        if compress.is_compressed(x):
+            return x.place(sharding)
+        return sharding if x.shape == param.shape else everywhere
+
     return optax.tree.map_params(
         tx,
-        lambda x, sharding: x.place(sharding) if compress.is_compressed(x) else sharding,
+        place,
         jax.eval_shape(tx.init, params),
         shardings,
+        params,
         transform_non_params=lambda _: everywhere,
         is_leaf=compress.is_compressed,
     )

@@ -22,6 +22,7 @@ from fw.models.stack_layout import default_microbatches
 from fw.optimizer import AdamW
 from fw.processors import processor_of
 from fw.table_optimizer import TableOptions
+from sharding.parallel.averages import exchange
 from sharding.parallel.pipeline import REMAT
 
 TASKS = {
@@ -109,6 +110,8 @@ class Finetune(AdamW, TableOptions, LoraOptions, Distil):
       texts: texts a row may hold; 0 for length / 8.
       mesh: devices by axis, as in data=2,fsdp=2,tensor=2; one size may be -1.
       rules: preset that says which array axis goes to which mesh axis: data, fsdp, fsdp_tensor.
+      exchange: how gradients are averaged over data: float32; int8, a quarter of the bytes; or
+        powersgd:RANK, as powersgd:4, thin factors of them. What is left out comes later.
       precision: of the dots: bf16 (bfloat16 operands, float32 sums) or f32.
       accumulate: microbatches whose gradients make one step; must divide batch.
       microbatches: parts of their rows that the stages of a mesh with pipe work on in turn; 0 for
@@ -161,6 +164,7 @@ class Finetune(AdamW, TableOptions, LoraOptions, Distil):
     texts: int = 0
     mesh: str = "data=1"
     rules: str = "fsdp_tensor"
+    exchange: str = "float32"
     precision: str = "bf16"
     accumulate: int = 1
     microbatches: int = 0
@@ -206,6 +210,8 @@ class Finetune(AdamW, TableOptions, LoraOptions, Distil):
                 raise FwError(f"{name} {value!r} is unknown; choose one of {', '.join(known)}")
         self._check_paths()
         precision.policy(self.precision)
+        if self.exchange != "float32":
+            exchange(self.exchange)
         self._settle()
         for least, names in ((1, _POSITIVE), (0, _NOT_NEGATIVE)):
             for name in names:

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fw import precision as precision_
 from fw.errors import FwError
+from fw.exchange import APART, WithExchange
 from fw.model import FROZEN, ROWS, Batch, Model, Variables
 from fw.table_optimizer import Optimizer, WithTables, at, join, nest, optimizer_shardings, split
 from sharding import Rules, constrain, scope, shardings, tables
@@ -101,7 +102,8 @@ def make_step(
       model: the record.
       loss: `loss(outputs, batch) -> (sum, weight)`; the step minimises sum / weight over the
         whole batch, whatever the number of microbatches or devices.
-      tx: the optimiser; for a model with tables, of `fw.table_optimizer.with_tables`.
+      tx: the optimiser; for a model with tables, of `fw.table_optimizer.with_tables`; with its
+        gradients exchanged in fewer bytes, of `fw.exchange.with_exchange`.
       mesh, rules: where activations go.
       precision: of the dots; see `fw.precision`.
       accumulate: microbatches a step; their gradients are summed before the one update. A model
@@ -116,7 +118,8 @@ def make_step(
       they were fetched), `tokens` (i32, those not padding; 0 where the batch has no `segment_ids`).
 
     Raises:
-      FwError: a model with tables, and an optimiser that would change all of their rows.
+      FwError: a model with tables, and an optimiser that would change all of their rows; a model
+        with state, and an exchange of gradients.
     """
     own = tx.tables if isinstance(tx, WithTables) else ()
     if {*own} != {*model.tables}:
@@ -125,9 +128,56 @@ def make_step(
             f"{sorted(own)}; make it with fw.table_optimizer.with_tables"
         )
 
-    if accumulate > 1 and jax.tree.leaves(model.axes.get("state"), is_leaf=is_names):
+    stateful = bool(jax.tree.leaves(model.axes.get("state"), is_leaf=is_names))
+    if stateful and isinstance(tx, WithExchange):
+        raise FwError(APART)
+    if accumulate > 1 and stateful:
         log.warning("the batch is not cut into %s: the model's state is of all of it", accumulate)
         accumulate = 1
+
+    gradients = _gradients(model, loss, precision, accumulate)
+
+    def step(state: TrainState, batch: Batch, frozen: Any = None):
+        # While tracing: `constrain` in the model means this mesh. Frozen kernels have no gradients,
+        # whose communication `sharding.linear` would write out.
+        with scope(mesh, rules, differentiate=frozen is None):
+            return _step(state, batch, frozen)
+
+    def _step(state: TrainState, batch: Batch, frozen: Any):
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        params, fixed = split(state.variables["params"], own)
+        ids = {path: model.tables[path](batch) for path in own}
+        rows = {
+            path: tables.fetch(at(fixed, path), ids[path], names=at(model.axes["params"], path))
+            for path in own
+        }
+        given = (params, rows), (fixed, frozen), state.variables["state"], batch, key
+        if isinstance(tx, WithExchange):
+            value, extra, average, kept = tx.gradients(
+                gradients, given, state.optimizer["exchange"], mesh, rules, lie.variables["params"]
+            )
+            grads = average, kept
+        else:
+            value, _, extra, grads = gradients(*given)
+        metrics = {
+            "loss": value,
+            "grad_norm": optax.tree.norm(grads[0] if isinstance(tx, WithExchange) else grads),
+            "tokens": jnp.sum(batch.get("segment_ids", jnp.zeros((), jnp.int32)) > 0),
+        }
+        with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an i32 power
+            params, moments = _updated(model, tx, state, ids, grads)
+        return TrainState(state.step + 1, {"params": params, "state": extra}, moments), metrics
+
+    # The state stays where it lies: left alone, the compiler may lay the new one out otherwise.
+    lie = jax.tree.map(lambda x: x.sharding, abstract_state(model, tx, mesh, rules))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(step, donate_argnums=0, out_shardings=(lie, everywhere))
+
+
+def _gradients(
+    model: Model, loss: Loss, precision: str | precision_.Policy, accumulate: int
+) -> Callable[..., Any]:
+    """`(learnt, fixed, state, batch, key) -> (loss, weight, state, gradients)`; a mean loss."""
 
     def total(learnt, fixed, state, batch, key):
         apply = precision_.apply(model.apply, precision)
@@ -143,15 +193,15 @@ def make_step(
 
     def mean(learnt, fixed, state, batch, key):
         value, (weight, state) = total(learnt, fixed, state, batch, key)
-        return value / _at_least_one(weight), state
+        return value / _at_least_one(weight), (weight, state)
 
     def gradients(learnt, fixed, state, batch, key):
         """Of the mean loss by parameters and rows, not by what is fixed, tables and frozen."""
         if accumulate == 1:  # divided before the backward pass: after it, all gradients are
-            (value, state), grads = jax.value_and_grad(mean, has_aux=True)(
+            (value, (weight, state)), grads = jax.value_and_grad(mean, has_aux=True)(
                 learnt, fixed, state, batch, key
             )
-            return value, state, grads
+            return value, weight, state, grads
 
         params, rows = learnt
 
@@ -171,46 +221,23 @@ def make_step(
             micro, start, (*parts, jnp.arange(accumulate))
         )
         grads = grads, jax.tree.map(_together, of_rows)
-        weight = _at_least_one(weight)
-        return value / weight, state, jax.tree.map(lambda g: g / weight, grads)
+        over = _at_least_one(weight)
+        return value / over, weight, state, jax.tree.map(lambda g: g / over, grads)
 
-    def step(state: TrainState, batch: Batch, frozen: Any = None):
-        # While tracing: `constrain` in the model means this mesh. Frozen kernels have no gradients,
-        # whose communication `sharding.linear` would write out.
-        with scope(mesh, rules, differentiate=frozen is None):
-            return _step(state, batch, frozen)
-
-    def _step(state: TrainState, batch: Batch, frozen: Any):
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
-        params, fixed = split(state.variables["params"], own)
-        ids = {path: model.tables[path](batch) for path in own}
-        rows = {
-            path: tables.fetch(at(fixed, path), ids[path], names=at(model.axes["params"], path))
-            for path in own
-        }
-        value, extra, grads = gradients(
-            (params, rows), (fixed, frozen), state.variables["state"], batch, key
-        )
-        metrics = {
-            "loss": value,
-            "grad_norm": optax.tree.norm(grads),
-            "tokens": jnp.sum(batch.get("segment_ids", jnp.zeros((), jnp.int32)) > 0),
-        }
-        with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an i32 power
-            params, moments = _updated(model, tx, state, ids, grads)
-        return TrainState(state.step + 1, {"params": params, "state": extra}, moments), metrics
-
-    # The state stays where it lies: left alone, the compiler may lay the new one out otherwise.
-    lie = jax.tree.map(lambda x: x.sharding, abstract_state(model, tx, mesh, rules))
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    return jax.jit(step, donate_argnums=0, out_shardings=(lie, everywhere))
+    return gradients
 
 
 def _updated(
     model: Model, tx: Optimizer, state: TrainState, ids: Mapping[str, jax.Array], grads: Any
 ) -> tuple[Any, Any]:
-    """The parameters and the optimiser's state after gradients (of parameters, of rows by path)."""
+    """The parameters and the optimiser's state after gradients.
+
+    These are of parameters and of rows by path; or, exchanged, their average and what that kept.
+    """
     params, moments = state.variables["params"], state.optimizer
+    if isinstance(tx, WithExchange):
+        updates, dense = tx.dense.update(grads[0], moments["dense"], params)
+        return optax.apply_updates(params, updates), {"dense": dense, "exchange": grads[1]}
     if not isinstance(tx, WithTables):
         updates, moments = tx.update(grads[0], moments, params)
         return optax.apply_updates(params, updates), moments

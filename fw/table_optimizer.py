@@ -17,6 +17,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fw.errors import FwError
+from fw.exchange import WithExchange
 from fw.model import Model
 from fw.optimizer import AdamW, learning_rate, state_shardings
 from sharding.parallel.tables import row_mean
@@ -171,7 +172,7 @@ class WithTables(NamedTuple):
         return {"dense": dense, "tables": nest(tables)}
 
 
-type Optimizer = optax.GradientTransformation | WithTables
+type Optimizer = optax.GradientTransformation | WithTables | WithExchange
 
 
 def with_tables(tx: optax.GradientTransformation, model: Model, rows: RowOptimizer) -> Optimizer:
@@ -194,6 +195,8 @@ def optimizer_shardings(tx: Optimizer, params: Any, shardings: Any, mesh: Mesh) 
       shardings: a `NamedSharding` for each.
       mesh: of the counters.
     """
+    if isinstance(tx, WithExchange):
+        return tx.shardings(params, shardings, mesh)
     if not isinstance(tx, WithTables):
         return state_shardings(tx, params, shardings, mesh)
 

@@ -5,7 +5,7 @@ from sharding.errors import ShardingError
 from sharding.layout import paths, shardings, specs
 from sharding.mesh import AXES, format_mesh, make_mesh
 from sharding.names import names, unboxed
-from sharding.parallel import tables
+from sharding.parallel import averages, tables
 from sharding.parallel.experts import experts
 from sharding.parallel.halo import windowed
 from sharding.parallel.linear import linear, lookup
@@ -34,6 +34,7 @@ __all__ = [
     "Rules",
     "Sharded",
     "ShardingError",
+    "averages",
     "balance_loss",
     "beat",
     "bubble",

@@ -129,6 +129,19 @@ class Rules:
             entries.append(_entry(axes))
         return PartitionSpec(*entries)
 
+    def without(self, axis: str) -> "Rules":
+        """The same rules with a mesh axis left out: for what is mapped over it.
+
+        >>> tuple(rules("data").without("data").spec(("batch",)))
+        ('expert',)
+        """
+        changed = {
+            name: tuple(a for a in mesh_axes(target) if a != axis) or None
+            for name, target in self.table.items()
+            if axis in mesh_axes(target)
+        }
+        return Rules(self.preset, tuple((dict(self.overrides) | changed).items()))
+
 
 def rules(
     preset: str = DEFAULT, overrides: Mapping[str, Target] | None = None, /, **more: Target

@@ -757,7 +757,7 @@ REFUSED: dict[str, Any] = {
     "a file": (lambda: compress.to_arrays(adapted()), "^w: a LoRA is no plain array"),
     "lookup": (
         lambda: compress.apply(lambda w: jnp.take(w, jnp.array([1]), axis=0))(adapted()["w"]),
-        "gather of LoRA.*thin factors are for kernels",
+        "gather of LoRA.*it is for kernels",
     ),
     "sum": (
         lambda: compress.apply(lambda w: w + 1.0)(adapted()["w"]), "no rule for the primitive 'add'"

@@ -1,8 +1,8 @@
-"""What each JAX primitive does with an array of thin factors (`compress.thin`).
+"""What each JAX primitive does with an array of parts (`compress.parted`).
 
-Products are the array's own. What moves or cuts the whole does the same to every array in it: all
-have its rank, A has its inputs, B its outputs. Whatever is not here is refused by
-`Compressed.default`. Importing this file registers the rules with quax, once for the process.
+Products are the array's own. What moves or cuts the whole does the same to every part. Whatever is
+not here is refused by `Compressed.default`. Importing this file registers the rules with quax, once
+for the process.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,14 +20,15 @@ from jax.typing import ArrayLike
 from compress.arrays import Compressed, Quantized, describe
 from compress.backends import Conv
 from compress.factored import Factored
+from compress.packed import Packed
+from compress.parted import Parted
 from compress.rules import swapped
-from compress.thin import Thin
 
 
 @quax.register(lax.dot_general_p)
 def _dot(
     x: ArrayLike,
-    w: Thin,
+    w: Parted,
     *,
     dimension_numbers: Any,
     precision: Any = None,
@@ -48,35 +49,39 @@ def _dot(
 
 @quax.register(lax.dot_general_p)
 def _dot_swapped(
-    w: Thin, x: ArrayLike, *, dimension_numbers: Any, precision: Any = None, **params: Any
+    w: Parted, x: ArrayLike, *, dimension_numbers: Any, precision: Any = None, **params: Any
 ) -> jax.Array:
     return swapped(_dot, w, x, dimension_numbers, precision, **params)
 
 
 @quax.register(lax.dot_general_p)
-def _dot_left(a: Thin, b: Compressed, **params: Any) -> jax.Array:
+def _dot_left(a: Parted, b: Compressed, **params: Any) -> jax.Array:
     """What is multiplied with a compressed array becomes floats, as an activation is."""
     return _dot_swapped(a, b.dense(), **params)
 
 
 @quax.register(lax.dot_general_p)
-def _dot_right(a: Quantized, b: Thin, **params: Any) -> jax.Array:
+def _dot_right(a: Quantized, b: Parted, **params: Any) -> jax.Array:
     return _dot(a.dense(), b, **params)
 
 
 @quax.register(lax.gather_p)
-def _gather(w: Thin, *_: Any, **__: Any) -> jax.Array:
+def _gather(w: Parted, *_: Any, **__: Any) -> jax.Array:
     raise NotImplementedError(
-        f"gather of {describe(w)}: thin factors are for kernels, not for tables whose rows are "
-        "looked up; leave this leaf out of the rules ('keep')"
+        f"gather of {describe(w)}: it is for kernels, not for tables whose rows are looked up; "
+        "leave this leaf out of the rules ('keep')"
     )
 
 
 @quax.register(lax.conv_general_dilated_p)
 def _conv(
-    x: ArrayLike, w: Factored, *, precision: Any = None, preferred_element_type: Any = None,
+    x: ArrayLike,
+    w: Factored | Packed,
+    *,
+    precision: Any = None,
+    preferred_element_type: Any = None,
     **params: Any,
-) -> jax.Array:  # fmt: skip
+) -> jax.Array:
     how = Conv(**{name: params[name] for name in Conv._fields})
     return w.convolve(jnp.asarray(x), how, dtype=preferred_element_type, precision=precision)
 
@@ -87,7 +92,7 @@ def _by_rule(primitive: Any, **params: Any) -> Callable[[Any], Any]:
 
 
 @quax.register(lax.convert_element_type_p)
-def _cast(w: Thin, *, new_dtype: Any, **params: Any) -> Thin:
+def _cast(w: Parted, *, new_dtype: Any, **params: Any) -> Parted:
     """Scales and magnitudes stay float32."""
     if not jnp.issubdtype(new_dtype, jnp.floating):
         raise NotImplementedError(f"{describe(w)} can be cast to a floating dtype, not {new_dtype}")
@@ -96,17 +101,17 @@ def _cast(w: Thin, *, new_dtype: Any, **params: Any) -> Thin:
 
 
 @quax.register(lax.copy_p)
-def _same(w: Thin, **_: Any) -> Thin:
+def _same(w: Parted, **_: Any) -> Parted:
     return w
 
 
 @quax.register(stop_gradient_p)
-def _stop(w: Thin, **_: Any) -> Thin:
+def _stop(w: Parted, **_: Any) -> Parted:
     return jax.tree.map(lax.stop_gradient, w)
 
 
 @quax.register(sharding_constraint_p)
-def _constrain(w: Thin, *, sharding: Any, **_: Any) -> Thin:
+def _constrain(w: Parted, *, sharding: Any, **_: Any) -> Parted:
     if not isinstance(sharding, NamedSharding):
         raise NotImplementedError(
             f"sharding constraint of {describe(w)}: expected a NamedSharding, got {sharding}"
@@ -115,7 +120,7 @@ def _constrain(w: Thin, *, sharding: Any, **_: Any) -> Thin:
 
 
 @quax.register(lax.transpose_p)
-def _transpose(w: Thin, *, permutation: Sequence[int]) -> Thin:
+def _transpose(w: Parted, *, permutation: Sequence[int]) -> Parted:
     where = [tuple(permutation).index(w.ndim + k) - w.ndim for k in w.ends()]
     return w.map(
         _by_rule(lax.transpose_p, permutation=permutation),
@@ -126,7 +131,7 @@ def _transpose(w: Thin, *, permutation: Sequence[int]) -> Thin:
 
 
 @quax.register(lax.squeeze_p)
-def _squeeze(w: Thin, *, dimensions: Sequence[int]) -> Thin:
+def _squeeze(w: Parted, *, dimensions: Sequence[int]) -> Parted:
     kept = [k for k in range(w.ndim) if k not in dimensions]
     core = tuple(w.ndim + k for k in w.ends())
     if not set(core) <= set(kept):
@@ -141,8 +146,8 @@ def _squeeze(w: Thin, *, dimensions: Sequence[int]) -> Thin:
 
 @quax.register(lax.broadcast_in_dim_p)
 def _broadcast(
-    w: Thin, *, shape: Sequence[int], broadcast_dimensions: Sequence[int], **params: Any
-) -> Thin:
+    w: Parted, *, shape: Sequence[int], broadcast_dimensions: Sequence[int], **params: Any
+) -> Parted:
     """New axes of size 1 and nothing else."""
     at = tuple(broadcast_dimensions)
     if int(np.prod(shape)) != w.size:
@@ -162,7 +167,7 @@ def _broadcast(
 
 
 @quax.register(lax.reshape_p)
-def _reshape(w: Thin, *, new_sizes: Sequence[int], **params: Any) -> Thin:
+def _reshape(w: Parted, *, new_sizes: Sequence[int], **params: Any) -> Parted:
     if {*w.ends()} != {-2, -1} or tuple(new_sizes[-2:]) != w.shape[-2:]:
         raise NotImplementedError(
             f"reshape of {describe(w)} to {list(new_sizes)}: only the axes before its input and "
@@ -175,7 +180,7 @@ def _reshape(w: Thin, *, new_sizes: Sequence[int], **params: Any) -> Thin:
 
 
 @quax.register(lax.slice_p)
-def _slice(w: Thin, *, start_indices: Any, limit_indices: Any, strides: Any) -> Thin:
+def _slice(w: Parted, *, start_indices: Any, limit_indices: Any, strides: Any) -> Parted:
     steps = strides or [1] * w.ndim
     cuts = list(zip(start_indices, limit_indices, steps, strict=True))
     w.check_cut([len(range(*cut)) for cut in cuts])
@@ -191,7 +196,7 @@ def _slice(w: Thin, *, start_indices: Any, limit_indices: Any, strides: Any) -> 
 
 
 @quax.register(lax.split_p)
-def _split(w: Thin, *, sizes: Sequence[int], axis: int) -> list[Thin]:
+def _split(w: Parted, *, sizes: Sequence[int], axis: int) -> list[Parted]:
     ends = np.cumsum(sizes).tolist()
     found = []
     for start, end in zip([0, *ends], ends, strict=False):
@@ -202,7 +207,7 @@ def _split(w: Thin, *, sizes: Sequence[int], axis: int) -> list[Thin]:
 
 
 @quax.register(lax.dynamic_slice_p)
-def _dynamic_slice(w: Thin, *starts: ArrayLike, slice_sizes: Sequence[int]) -> Thin:
+def _dynamic_slice(w: Parted, *starts: ArrayLike, slice_sizes: Sequence[int]) -> Parted:
     w.check_cut(slice_sizes)
 
     def cut(part: jax.Array, axes: tuple[int, ...]) -> jax.Array:

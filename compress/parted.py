@@ -1,8 +1,8 @@
-"""Arrays that hold thin factors: what a low-rank change and a factored array share.
+"""Arrays of parts: what low-rank changes, factored and packed arrays share.
 
-Every array in them has the rank of the one that they stand for, A [*stack, in, r] its inputs and
-B [*stack, r, out] its outputs, so that whatever moves, cuts or shards the whole does so with each.
-`compress.thin_rules` says what primitives do with them.
+Every part has the rank of the array, and its size along each axis but for the input and the output
+axis, where a part may have another; so whatever moves, cuts or shards the array does so with each.
+`compress.parted_rules` says what primitives do with them.
 """
 
 import string
@@ -16,12 +16,12 @@ import jax.numpy as jnp
 from compress.arrays import Compressed
 
 
-class Thin(Compressed):
-    """An array that holds factors A and B of another."""
+class Parted(Compressed):
+    """An array [*stack, in, out], of any orientation, in parts."""
 
     @abstractmethod
     def ends(self) -> tuple[int, int]:
-        """The axes of the whole that A and B have: `input` and `output`, negative."""
+        """The array's input and output axis, negative."""
 
     @abstractmethod
     def map(
@@ -44,13 +44,13 @@ class Thin(Compressed):
 
     @abstractmethod
     def dot(self, x: jax.Array, dims: Any, *, dtype: Any, precision: Any) -> jax.Array:
-        """`lax.dot_general(x, self)` without making the whole."""
+        """`lax.dot_general(x, self)`."""
 
     def check_cut(self, sizes: Sequence[int]) -> None:
         """Refuses a cut to `sizes` that would change what it stands for."""
 
 
-def letters(w: Thin, x: jax.Array, dims: Any) -> tuple[list[str], list[str], list[str]]:
+def letters(w: Parted, x: jax.Array, dims: Any) -> tuple[list[str], list[str], list[str]]:
     """A letter for every axis of w, x and their dot, as einsum has them; "r" is left for ranks."""
     ((contract, contract_w), (batch, batch_w)) = dims
     free = list(string.ascii_lowercase.replace("r", ""))
