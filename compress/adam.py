@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from compress.arrays import is_compressed
-from compress.moments import chance, coded
+from compress.moments import chance, coded, start
 from compress.scheme import in_stack
 
 
@@ -67,10 +67,7 @@ def scale_by_adam_8bit(
     def init(params: Any) -> Adam8bitState:
         def zeros(positive: bool) -> Any:
             return jax.tree_util.tree_map_with_path(
-                lambda path, p: coded(
-                    jnp.zeros(p.shape, jnp.float32), positive=positive, stacked=_stacked(path)
-                ),
-                params,
+                lambda path, p: start(p.shape, positive=positive, stacked=_stacked(path)), params
             )
 
         return Adam8bitState(jnp.zeros((), jnp.int32), zeros(False), zeros(True))

@@ -120,6 +120,20 @@ def coded(
     return Moment(jax.lax.bitcast_convert_type(eight, jnp.uint8), top / LARGEST)
 
 
+def start(shape: Sequence[int], *, positive: bool, stacked: bool = False) -> jax.Array | Moment:
+    """A moment of zeros, in the form that `coded` gives it.
+
+    >>> start((64, 64), positive=True).scale.shape
+    (64, 1)
+    """
+    at = block_of(shape, stacked=stacked)
+    if at is None:
+        return jnp.zeros(shape, jnp.float32)
+    parts = list(shape)
+    parts[at[0]] //= at[1]
+    return Moment(jnp.zeros(shape, jnp.uint8), jnp.zeros(parts, jnp.float32), positive)
+
+
 def _power(code: jax.Array) -> jax.Array:
     return jnp.exp2((code - np.float32(255)) * np.float32(OCTAVES / 255))
 

@@ -4,6 +4,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -15,15 +16,25 @@ from fw.checkpoint import Checkpoints
 from fw.errors import FwError
 from fw.exchange import with_exchange
 from fw.model import Model
-from fw.models.bert import BertConfig, bert
 from fw.optimizer import AdamW, optimizer
 from fw.recipe import Finetune
 from fw.step import abstract_state, initial_state, make_step
 from fw.tasks import cross_entropy
-from sharding import ShardingError, averages, create, gather, inspect, make_mesh, put, rules
+from sharding import (
+    ShardingError,
+    averages,
+    constrain,
+    create,
+    gather,
+    inspect,
+    make_mesh,
+    put,
+    rules,
+)
 from sharding import shardings as shardings_of
 from sharding.parallel.averages import Int8, PowerSGD
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 RULES = rules()
 NAMES = ("int8", "powersgd:2")
 STEPS = 24
@@ -80,11 +91,10 @@ def test_eight_bits_are_near_at_once(spec):
         "b": normal(1, make_mesh(spec).shape["data"], 7),
     }
     found, _ = averaged(Int8(), [grads], spec, {"w": P("fsdp", "tensor"), "b": P()})
+    # Each of two roundings is off by half of a block's largest / 127 at most; arrays share blocks.
+    bound = max(np.abs(g).max() for g in grads.values()) / 127
     for name, g in grads.items():
-        want = g.mean(0)
-        # Each of two roundings is off by half of a block's largest / 127 at most.
-        bound = np.abs(g).max() / 127
-        np.testing.assert_allclose(found[0][name], want, rtol=0, atol=bound)
+        np.testing.assert_allclose(found[0][name], g.mean(0), rtol=0, atol=bound)
 
 
 def test_of_enough_rank_it_is_exact():
@@ -106,27 +116,49 @@ def test_many_numbers_travel_in_buckets(monkeypatch):
 
 # --- in a run ---------------------------------------------------------------------------------
 
-MODEL = bert(
-    BertConfig(
-        vocab_size=128, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
-        intermediate_size=128, num_labels=3, task="token_classification",
-        max_position_embeddings=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    )
+SIZES = (64, 512, 3)
+
+
+def _init(key: jax.Array) -> Any:
+    ups = jax.random.split(key, 2)
+    layers = {
+        name: {"kernel": jax.random.normal(k, (n, m)) / n**0.5, "bias": jnp.zeros(m)}
+        for name, k, n, m in zip(("up", "down"), ups, SIZES, SIZES[1:], strict=False)
+    }
+    return {"params": layers, "state": {}}
+
+
+def _apply(variables: Any, batch: Any, *, key: Any = None, train: bool = False) -> Any:
+    up, down = (variables["params"][name] for name in ("up", "down"))
+    x = constrain(batch["x"], "batch", "embed")
+    hidden = jnp.tanh(x @ up["kernel"] + up["bias"])
+    hidden = constrain(hidden, "batch", "mlp")
+    return hidden @ down["kernel"] + down["bias"], variables
+
+
+MODEL = Model(
+    None, _init, _apply,
+    {
+        "params": {
+            "up": {"kernel": ("embed", "mlp"), "bias": ("mlp",)},
+            "down": {"kernel": ("mlp", "labels"), "bias": ("labels",)},
+        },
+        "state": {},
+    },
 )  # fmt: skip
 
 
 def batch_of(step: int) -> Any:
-    """Of the rows, the first have more labels than the last."""
-    ids = np.random.default_rng(step).integers(0, 128, (16, 12), dtype=np.int32)
-    places = np.broadcast_to(np.arange(12, dtype=np.int32), ids.shape)
-    given = {"input_ids": ids, "segment_ids": np.ones_like(ids), "position_ids": places}
-    counted = np.arange(12) < 12 - np.arange(16)[:, None] // 2
-    return given | {"labels": np.where(counted, ids % 3, -1).astype(np.int32)}
+    """Of the rows, only some of the last have labels: workers' means do not count alike."""
+    x = normal(step, 32, SIZES[0])
+    labels = (x[:, :3] + x[:, 3:6]).argmax(1).astype(np.int32)
+    counted = (np.arange(32) < 16) | (np.arange(32) % 4 == 0)
+    return {"x": x, "labels": np.where(counted, labels, -1).astype(np.int32)}
 
 
 def started(name: str, spec: str, **more: Any) -> tuple[Any, Any, Any, Any]:
     mesh = make_mesh(spec)
-    tx = with_exchange(optimizer(AdamW(learning_rate=3e-3, warmup=0.2), STEPS), name, mesh)
+    tx = with_exchange(optimizer(AdamW(learning_rate=5e-3, warmup=0.2), STEPS), name, mesh)
     where = shardings_of(MODEL.axes, jax.eval_shape(MODEL.init, jax.random.key(0)), mesh, RULES)
     variables = create(MODEL.init, jax.random.key(0), shardings=where)
     step = make_step(MODEL, cross_entropy, tx, mesh=mesh, rules=RULES, **more)
@@ -154,7 +186,7 @@ def test_it_learns_what_float32_does(name, spec):
     mesh, _, step, state = started(name, spec)
     losses = np.array(steps(state, step, mesh, range(STEPS))[1])
     assert losses[0, 0] == pytest.approx(usual()[0, 0], rel=1e-5)
-    assert usual()[-1, 0] < 0.5 * usual()[0, 0]
+    assert usual()[-1, 0] < 0.7 * usual()[0, 0]
     if name == "int8":
         assert losses[0, 1] == pytest.approx(usual()[0, 1], rel=1e-2)
         np.testing.assert_allclose(losses[:, 0], usual()[:, 0], rtol=0.03)
@@ -176,7 +208,7 @@ def test_the_compiled_step_sends_a_quarter(spec):
     for name in ("float32", *NAMES):
         mesh, _, step, state = started(name, spec)
         report = inspect(step.lower(state, put(batch_of(0), mesh, RULES)).compile())
-        sent[name] = sum(n for axes, n in report.by_axes().items() if str(axes) == "data")
+        sent[name] = sum(n for axes, n in report.by_axes().items() if "data" in str(axes))
     assert sent["int8"] <= 0.27 * sent["float32"]
     assert sent["powersgd:2"] <= 0.27 * sent["float32"]
 
@@ -221,7 +253,7 @@ def test_what_cannot_be_is_refused():
     with pytest.raises(FwError, match="batch norm"):
         make_step(model, cross_entropy, tx, mesh=mesh, rules=RULES)
     there, _, step, state = started("int8", "data=8")
-    batch = {k: v[:4] for k, v in batch_of(0).items()}
+    batch = {name: x[:4] for name, x in batch_of(0).items()}
     with pytest.raises(FwError, match="a batch of 4 rows does not divide into 8 workers"):
         step(state, batch)
     assert there.shape["data"] == 8
