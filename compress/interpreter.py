@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding
 from quax import _compat, _primitives
 from quax._trace import _QuaxTrace
 
+from compress import parted_rules, rules  # noqa: F401  # register what each primitive does
 from compress.adapters import bare
 from compress.arrays import Compressed, describe, is_compressed
 

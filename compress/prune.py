@@ -291,7 +291,8 @@ def corrected(
             return mask(worth, pattern, gone, "kernel")
         # What fills the last block is chosen first, and does not count.
         filled = jnp.sum(~real) * np.int32(rows.shape[1])
-        stay = jnp.round(jnp.sum(real) * rows.shape[1] * np.float32(1 - gone)).astype(jnp.int32)
+        count = jnp.sum(real).astype(jnp.float32) * np.float32(rows.shape[1] * (1 - gone))
+        stay = jnp.round(count).astype(jnp.int32)
         worth = jnp.where(real[:, None], worth, np.float32(np.inf))
         return largest(keys(worth), jnp.maximum(stay, 1) + filled, (0, 1))
 

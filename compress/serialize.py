@@ -6,10 +6,13 @@ quantised one becomes a tensor for each of its parts,
     encoder/query/kernel:int8:float32:activations=int8    codes, and what they stand for
     encoder/query/kernel:scale                            float32 scales
 
-and a factored one two,
+and factored and packed ones two,
 
     encoder/query/kernel:factored:float32                 A
     encoder/query/kernel:b                                B
+
+    encoder/query/kernel:packed:float32:group=2,4         what stays of N of M
+    encoder/query/kernel:index                            where it was
 
 so a file needs no side channel, and a reader needs only `codes * scale` or `A @ B`: parts have the
 array's rank. What comes back from a file is checked before it is used;
@@ -26,12 +29,13 @@ import numpy as np
 from compress.arrays import PARTS, Quantized, is_compressed
 from compress.factored import Factored
 from compress.formats import FLOAT, FORMATS
+from compress.packed import Packed, bits_of
 from compress.transform import named_leaves
 
-FACTORED, SECOND = "factored", "b"
-"""The form of a factored array, and the part beside its first."""
+FACTORED, PACKED = "factored", "packed"
+"""The forms of arrays of parts other than codes and scales."""
 
-BESIDE = (*PARTS[1:], SECOND)
+BESIDE = (*PARTS[1:], "b", "index")
 """Parts that come with another."""
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -48,8 +52,8 @@ def to_arrays(tree: Any) -> dict[str, Any]:
     """Flatten a tree to named plain arrays.
 
     Args:
-        tree: nested dicts (or any pytree) of arrays, `Quantized` and `Factored`; no key may hold
-            ":" or "/".
+        tree: nested dicts (or any pytree) of arrays, `Quantized`, `Factored` and
+            `Packed`; no key may hold ":" or "/".
 
     Returns:
         Names as above to the arrays themselves, not copied, in the tree's order.
@@ -75,7 +79,11 @@ def to_arrays(tree: Any) -> dict[str, Any]:
                 arrays[f"{name}:{_form(leaf) if part == 'values' else part}"] = array
         elif isinstance(leaf, Factored) and (leaf.input, leaf.output) == (-2, -1):
             arrays[f"{name}:{FACTORED}:{leaf.a.dtype}"] = leaf.a
-            arrays[f"{name}:{SECOND}"] = leaf.b
+            arrays[f"{name}:b"] = leaf.b
+        elif isinstance(leaf, Packed) and (leaf.input, leaf.output) == (-2, -1):
+            group = ",".join(map(str, leaf.group))
+            arrays[f"{name}:{PACKED}:{leaf.values.dtype}:group={group}"] = leaf.values
+            arrays[f"{name}:index"] = leaf.index
         elif is_compressed(leaf):
             raise TypeError(
                 f"{name}: a {type(leaf).__name__} is no plain array; merge it, or save its own"
@@ -148,7 +156,7 @@ def _leaves(arrays: Mapping[str, Any]) -> dict[str, Any]:
             continue
         if path in leaves:
             raise ValueError(f"{path}: given twice, the second time as {name!r}")
-        make = _factored if form[:1] == [FACTORED] else _quantized
+        make = {FACTORED: _factored, PACKED: _packed}.get(form[0] if form else "", _quantized)
         leaves[path] = make(name, array, parts.pop(path, {})) if form else array
     if parts:
         raise ValueError(f"scales without values: {', '.join(sorted(parts))}")
@@ -157,12 +165,12 @@ def _leaves(arrays: Mapping[str, Any]) -> dict[str, Any]:
 
 def _factored(name: str, a: Any, parts: Mapping[str, Any]) -> Factored:
     path, *form = name.split(":")
-    if len(form) != 2 or form[1] not in DTYPES or set(parts) != {SECOND}:
+    if len(form) != 2 or form[1] not in DTYPES or set(parts) != {"b"}:
         raise ValueError(
             f"{name!r}: expected '<path>:{FACTORED}:<dtype>' with a dtype of {', '.join(DTYPES)}, "
-            f"and '<path>:{SECOND}' beside it"
+            "and '<path>:b' beside it"
         )
-    b, ndim = parts[SECOND], a.ndim
+    b, ndim = parts["b"], a.ndim
     fits = ndim >= 2 and b.ndim == ndim and a.shape[-1] == b.shape[-2] and all(a.shape + b.shape)
     one = fits and [m in (1, n) for n, m in zip(a.shape[:-2], b.shape[:-2], strict=True)]
     if not fits or not all(one or ()) or str(a.dtype) != form[1] or a.dtype != b.dtype:
@@ -171,6 +179,28 @@ def _factored(name: str, a: Any, parts: Mapping[str, Any]) -> Factored:
             f"{form[1]} [..., in, r] and [..., r, out]"
         )
     return Factored(a, b)
+
+
+def _packed(name: str, values: Any, parts: Mapping[str, Any]) -> Packed:
+    path, *form = name.split(":")
+    group = form[2].removeprefix("group=").split(",") if len(form) == 3 else []
+    if len(group) != 2 or not all(map(_whole, group)) or set(parts) != {"index"}:
+        raise ValueError(
+            f"{name!r}: expected '<path>:{PACKED}:<dtype>:group=N,M' and '<path>:index' beside it"
+        )
+    n, m = int(group[0]), int(group[1])
+    index, ndim, per = parts["index"], values.ndim, 8 // bits_of(m)
+    fits = 0 < n < m <= 256 and ndim >= 2 and index.ndim == ndim and all(values.shape)
+    if fits:
+        wanted = (*values.shape[:-2], values.shape[-2] // per, values.shape[-1])
+        fits = values.shape[-2] % n == 0 and values.shape[-2] % per == 0 and index.shape == wanted
+    dtypes = form[1] in DTYPES and str(values.dtype) == form[1] and str(index.dtype) == "uint8"
+    if not fits or not dtypes:
+        raise ValueError(
+            f"{path}: {values.dtype}{list(values.shape)} with places {index.dtype}"
+            f"{list(index.shape)}: expected {n} of {m} of {form[1]}, and uint8 of {per} places each"
+        )
+    return Packed(values, index, (n, m))
 
 
 def _quantized(name: str, values: Any, parts: Mapping[str, Any]) -> Quantized:

@@ -105,10 +105,14 @@ MEMBERS: dict[str, tuple[Any, float]] = {  # transform for a kind, largest relat
     ),
     "lowrank": (lambda k: compress.lowrank(rules(k, 31 if k == "dense" else 8)), 1.0),
     "lowrank aware": (lambda k: compress.lowrank(rules(k, 7), aware=True), 1.0),
+    "pruned": (lambda k: compress.prune(rules(k, 0.5)), 0.6),
+    "2:4": (lambda k: compress.prune(rules(k, "2:4")), 0.6),
+    "wanda": (lambda k: compress.prune(rules(k, 0.5), by="wanda"), 0.6),
+    "sparsegpt 2:4": (lambda k: compress.prune(rules(k, "2:4"), by="sparsegpt"), 0.8),
     "qat": (lambda k: compress.qat(rules(k, "int8")), 0.02),
 }
 FOR_TABLES = ("int8", "int8 asymmetric", "int4", "int4 clipped", "e4m3", "mxfp8", "mxfp4", "nvfp4",
-              "nf4", "qat")  # fmt: skip
+              "nf4", "qat", "pruned", "2:4")  # fmt: skip
 FOR_CONVOLUTIONS = [m for m in MEMBERS if m not in ("mxfp8", "mxfp4", "lora", "lora eva", "qlora")]
 PAIRS = [
     (member, kind)
@@ -120,7 +124,7 @@ FAST = [
     *(("int8", kind) for kind in KINDS),
     *(("int4", "scanned"), ("gptq", "scanned"), ("qlora", "scanned")),
     *(("smooth, int8", "dense"), ("nvfp4", "dense"), ("int8 static", "conv")),
-    *(("lowrank", "scanned"), ("lowrank aware", "conv")),
+    *(("lowrank", "scanned"), ("lowrank aware", "conv"), ("2:4", "scanned"), ("wanda", "conv")),
 ]
 
 
@@ -204,7 +208,7 @@ def test_recipes_replay_and_transforms_trace(member, kind):
     ]
     traced = jax.jit(transform)(params, stats)[0]
     assert jax.tree.structure(traced) == jax.tree.structure(small)
-    kinds = (compress.Quantized, compress.Factored)
+    kinds = (compress.Quantized, compress.Factored, compress.Packed)
     if all(isinstance(leaf, kinds) for _, leaf in named_leaves(small)[0]):
         equal(compress.from_arrays(compress.to_arrays(small), like=params), small)
 
@@ -228,7 +232,7 @@ def test_a_recipe_for_another_model_is_refused():
         ("", "transform None: expected one of"),
         ("transforms = []", "a list of one transform or more"),
         ("{", "neither TOML nor JSON"),
-        ('{"transform": "prune"}', "'prune': expected one of"),
+        ('{"transform": "cut"}', "'cut': expected one of"),
         ('{"transform": "quantize"}', "quantize: .*rules"),
         ('{"transform": "quantize", "rules": {"w": "int5"}}', "rule 'w': format 'int5'"),
         ('{"transform": "quantize", "rules": {"w": "int8"}, "speed": 1}', "unexpected .*speed"),
