@@ -34,6 +34,9 @@ _IN_FLIGHT = 1
 """GB that are read or compressed for writing at a time; orbax's 96 would be twice the state. That
 is 128 chunks: as many as orbax has files' reads under way."""
 
+_RANK = "rank"
+"""The figure that ranks checkpoints, where it is not the evaluation's."""
+
 _ERRORS = "optimizer/exchange/errors/"
 """Where a state has what workers have not sent yet."""
 
@@ -41,18 +44,26 @@ _ERRORS = "optimizer/exchange/errors/"
 class Checkpoints:
     """The checkpoints of one run folder; a context that waits for writes when it ends."""
 
-    def __init__(self, folder: Path, *, metric: str, keep_last: int = 1, keep_best: int = 1):
+    def __init__(
+        self, folder: Path, *, metric: str, keep_last: int = 1, keep_best: int = 1, since: int = 0
+    ):
         """Opens the folder.
 
         Args:
           folder: `RUN/checkpoints`.
           metric: the evaluation's figure that ranks them, the larger the better.
           keep_last, keep_best: how many of each stay on disk.
+          since: the step before which none is better than a later one.
         """
-        best = keep.BestN(get_metric_fn=lambda figures: figures[metric], n=keep_best)
+
+        def rank(figures: Any) -> float:
+            return figures.get(_RANK, figures[metric])
+
+        self._since = since
+        best = keep.BestN(get_metric_fn=rank, n=keep_best)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=keep.AnyPreservationPolicy([keep.LatestN(keep_last), best]),
-            best_fn=lambda figures: figures[metric],
+            best_fn=rank,
             best_mode="max",
             cleanup_tmp_directories=True,  # what a killed process left half-written
         )
@@ -80,9 +91,13 @@ class Checkpoints:
         self._manager.save(
             int(state.step),
             args=ocp.args.StandardSave(tree, chunks),
-            metrics=dict(metrics),
+            metrics={**metrics, **self._early(int(state.step))},
             force=True,
         )
+
+    def _early(self, step: int) -> dict[str, float]:
+        """What ranks a step that is too early; the later of two such is the better one."""
+        return {_RANK: step - 1e12} if step < self._since else {}
 
     def wait(self) -> None:
         """Returns when everything is written."""

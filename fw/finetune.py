@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from filelock import FileLock, Timeout
 from jax.sharding import Mesh
 
@@ -35,6 +36,7 @@ from fw.model import Model
 from fw.optimizer import learning_rate, optimizer
 from fw.processors import Change, Processor, Text, processor_of
 from fw.recipe import NEW, Finetune, locate
+from fw.sparsity import all_gone, sparsified
 from fw.step import Optimizer, initial_state, make_step
 from fw.table_optimizer import row_optimizer, with_tables
 from fw.tasks import Summary, Task
@@ -121,8 +123,7 @@ def finetune(recipe: Finetune, *, resume: bool = False) -> Path:
         "skipped_rows": len(prepared.skipped), "cut_tokens": prepared.cut,
         **({} if adapted is None else {"trainable_share": adapted.share}),
     }  # fmt: skip
-    tx = with_tables(optimizer(recipe, steps), model, row_optimizer(recipe, recipe, steps))
-    tx = with_exchange(tx, recipe.exchange, mesh)
+    tx = _optimizer(recipe, steps, model, learnt.variables["params"], mesh)
     step = _step(model, task, tx, recipe, prepared, adapted, batches, mesh, rules)
     with _alone(Path(recipe.run)):
         folder = run.create(recipe.run, settings, resume=resume, may_change=MAY_CHANGE)
@@ -139,7 +140,7 @@ def finetune(recipe: Finetune, *, resume: bool = False) -> Path:
 
         with Checkpoints(
             folder / run.CHECKPOINTS, metric=task.metric, keep_last=recipe.keep_last,
-            keep_best=recipe.keep_best,
+            keep_best=recipe.keep_best, since=all_gone(recipe, steps),
         ) as checkpoints:  # fmt: skip
             if resume:
                 if checkpoints.latest is not None:
@@ -353,6 +354,23 @@ def _try(model: Model, adapted: Adapted, batch: Any, mesh: Mesh, rules: Rules) -
             jax.eval_shape(model.apply, adapted.whole(adapted.trained.variables), batch)
     except (NotImplementedError, ValueError, TypeError) as error:
         raise FwError(f"lora: the model cannot be adapted on this mesh: {error}") from error
+
+
+def _optimizer(recipe: Finetune, steps: int, model: Model, params: Any, mesh: Mesh) -> Optimizer:
+    """What a recipe trains by: its optimiser, what it prunes, and how gradients are averaged.
+
+    Raises:
+      FwError: a rule of pruning matches nothing, or does not fit, or an exchange is not for tables.
+    """
+    tx = optimizer(recipe, steps)
+    if recipe.sparse:
+        tx = optax.chain(tx, sparsified(recipe, steps))
+        try:
+            jax.eval_shape(tx.init, params)
+        except ValueError as error:
+            raise FwError(str(error)) from error
+    tx = with_tables(tx, model, row_optimizer(recipe, recipe, steps))
+    return with_exchange(tx, recipe.exchange, mesh)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from fw.errors import FwError
 from fw.models.stack_layout import default_microbatches
 from fw.optimizer import AdamW
 from fw.processors import processor_of
+from fw.sparsity import Sparse
 from fw.table_optimizer import TableOptions
 from sharding.parallel.averages import exchange
 from sharding.parallel.pipeline import REMAT
@@ -82,7 +83,7 @@ _REMAT = {name or "none": name for name in REMAT}
 
 
 @dataclasses.dataclass(frozen=True)
-class Finetune(AdamW, TableOptions, LoraOptions, Distil):
+class Finetune(AdamW, TableOptions, LoraOptions, Distil, Sparse):
     """The recipe of a fine-tuning run; every field is an option of `fw finetune`.
 
     Attributes:
@@ -204,6 +205,7 @@ class Finetune(AdamW, TableOptions, LoraOptions, Distil):
         TableOptions.__post_init__(self)
         LoraOptions.__post_init__(self)
         Distil.__post_init__(self)
+        Sparse.__post_init__(self)
         choices = {"task": TASKS, "scheme": SCHEMES, "remat": _REMAT, "split": SPLITS}
         for name, known in choices.items():
             if (value := getattr(self, name)) not in known:
@@ -280,6 +282,8 @@ class Finetune(AdamW, TableOptions, LoraOptions, Distil):
             raise FwError(f"a teacher is for {', '.join(TAUGHT)}, not {self.task}")
         if self.teacher and self.lora:
             raise FwError("a teacher is for models that are trained whole; leave lora or it away")
+        if self.sparse and self.lora:
+            raise FwError("sparsity is for models that are trained whole; leave lora or it away")
         if self.lora and self.model in NEW:
             raise FwError(f"lora is for pretrained models; {self.model} is new: train it whole")
 
