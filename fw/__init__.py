@@ -7,7 +7,7 @@
 | `model`, `models`, `precision`, `convolve` | what it becomes |
 | `data`, `processors`, `tasks`, `metrics` | things to batches; what is minimised and counted |
 | `pruning`, `distillation`, `adaptation` | what is left, who teaches it, what of it is trained |
-| `optimizer`, `table_optimizer` | how far each step goes |
+| `optimizer`, `table_optimizer`, `sparsity`, `exchange` | how far a step goes, what it sends |
 | `step`, `train`, `evaluate`, `checkpoint` | training |
 | `generation` | text from a decoder |
 | `run`, `report`, `compression`, `export`, `tiles`, `compare` | what is left behind |
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         distillation,
         errors,
         evaluate,
+        exchange,
         export,
         finetune,
         generation,
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
         recipe,
         report,
         run,
+        sparsity,
         stages,
         step,
         table_optimizer,
@@ -78,6 +80,7 @@ __all__ = [
     "distillation",
     "errors",
     "evaluate",
+    "exchange",
     "export",
     "finetune",
     "generate",
@@ -99,6 +102,7 @@ __all__ = [
     "report",
     "run",
     "save",
+    "sparsity",
     "stages",
     "step",
     "table_optimizer",
