@@ -2,7 +2,7 @@
 
 | in the order of the flow | |
 | --- | --- |
-| `recipe`, `finetune`, `stages` | the line from end to end, a function for each stage |
+| `recipe`, `finetune`, `stages`, `pipeline` | the line from end to end, a function for each stage |
 | `assets`, `pretrained`, `hub`, `gguf` | what comes in |
 | `model`, `models`, `precision`, `convolve` | what it becomes |
 | `data`, `processors`, `tasks`, `metrics` | things to batches; what is minimised and counted |
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
         models,
         optimizer,
         options,
+        pipeline,
         precision,
         pretrained,
         processors,
@@ -94,6 +95,7 @@ __all__ = [
     "models",
     "optimizer",
     "options",
+    "pipeline",
     "precision",
     "pretrained",
     "processors",

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from fw import stages
+from fw import pipeline, stages
 from fw.compression import RECIPES
 from fw.data import SPLITS
 
@@ -45,10 +45,17 @@ def add_compress(subparsers: Any) -> argparse.ArgumentParser:
     _options(parser, "dev")
     parser.add_argument(
         "--recipe", default="int8", metavar="NAME|FILE",
-        help=f"{', '.join(RECIPES)}, or a .toml or .json file (default: %(default)s)",
+        help=f"{', '.join(RECIPES)}, or a .toml or .json file; one with [[stages]] runs all of "
+        "them in RUN/pipelines/NAME/, or goes on where it was (default: %(default)s)",
     )  # fmt: skip
 
     def run(arguments: argparse.Namespace) -> int:
+        if pipeline.is_pipeline(arguments.recipe):
+            folder = pipeline.pipeline(
+                arguments.folder, arguments.recipe, split=arguments.split, data=arguments.data
+            )
+            print(folder)
+            return 0
         text = stages.compress_run(
             arguments.folder,
             arguments.recipe,

@@ -1,0 +1,143 @@
+"""A recipe of stages, from a run to an artifact: in order, resumed to the same bits, refused."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+
+from fw import finetune as finetune_module
+from fw import pipeline, run
+from fw.cli import main
+from fw.errors import FwError
+from fw.recipe import Finetune
+from tests import tiny
+
+RECIPE = """
+[[stages]]
+stage = "prune"
+flops = 0.8
+
+[[stages]]
+stage = "distil"
+epochs = 2
+learning_rate = 1e-2
+
+[[stages]]
+stage = "compress"
+recipe = "int8"
+
+[[stages]]
+stage = "export"
+"""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A finished run, which tests copy."""
+    root = tmp_path_factory.mktemp("world")
+    model = tiny.make_model(root / "model", layers=2, seed=1)
+    data = tiny.make_reviews(root / "data")
+    words = ("finetune", "--task", "classify", "--length", "32", "--learning-rate", "1e-2",
+             "--precision", "f32", "--steps", "24", "--model", model, "--data", data)  # fmt: skip
+    assert main([str(w) for w in (*words, "--run", root / "run")]) == 0
+    return root
+
+
+@pytest.fixture
+def small(world, tmp_path):
+    shutil.copytree(world / "run", tmp_path / "run")
+    (tmp_path / "small.toml").write_text(RECIPE)
+    return tmp_path
+
+
+def compress(folder, status=0):
+    words = ("compress", folder / "run", "--recipe", folder / "small.toml")
+    assert main([str(w) for w in words]) == status
+
+
+def weights(folder):
+    work = folder / "run/pipelines/small"
+    return [
+        (work / name).read_bytes()
+        for name in (
+            "1-prune/model/model.safetensors",
+            "2-distil/model/model.safetensors",
+            "2-distil/compressed/int8/model.safetensors",
+            "artifact/model.safetensors",
+        )
+    ]
+
+
+def test_stages_run_in_order_and_resume_to_the_same_bits(
+    small, world, tmp_path_factory, capsys, monkeypatch
+):
+    compress(small)
+    said = capsys.readouterr().out
+    told = json.loads((small / "run/pipelines/small/pipeline.json").read_text())["stages"]
+    assert [entry["spec"]["stage"] for entry in told] == [
+        "start",
+        "prune",
+        "distil",
+        "compress",
+        "export",
+    ]
+    sizes = [entry["figures"]["bytes"] for entry in told[:4]]
+    assert sizes[0] > sizes[1] == sizes[2] > sizes[3]
+    assert "stage 4 of 4: export" in said
+
+    # A second one is killed in its second stage, goes on, and ends with the same bits.
+    other = tmp_path_factory.mktemp("other")
+    shutil.copytree(world / "run", other / "run")
+    (other / "small.toml").write_text(RECIPE)
+    whole = finetune_module.train
+
+    def killed(*args, **kwargs):
+        whole(*args, **{**kwargs, "steps": kwargs["steps"] // 2})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(finetune_module, "train", killed)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.pipeline(other / "run", other / "small.toml", say=lambda _: None)
+    monkeypatch.undo()
+    assert not (other / "run/pipelines/small/2-distil/model").exists()
+    capsys.readouterr()
+    compress(other)
+    said = capsys.readouterr().out
+    assert "(done before)" in said
+    assert "stage 1 of 4" not in said
+    assert weights(other) == weights(small)
+
+    # All is done: nothing is done again. Another last stage: only that.
+    compress(other)
+    assert "stage " not in capsys.readouterr().out
+    (other / "small.toml").write_text(RECIPE.replace('"int8"', '"int8-weights"'))
+    compress(other)
+    said = capsys.readouterr().out
+    assert "stage 2 of 4" not in said
+    assert "stage 3 of 4: compress" in said
+
+
+WRONG = {
+    "nothing": ("", "expected \\[\\[stages\\]\\]"),
+    "kind": ('[[stages]]\nstage = "shrink"', "stage 1: expected stage = one of prune"),
+    "option": ('[[stages]]\nstage = "prune"\nflop = 0.5', "unknown option 'flop'"),
+    "type": ('[[stages]]\nstage = "prune"\nflops = "half"', "flops is 'half'; expected float"),
+    "budget": ('[[stages]]\nstage = "prune"', "give parameters or flops"),
+    "own": ('[[stages]]\nstage = "distil"\nmodel = "x"', "unknown option 'model'"),
+    "value": ('[[stages]]\nstage = "distil"\ntemperature = 0.0', "temperature is 0.0"),
+    "recipe": ('[[stages]]\nstage = "compress"\nrecipe = "int3"', "recipe 'int3'"),
+    "order": ('[[stages]]\nstage = "export"\n[[stages]]\nstage = "export"', "export is the last"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_no_recipe_is_refused_before_anything_is_done(name, tmp_path):
+    text, message = WRONG[name]
+    (tmp_path / "small.toml").write_text(text)
+    config = dataclasses.asdict(Finetune(task="classify", data="reviews", model="model"))
+    (tmp_path / "run").mkdir()
+    run.write_json(tmp_path / "run" / run.CONFIG, {"config": config, "starts": []})
+    with pytest.raises(FwError, match=message):
+        pipeline.pipeline(tmp_path / "run", tmp_path / "small.toml")
+    assert not (tmp_path / "run/pipelines").exists()
