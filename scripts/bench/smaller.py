@@ -2,9 +2,9 @@
 
     .venv/bin/python scripts/bench/smaller.py runs/bank runs/bank-half runs/bank-half:int8
 
-The first is what the others are compared with. A variant after ":" is made if it is not there. Every
-one answers the whole test split; then artifacts of all are timed in turns on a batch of 16 × 64
-tokens (or 16 images), medians. Entries that are zero are counted as gone.
+The first is what the others are compared with. A variant after ":" is made if it is not there.
+Every one answers the whole test split; then artifacts of all are timed in turns on a batch of
+16 × 64 tokens (or 16 images), medians. Entries that are zero are counted as gone.
 """
 
 import argparse
