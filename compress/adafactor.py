@@ -58,9 +58,7 @@ class AdafactorState(NamedTuple):
     nu: Any
 
 
-def scale_by_adafactor(
-    decay: float = 0.8, epsilon: float = 1e-30, clip: float = 1.0
-) -> GradientTransformation:
+def scale_by_adafactor(decay: float = 0.8, epsilon: float = 1e-30, clip: float = 1.0) -> Any:
     """An optax transformation: gradients divided by roots of factored means of their squares.
 
     It chains, checkpoints and shards as any: rows and columns have the parameter's rank and lie as

@@ -18,7 +18,10 @@ from compress.scheme import in_stack
 
 
 class GradientTransformation(NamedTuple):
-    """What optax takes for one of its own: `optax.chain` and others only call these two."""
+    """What optax takes for one of its own: `optax.chain` and others only call these two.
+
+    What makes one says that it returns `Any`: to a type checker, too, it is optax's.
+    """
 
     init: Any
     update: Any
@@ -37,9 +40,7 @@ class Adam8bitState(NamedTuple):
     nu: Any
 
 
-def scale_by_adam_8bit(
-    b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8
-) -> GradientTransformation:
+def scale_by_adam_8bit(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Any:
     """An optax transformation: `optax.scale_by_adam` with moments of 8 bits.
 
     It chains, checkpoints and shards as any: a moment's codes have the shape of its parameter, its

@@ -5,6 +5,7 @@ pruned becomes, and stays, exactly zero. By magnitude nothing is kept for it: th
 parameters are the mask, wherever they lie and whatever reads them back.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from jax import lax
 from compress.adam import GradientTransformation
 from compress.patterns import Pattern, mask
 from compress.prune import Sparsity, as_sparsity
-from compress.scheme import in_stack, role_of
+from compress.scheme import core, in_stack, role_of
 from compress.transform import match
 
 CURVES = ("cubic", "constant")
@@ -29,7 +30,7 @@ class Schedule:
     """How much is pruned, by step.
 
     Attributes:
-        begin: the step after which the first entries go.
+        begin: the step after which the first entries go, from 1.
         end: the step after which all have gone.
         every: steps between, in which what is left learns.
         curve: "cubic", s · (1 − (1 − t)³) from begin to end, much at first, when much is of no
@@ -37,7 +38,7 @@ class Schedule:
 
     Source: Zhu & Gupta 2017, https://arxiv.org/abs/1710.01878.
 
-    >>> [round(float(Schedule(0, 100).part(step, 0.8)), 2) for step in (0, 50, 100, 200)]
+    >>> [round(float(Schedule(10, 110).part(step, 0.8)), 2) for step in (10, 60, 110, 200)]
     [0.0, 0.7, 0.8, 0.8]
     """
 
@@ -48,8 +49,8 @@ class Schedule:
 
     def __post_init__(self) -> None:
         """Check it."""
-        if not 0 <= self.begin <= self.end or self.every < 1:
-            raise ValueError(f"{self}: expected 0 ≤ begin ≤ end, and every of 1 or more")
+        if not 1 <= self.begin <= self.end or self.every < 1:
+            raise ValueError(f"{self}: expected 1 ≤ begin ≤ end, and every of 1 or more")
         if self.curve not in CURVES:
             raise ValueError(f"curve={self.curve!r}: expected one of {', '.join(CURVES)}")
 
@@ -79,7 +80,7 @@ class SparsifyState(NamedTuple):
     worth: Any
 
 
-def sparsify(rules: Any, schedule: Schedule, *, by: str = "magnitude") -> GradientTransformation:
+def sparsify(rules: Any, schedule: Schedule, *, by: str = "magnitude") -> Any:
     """An optax transformation that prunes parameters while they are trained; the last of a chain.
 
     Args:
@@ -107,7 +108,7 @@ def sparsify(rules: Any, schedule: Schedule, *, by: str = "magnitude") -> Gradie
     """
     if by not in WORTHS:
         raise ValueError(f"sparsify: by={by!r}: expected one of {', '.join(WORTHS)}")
-    pairs = rules.items() if isinstance(rules, dict) else rules
+    pairs = rules.items() if isinstance(rules, Mapping) else rules
     chosen = [(p, o if o == "keep" else as_sparsity(o)) for p, o in pairs]
 
     def option(path: str, shape: tuple[int, ...]) -> tuple[Sparsity, str] | None:
@@ -115,7 +116,7 @@ def sparsify(rules: Any, schedule: Schedule, *, by: str = "magnitude") -> Gradie
         if found is None or isinstance(found, str):
             return None
         role = found.role or role_of(path, shape)
-        if role is None:
+        if role is None or len(shape) < core(role) or not all(shape):
             raise ValueError(f"{path}: sparsify: shape {shape} has no usual role; give it one")
         if why := Pattern(found.pattern).unfit(shape, role):
             raise ValueError(f"{path}: sparsify: {why}")
@@ -174,11 +175,9 @@ def _kept(
     count: jax.Array,
     schedule: Schedule,
 ) -> jax.Array:
-    """Of the entries that are left, those that stay; what has gone is of the least worth."""
-    least = jnp.min(value) - 1
-    value = jnp.where(stays, value, least)
+    """Of the entries that are left, those that stay."""
     pattern = Pattern(option.pattern)
-    kept = mask(value, pattern, schedule.part(count, option.gone), role)
+    kept = mask(value, pattern, schedule.part(count, option.gone), role, alive=stays)
     return kept | (count < schedule.end) if pattern.group else kept
 
 

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
 
 from compress.arrays import describe, is_compressed
 from compress.calibrated import matrices, met, unmet
@@ -26,7 +27,7 @@ from compress.factored import Factored
 from compress.nearest import USUAL
 from compress.ranks import Spectrum, by_budget, by_energy
 from compress.scheme import SPATIAL, core, inputs, role_of
-from compress.transform import KEEP, Leafwise, Report, Rules, named_leaves
+from compress.transform import KEEP, Leafwise, Report, Rules, named_leaves, sharding_of
 
 AUTO = "auto"
 """What a rule says of leaves among which a budget chooses."""
@@ -168,15 +169,10 @@ class Lowrank(Leafwise):
         """See `Transform`."""
         if all(option == KEEP or option.rank is not None for _, option in self.rules):
             return super().__call__(params, stats)
-        exact = self.ranked(params, stats)
+        exact, whole = self._ranked(params, stats)
         new, report = exact.__call__(params, stats)
-        whole = {path for path, option in exact.rules if option == KEEP}
-        return new, tuple(
-            dataclasses.replace(r, applied="kept: no lower rank would do")
-            if r.path in whole and r.path not in dict(self.rules)
-            else r
-            for r in report
-        )
+        told = (dataclasses.replace(r, applied=whole.get(r.path, r.applied)) for r in report)
+        return new, tuple(told)
 
     def ranked(self, params: Any, stats: Mapping[str, Any] | None = None) -> "Lowrank":
         """The same transform with a rank for each leaf instead of parts of energy and a budget.
@@ -189,8 +185,13 @@ class Lowrank(Leafwise):
         Raises:
             ValueError: as the transform's call does; values are traced; the budget is too small.
         """
+        return self._ranked(params, stats)[0]
+
+    def _ranked(self, params: Any, stats: Any) -> tuple["Lowrank", dict[str, str]]:
+        """See `ranked`; and of leaves that it keeps, why."""
         leaves, _ = named_leaves(params)
         rules = self._choose(leaves)
+        why_kept: dict[str, str] = {}
         spectra: dict[str, Spectrum] = {}
         options: dict[str, Rank] = {}
         for (path, leaf), rule in zip(leaves, rules, strict=True):
@@ -200,6 +201,7 @@ class Lowrank(Leafwise):
             if why := self.unfit(leaf, option):
                 if self.strict:
                     raise ValueError(f"{path}: lowrank by rule {rule[0]!r}: {why}")
+                why_kept[path] = f"kept: {why}"
                 continue
             observed = self._observed(path, leaf, option, stats)
             if any(isinstance(x, Tracer) for x in jax.tree.leaves((leaf, observed))):
@@ -231,7 +233,10 @@ class Lowrank(Leafwise):
         }
         kept = [(pattern, option) for pattern, option in self.rules if pattern in used]
         kept = [(pattern, option) for pattern, option in kept if option == KEEP or option.rank]
-        return dataclasses.replace(self, rules=(*exact, *kept), budget=None)
+        for path, rank in found.items():
+            if rank is None:
+                why_kept[path] = "kept: no lower rank would do"
+        return dataclasses.replace(self, rules=(*exact, *kept), budget=None), why_kept
 
 
 def lowrank(
@@ -247,7 +252,8 @@ def lowrank(
         rules: glob pattern -> a rank; {"energy": 0.9}, the least part of Σ σ² to keep; "auto",
             whose ranks the budget chooses; or "keep". A rank alone, or None with a budget, is for
             every leaf whose path ends in "kernel" and that it fits. Arrays of a stack have the
-            largest rank that one of them needs.
+            largest rank that one of them needs. A rank that is given may take more numbers than the
+            leaf has; one that is chosen does not.
         aware: weigh directions by what meets the leaf, for the least error of outputs; needs
             statistics with Hessians.
         budget: part of the numbers of "auto" leaves that may stay, 0 to 1. Ranks go where a step
@@ -317,6 +323,10 @@ def _sigmas(leaf: Any, role: str, observed: Any) -> jax.Array:
 
 def _spectrum(leaf: Any, role: str | None, observed: Any) -> Spectrum:
     assert role is not None
+    if (where := sharding_of(leaf)) is not None:  # the same bits on every mesh, as in the leaf's
+        leaf, observed = jax.device_put(
+            (leaf, observed), NamedSharding(where.mesh, PartitionSpec())
+        )
     sigma = np.asarray(_sigmas(leaf, role, observed), np.float64)
     count, n_out = sigma.shape[0], leaf.shape[-1]
     n_in = leaf.size // count // n_out

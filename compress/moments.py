@@ -30,7 +30,8 @@ SMALL = 4096
 OCTAVES = 32
 """Powers of two that the codes of a mean of squares span; a root of it spans half as many."""
 
-LARGEST = np.float32(448)
+LARGEST, LITTLE = np.float32(448), np.float32(2.0**-100)
+"""Of e4m3; and the least block's largest that is not taken for 0."""
 
 
 class Moment(Compressed):
@@ -111,6 +112,8 @@ def coded(
     parts = list(x.shape)
     parts[at[0]] //= at[1]
     top = jnp.max(jnp.abs(blocked(x, parts)), axis=within(x.ndim))
+    # What is smaller is nothing: its reciprocal would be infinite.
+    top = jnp.where(top < LITTLE, np.float32(0), top)
     over = jnp.where(top == 0, np.float32(1), top)
     if positive:
         unit = x * spread(1 / over, x.shape)

@@ -96,7 +96,7 @@ class Packed(Parted):
         one = [1] * (len(shape) - at - 1)
         shift = (jnp.arange(per, dtype=jnp.uint8) * np.uint8(bits)).reshape(-1, *one)
         places = (jnp.expand_dims(self.index, at + 1) >> shift) & np.uint8(2**bits - 1)
-        groups = (*shape[:at], -1, n, *shape[at + 1 :])
+        groups = (*shape[:at], shape[at] // m, n, *shape[at + 1 :])
         places, values = places.reshape(groups), self.values.reshape(groups)
         every = jnp.arange(m, dtype=jnp.uint8).reshape(-1, *one)
         whole = jnp.zeros((), values.dtype)

@@ -173,10 +173,16 @@ def _reshape(w: Parted, *, new_sizes: Sequence[int], **params: Any) -> Parted:
             f"reshape of {describe(w)} to {list(new_sizes)}: only the axes before its input and "
             "output axis can be joined or split; leave this leaf out of the rules ('keep')"
         )
-    return w.map(
-        _by_rule(lax.reshape_p, new_sizes=new_sizes, **params),
-        lambda part, _: lax.reshape(part, (*new_sizes[:-2], *part.shape[-2:])),
-    )
+
+    def joined(part: jax.Array, _: Any) -> jax.Array:
+        if part.shape[:-2] != w.shape[:-2]:
+            raise NotImplementedError(
+                f"reshape of {describe(w)} to {list(new_sizes)} joins axes of its window; leave "
+                "this leaf out of the rules ('keep')"
+            )
+        return lax.reshape(part, (*new_sizes[:-2], *part.shape[-2:]))
+
+    return w.map(_by_rule(lax.reshape_p, new_sizes=new_sizes, **params), joined)
 
 
 @quax.register(lax.slice_p)

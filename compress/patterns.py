@@ -89,15 +89,15 @@ def keys(scores: jax.Array) -> jax.Array:
 
 
 def largest(order: jax.Array, stay: jax.Array | int, axes: Sequence[int]) -> jax.Array:
-    """Which are among the `stay` largest along axes; equals of the least stay, too.
+    """Which are the `stay` largest along axes; of equals the first.
 
     Args:
         order: uint32, as `keys` gives.
         stay: how many, 1 or more.
-        axes: that are counted over.
+        axes: that are counted over, one after another.
 
-    >>> largest(keys(jnp.array([3.0, 1.0, 2.0])), 2, (0,))
-    Array([ True, False,  True], dtype=bool)
+    >>> largest(keys(jnp.array([3.0, 1.0, 1.0])), 2, (0,))
+    Array([ True,  True, False], dtype=bool)
     """
 
     def bit(i: jax.Array, least: jax.Array) -> jax.Array:
@@ -105,8 +105,14 @@ def largest(order: jax.Array, stay: jax.Array | int, axes: Sequence[int]) -> jax
         enough = jnp.sum(order >= tried, axes, keepdims=True, dtype=jnp.int32) >= stay
         return jnp.where(enough, tried, least)
 
-    shape = [1 if k in {a % order.ndim for a in axes} else n for k, n in enumerate(order.shape)]
-    return order >= lax.fori_loop(0, 32, bit, jnp.zeros(shape, jnp.uint32))
+    own = sorted(axis % order.ndim for axis in axes)
+    shape = [1 if k in own else n for k, n in enumerate(order.shape)]
+    least = lax.fori_loop(0, 32, bit, jnp.zeros(shape, jnp.uint32))
+    above, equal = order > least, order == least
+    room = stay - jnp.sum(above, own, keepdims=True, dtype=jnp.int32)
+    row = (*order.shape[: own[0]], -1, *order.shape[own[-1] + 1 :])
+    turn = jnp.cumsum(equal.astype(jnp.int32).reshape(row), own[0]).reshape(order.shape)
+    return above | (equal & (turn <= room))
 
 
 def mask(
@@ -116,6 +122,7 @@ def mask(
     role: str,
     *,
     each_output: bool = False,
+    alive: jax.Array | None = None,
 ) -> jax.Array:
     """Which entries of an array stay, bool.
 
@@ -125,10 +132,15 @@ def mask(
         sparsity: the part that goes, 0 to 1; of N:M it is known.
         role: of the array, of `compress.scheme.ROLES`.
         each_output: the part goes of every output's inputs, not of all together.
+        alive: bool, of the array's shape: what may stay at all; None for everything.
 
     >>> mask(jnp.array([[4.0], [1.0], [2.0], [3.0]]), Pattern("2:4"), 0.5, "kernel").ravel()
     Array([ True, False, False,  True], dtype=bool)
     """
+    scores = scores.astype(jnp.float32)
+    if alive is not None:  # a sum of a block's is of what lives in it
+        dead = np.float32(0 if pattern.block else -np.inf)
+        scores = jnp.where(alive, scores, dead)
     if pattern.group:
         n, m = pattern.group
         axis = scores.ndim + inputs(role)[-1]
@@ -147,7 +159,10 @@ def mask(
     if pattern.block:
         parts[inputs(role)[-1]] //= pattern.block[0]
         parts[_output(role)] //= pattern.block[1]
-        scores = jnp.sum(blocked(scores.astype(jnp.float32), parts), within(len(parts)))
+        scores = jnp.sum(blocked(scores, parts), within(len(parts)))
+        if alive is not None:
+            lives = jnp.any(blocked(alive, parts), within(len(parts)))
+            scores = jnp.where(lives, scores, np.float32(-np.inf))
     axes = inputs(role) if each_output else tuple(range(-core(role), 0))
     count = math.prod(parts[k] for k in axes)
     stay = jnp.clip(jnp.round(count * (1 - jnp.asarray(sparsity, jnp.float32))), 1, count)

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 from compress.arrays import describe, is_compressed
 from compress.calibrated import matrices, met, unmet
@@ -152,7 +153,11 @@ class Prune(Leafwise):
             raise ValueError(
                 f"{path}: its scores are {list(np.shape(observed))}, and it is {list(leaf.shape)}"
             )
-        if observed is None or self.by == "scores":
+        if observed is None:
+            return None
+        if self.by == "scores":
+            if not isinstance(observed, Tracer) and bool(jnp.isnan(observed).any()):
+                raise ValueError(f"{path}: its scores hold NaN; look at what made them")
             return observed
         why = unmet(leaf, option.role, observed)
         if not why and observed.hessian is None:
@@ -179,10 +184,10 @@ class Prune(Leafwise):
                     length = jnp.sqrt(jnp.diagonal(seen.hessian, axis1=-2, axis2=-1))
                     worth = worth * length.reshape(*w.shape[:-1], 1)
             kept = mask(worth, pattern, option.gone, role, each_output=self.by == "wanda")
-            new = jnp.where(kept, w, np.float32(0))
+            new = jnp.where(kept, leaf, jnp.zeros((), leaf.dtype))
         new = new.astype(leaf.dtype)
-        packed = pattern.group and role != "table"
-        return Packed.of(new, pattern.group) if packed else new
+        group = pattern.group if role != "table" else None
+        return Packed.of(new, group) if group else new
 
     def _corrected(self, w: jax.Array, option: Sparsity, seen: Any) -> jax.Array:
         stack = matrices(w, option.role or "")
@@ -251,11 +256,11 @@ def gradient_scores(
     """
     slope, total = jax.jit(jax.grad(loss)), None
     for batch in batches:
-        grads = slope(params, batch)
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32), slope(params, batch))
         total = grads if total is None else jax.tree.map(jnp.add, total, grads)
     if total is None:
         raise ValueError("gradient_scores: expected a batch or more")
-    worth = jax.tree.map(lambda w, g: jnp.abs(w * g).astype(jnp.float32), params, total)
+    worth = jax.tree.map(lambda w, g: jnp.abs(w.astype(jnp.float32) * g), params, total)
     return dict(named_leaves(worth)[0])
 
 

@@ -39,7 +39,7 @@ def by_energy(spectrum: Spectrum, part: float, multiple: int = 1) -> int | None:
     2
     """
     carried = np.cumsum(spectrum.parts(), axis=-1)
-    enough = carried >= part * carried[:, -1:] * (1 - 1e-6)
+    enough = carried >= part * carried[:, -1:] * (1 - min(1e-6, 1 - part))
     rank = int(np.max(np.argmax(enough, axis=-1))) + 1
     rank = min(-(-rank // multiple) * multiple, spectrum.most)
     return rank if rank * spectrum.step < spectrum.whole else None

@@ -78,9 +78,14 @@ def to_arrays(tree: Any) -> dict[str, Any]:
             for part, array in leaf.parts():
                 arrays[f"{name}:{_form(leaf) if part == 'values' else part}"] = array
         elif isinstance(leaf, Factored) and (leaf.input, leaf.output) == (-2, -1):
+            if leaf.a.dtype != leaf.b.dtype or str(leaf.a.dtype) not in DTYPES:
+                kinds = f"{leaf.a.dtype} and {leaf.b.dtype}"
+                raise TypeError(f"{name}: factors of {kinds}; expected one of {', '.join(DTYPES)}")
             arrays[f"{name}:{FACTORED}:{leaf.a.dtype}"] = leaf.a
             arrays[f"{name}:b"] = leaf.b
         elif isinstance(leaf, Packed) and (leaf.input, leaf.output) == (-2, -1):
+            if str(leaf.values.dtype) not in DTYPES:
+                raise TypeError(f"{name}: {leaf.values.dtype}; expected {', '.join(DTYPES)}")
             group = ",".join(map(str, leaf.group))
             arrays[f"{name}:{PACKED}:{leaf.values.dtype}:group={group}"] = leaf.values
             arrays[f"{name}:index"] = leaf.index

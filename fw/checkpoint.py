@@ -179,6 +179,11 @@ def _as_stored(want: Any, there: Any) -> Any:
             spec = (kept, *x.sharding.spec[1:])
             abstract[path] = _resized(x, (count, *x.shape[1:]), spec)
         return jax.tree.unflatten(jax.tree.structure(want), list(abstract.values()))
+    if all(any(path.startswith(_ERRORS) for path in tree) for tree in (abstract, found)):
+        raise FwError(
+            "layers are stacked here and apart in the checkpoint, or the other way round, and what "
+            "an exchange of gradients keeps cannot follow; resume where they lie as they did"
+        )
     stored = {}
     for path in found:
         layer = layer_of(path)

@@ -32,16 +32,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from filelock import FileLock, Timeout
 
 from fw import hub, run, stages
 from fw.adaptation import LoraOptions
 from fw.compression import LIMIT, RECIPES
+from fw.compression import recipe as named_recipe
 from fw.distillation import Distil
 from fw.errors import FwError
 from fw.export.save import replacing
 from fw.finetune import MODEL, finetune
 from fw.hub.files import WEIGHTS
-from fw.recipe import Finetune, read_recipe
+from fw.recipe import NEW, Finetune, read_recipe
 from fw.sparsity import Sparse
 from sharding import make_mesh
 from sharding import rules as make_rules
@@ -124,20 +126,50 @@ def read(path: str | Path) -> tuple[Stage, ...]:
             if type(value) is not kind and not (kind is float and type(value) is int):
                 raise FwError(f"{where}: {name} is {value!r}; expected {kind.__name__}")
         found.append(Stage(entry["stage"], options))
-    for number, stage in enumerate(found, 1):
-        if stage.kind == "export" and number < len(found):
+    kinds = [stage.kind for stage in found]
+    for number, kind in enumerate(kinds, 1):
+        if kind == "export" and number < len(kinds):
             raise FwError(f"{path}: stage {number}: export is the last stage")
+        if kind != "export" and "compress" in kinds[: number - 1]:
+            raise FwError(f"{path}: stage {number}: {kind} comes after compress, which ends floats")
     return tuple(found)
 
 
-def pipeline(folder: str | Path, recipe: str | Path, *, split: str = "dev", data: str = "",
-             say: Callable[[str], None] = print) -> Path:  # fmt: skip
+@dataclass(frozen=True)
+class Given:
+    """What a pipeline is run with.
+
+    Attributes:
+      run: the finished run.
+      base: its recipe.
+      split: what is evaluated on.
+      mesh: devices by axis; training has the recipe's own.
+      data: where the run's data is now, if it has moved.
+    """
+
+    run: Path
+    base: Finetune
+    split: str = "dev"
+    mesh: str = "data=1"
+    data: str = ""
+
+
+def pipeline(
+    folder: str | Path,
+    recipe: str | Path,
+    *,
+    split: str = "dev",
+    mesh: str = "data=1",
+    data: str = "",
+    say: Callable[[str], None] = print,
+) -> Path:
     """Runs a recipe of stages on a finished run, or goes on with it.
 
     Args:
       folder: the run.
-      recipe: a TOML file.
+      recipe: a TOML file; files that it names lie beside it.
       split: what it is evaluated on after every stage.
+      mesh: devices by axis, for all but training, which has the run's or the stage's own.
       data: where the run's data is now, if it has moved.
       say: what lines of progress go to.
 
@@ -147,18 +179,27 @@ def pipeline(folder: str | Path, recipe: str | Path, *, split: str = "dev", data
     Raises:
       FwError: as `read` and the stages do; what was done stays.
     """
-    folder, recipe = Path(folder), Path(recipe)
-    listed = read(recipe)
-    work = folder / FOLDER / recipe.stem
-    base = read_recipe(folder)
+    folder, recipe = Path(folder).resolve(), Path(recipe).resolve()
+    given = Given(folder, read_recipe(folder), split, mesh, data)
+    listed = tuple(KINDS[s.kind].settle(s, recipe.parent) for s in read(recipe))
     for stage in listed:  # refuses now what would be refused after hours
-        KINDS[stage.kind].check(base, stage)
+        KINDS[stage.kind].check(given.base, stage)
+    work = folder / FOLDER / recipe.stem
     work.mkdir(parents=True, exist_ok=True)
-    done = _done(work, folder, listed)
-    place = Place(folder)
+    try:
+        with FileLock(work / ".lock").acquire(timeout=0):
+            return _run(work, given, listed, say)
+    except Timeout as error:
+        raise FwError(f"{work}: another process runs it; wait for it") from error
+
+
+def _run(work: Path, given: Given, listed: tuple[Stage, ...], say: Callable[[str], None]) -> Path:
+    start = {"stage": "start", "split": given.split}
+    done = _done(work, start, listed)
+    place = Place(given.run)
     if not done:
-        done.append({"spec": {"stage": "start"}, "figures": _measured(place, split, data)})
-        _write(work, folder, done)
+        done.append({"spec": start, "figures": _measured(place, given)})
+        _write(work, done)
     say(_line(done[0], done[0]))
     for number, stage in enumerate(listed, 1):
         where, kind = work / f"{number}-{stage.kind}", KINDS[stage.kind]
@@ -167,37 +208,43 @@ def pipeline(folder: str | Path, recipe: str | Path, *, split: str = "dev", data
             say(f"{_line(done[number], done[0])}  (done before)")
             continue
         say(f"stage {number} of {len(listed)}: {stage.kind}")
-        _write(work, folder, done, going=stage.spec())
+        _write(work, done, going=stage.spec())
         began = time.perf_counter()
-        kind.do(folder, place, where, stage, data)
+        kind.do(given, place, where, stage)
         place = kind.place(place, where, stage)
-        figures = {} if stage.kind == "export" else _measured(place, split, data)
+        figures = {} if stage.kind == "export" else _measured(place, given)
         seconds = time.perf_counter() - began
         done.append({"spec": stage.spec(), "seconds": seconds, "figures": figures})
-        _write(work, folder, done)
+        _write(work, done)
         say(_line(done[-1], done[0]))
     return work
 
 
-def _write(work: Path, folder: Path, done: list[dict[str, Any]], **going: Any) -> None:
-    run.write_json(work / STATE, {"run": str(folder.resolve()), "stages": done, **going})
+def _write(work: Path, done: list[dict[str, Any]], **going: Any) -> None:
+    run.write_json(work / STATE, {"stages": done, **going})
 
 
-def _done(work: Path, folder: Path, listed: tuple[Stage, ...]) -> list[dict[str, Any]]:
-    """What was done of these stages, in order; folders of other stages are removed."""
+def _done(work: Path, start: Mapping[str, Any], listed: tuple[Stage, ...]) -> list[dict[str, Any]]:
+    """What was done of these stages, in order; folders of other stages are removed.
+
+    A stage whose folder has gone was not done, nor what came after it.
+    """
     told = run.read_json(work / STATE) if (work / STATE).exists() else {}
-    if told.get("run") != str(folder.resolve()):
-        told = {}
-    done = list(told.get("stages", []))[:1]
-    for stage, entry in zip(listed, told.get("stages", [])[1:], strict=False):
-        if entry["spec"] != stage.spec():
+    before, going = list(told.get("stages", [])), told.get("going")
+    done = [entry for entry in before[:1] if entry["spec"] == start]
+    for number, (stage, entry) in enumerate(zip(listed, before[1:], strict=False), 1):
+        there = (work / f"{number}-{stage.kind}").is_dir() or stage.kind in ("compress", "export")
+        if not done or entry["spec"] != stage.spec() or not there:
             break
         done.append(entry)
     # One more may be under way, if it follows these and is what the recipe still says.
-    under_way = len(done) == len(told.get("stages", [])) <= len(listed)
-    under_way = under_way and bool(done) and told.get("going") == listed[len(done) - 1].spec()
-    for old in work.glob("[0-9]*-*"):
-        if int(old.name.partition("-")[0]) >= len(done) + under_way:
+    under_way = bool(done) and len(done) == len(before) <= len(listed)
+    under_way = under_way and going == listed[len(done) - 1].spec()
+    if len(done) < len(before):  # before anything of it goes
+        _write(work, done)
+    for old in work.iterdir():
+        number, _, kind = old.name.partition("-")
+        if number.isdecimal() and kind in KINDS and int(number) >= len(done) + under_way:
             shutil.rmtree(old)
     return done
 
@@ -214,15 +261,18 @@ def _line(entry: Mapping[str, Any], first: Mapping[str, Any]) -> str:
     )
 
 
-def _measured(place: Place, split: str, data: str) -> dict[str, Any]:
-    summary = stages.evaluate_run(place.folder, split, name=place.variant, data=data)
+def _measured(place: Place, given: Given) -> dict[str, Any]:
+    summary = stages.evaluate_run(
+        place.folder, given.split, name=place.variant, mesh=given.mesh, data=given.data
+    )
     if place.variant == "f32":
         where = {"mesh": make_mesh("data=1"), "rules": make_rules()}
         leaves = jax.tree.leaves(hub.load(place.folder / MODEL, **where).variables)
         size = sum(x.nbytes for x in leaves)
     else:
         size = (place.folder / stages.COMPRESSED / place.variant / WEIGHTS).stat().st_size
-    return {"metric": summary.metric, "value": float(summary.value), "bytes": size, "split": split}
+    figures = {"metric": summary.metric, "value": float(summary.value), "bytes": size}
+    return {**figures, "split": given.split}
 
 
 # --- the stages -------------------------------------------------------------------------------
@@ -239,23 +289,28 @@ def _check_prune(base: Finetune, stage: Stage) -> None:
         raise FwError(f"prune: by is {stage.options['by']!r}; expected {', '.join(stages.SCORES)}")
 
 
-def _prune(folder: Path, place: Place, where: Path, stage: Stage, data: str) -> None:
+def _prune(given: Given, place: Place, where: Path, stage: Stage) -> None:
     """A run with a smaller model, and no training of its own."""
-    _floats(place, stage)
-    shutil.rmtree(where, ignore_errors=True)
     with replacing(where) as part:
-        stages.prune_run(place.folder, part / MODEL, data=data, **stage.options)
+        stages.prune_run(
+            place.folder, part / MODEL, mesh=given.mesh, data=given.data, **stage.options
+        )
         shutil.copy(place.folder / run.CONFIG, part / run.CONFIG)
 
 
 def _trained(base: Finetune, stage: Stage, **own: Any) -> Finetune:
-    """The recipe of a stage that trains: the run's, with the stage's options."""
+    """The recipe of a stage that trains: the run's, with the stage's options.
+
+    What a run was that trained adapters, pruned, was taught or began anew is not inherited.
+    """
     fresh = {
         field.name: field.default
         for options in (LoraOptions, Distil, Sparse)
         for field in dataclasses.fields(options)
     }
-    fresh |= {"steps": 0, "evaluate_every": 0}
+    fresh |= {"steps": 0, "evaluate_every": 0, "config": ""}
+    if base.lora or base.model in NEW:
+        fresh["learning_rate"] = 0.0  # the usual one of what is trained whole
     return dataclasses.replace(base, **{**fresh, **own, **stage.options})
 
 
@@ -267,13 +322,11 @@ def _check_finetune(base: Finetune, stage: Stage) -> None:
     _trained(base, stage, model="model")
 
 
-def _train(folder: Path, place: Place, where: Path, stage: Stage, data: str) -> None:
-    _floats(place, stage)
-    teacher = {"teacher": str(folder)} if stage.kind == "distil" else {}
-    base = read_recipe(folder)
+def _train(given: Given, place: Place, where: Path, stage: Stage) -> None:
+    teacher = {"teacher": str(given.run)} if stage.kind == "distil" else {}
     recipe = _trained(
-        base, stage, model=str(place.folder / MODEL), run=str(where), data=data or base.data,
-        **teacher,
+        given.base, stage, model=str(place.folder / MODEL), run=str(where),
+        data=given.data or given.base.data, **teacher,
     )  # fmt: skip
     going = (where / run.CONFIG).exists()
     if not going:
@@ -281,24 +334,39 @@ def _train(folder: Path, place: Place, where: Path, stage: Stage, data: str) -> 
     finetune(recipe, resume=going)
 
 
-def _floats(place: Place, stage: Stage) -> None:
-    if place.variant != "f32":
-        raise FwError(f"{stage.kind}: comes after compress, whose codes it cannot change")
-
-
-def _check_compress(base: Finetune, stage: Stage) -> None:
+def _beside(stage: Stage, folder: Path) -> Stage:
+    """With the contents of a recipe's file in it: if they change, so does the stage."""
     name = stage.options.get("recipe", "int8")
-    if name not in RECIPES and not Path(name).is_file():
-        raise FwError(f"compress: recipe {name!r}: expected {', '.join(RECIPES)}, or a file")
+    if name in RECIPES:
+        return stage
+    path = folder / name
+    named_recipe(str(path), None)  # refuses what is no recipe
+    text = path.read_text(encoding="utf-8")
+    return Stage(stage.kind, {"recipe": str(path), "text": text})
 
 
-def _compress(folder: Path, place: Place, where: Path, stage: Stage, data: str) -> None:
-    _floats(place, stage)
-    stages.compress_run(place.folder, stage.options.get("recipe", "int8"), data=data)
+def _compress(given: Given, place: Place, where: Path, stage: Stage) -> None:
+    stages.compress_run(
+        place.folder, stage.options.get("recipe", "int8"), split=given.split, mesh=given.mesh,
+        data=given.data,
+    )  # fmt: skip
 
 
-def _export(folder: Path, place: Place, where: Path, stage: Stage, data: str) -> None:
+def _compressed(place: Place, where: Path, stage: Stage) -> Place:
+    name = stage.options.get("recipe", "int8")
+    return Place(place.folder, name if name in RECIPES else Path(name).stem)
+
+
+def _export(given: Given, place: Place, where: Path, stage: Stage) -> None:
     stages.export_run(place.folder, name=place.variant, output=where.parent / run.ARTIFACT)
+
+
+def _as_it_is(stage: Stage, folder: Path) -> Stage:
+    return stage
+
+
+def _there(place: Place, where: Path, stage: Stage) -> Place:
+    return Place(where)
 
 
 @dataclass(frozen=True)
@@ -308,18 +376,16 @@ class _Kind:
     Attributes:
       options: their types by name.
       check: `check(recipe of the run, stage)`, before anything is done.
-      do: `do(run, place, folder of the stage, stage, data)`.
+      do: `do(given, place, folder of the stage, stage)`.
       place: where the pipeline is after it.
+      settle: the stage, with what lies in files beside the recipe.
     """
 
     options: Mapping[str, type]
     check: Callable[[Finetune, Stage], None]
-    do: Callable[[Path, Place, Path, Stage, str], None]
+    do: Callable[[Given, Place, Path, Stage], None]
     place: Callable[[Place, Path, Stage], Place]
-
-
-def _there(place: Place, where: Path, stage: Stage) -> Place:
-    return Place(where)
+    settle: Callable[[Stage, Path], Stage] = _as_it_is
 
 
 _OPTIONS: Mapping[str, type] = {
@@ -332,10 +398,7 @@ KINDS: Mapping[str, _Kind] = {
     "prune": _Kind(PRUNE, _check_prune, _prune, _there),
     "distil": _Kind(_OPTIONS, _check_distil, _train, _there),
     "finetune": _Kind(_OPTIONS, _check_finetune, _train, _there),
-    "compress": _Kind(
-        COMPRESS, _check_compress, _compress,
-        lambda place, _, stage: Place(place.folder, Path(stage.options.get("recipe", "int8")).stem),
-    ),
+    "compress": _Kind(COMPRESS, _no_check, _compress, _compressed, _beside),
     "export": _Kind({}, _no_check, _export, lambda place, *_: place),
-}  # fmt: skip
+}
 """What a stage may be."""

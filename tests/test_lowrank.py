@@ -203,6 +203,14 @@ def test_a_budget_is_kept_and_replays(seed=11):
     assert jax.tree.structure(jax.eval_shape(again, params)[0]) == jax.tree.structure(small)
 
 
+def test_a_report_says_why_a_leaf_is_kept():
+    params = {"a": {"kernel": np.eye(8, dtype="f")}, "b": {"kernel": np.ones(8, "f")}}
+    report = compress.lowrank(budget=0.9)(params)[1]
+    assert [r.applied[:15] for r in report] == ["rank 3", "kept: shape (8,)"[:15]]
+    report = compress.lowrank({"a/kernel": {"energy": 1.0}})(params)[1]
+    assert report[0].applied == "kept: no lower rank would do"
+
+
 def test_factors_go_through_files():
     small, _ = compress.lowrank({"up/kernel": 3})(KINDS["dense"][1])
     arrays = compress.to_arrays(small)

@@ -109,6 +109,14 @@ def test_means_of_squares_follow_gradients_that_fall():
     assert a @ b > 0.97 * np.linalg.norm(a) * np.linalg.norm(b)
 
 
+def test_what_is_smaller_than_all_else_is_nothing():
+    x = jnp.full((64, 64), 1e-36)
+    for positive in (False, True):
+        moment = coded(x, positive=positive)
+        assert isinstance(moment, Moment)
+        np.testing.assert_array_equal(moment.dense(), 0)
+
+
 def test_zeros_stay_and_what_is_not_finite_is_not_hidden():
     tx = compress.scale_by_adam_8bit()
     state = tx.init({"w": jnp.ones((64, 64))})

@@ -116,6 +116,17 @@ def test_stages_run_in_order_and_resume_to_the_same_bits(
     said = capsys.readouterr().out
     assert "stage 2 of 4" not in said
     assert "stage 3 of 4: compress" in said
+    # A stage whose folder has gone, and what follows, is done again; the rest is not lost.
+    shutil.rmtree(other / "run/pipelines/small/2-distil")
+    (other / "small.toml").write_text(RECIPE.partition('[[stages]]\nstage = "compress"')[0])
+    moved = other.with_name("moved")
+    other.rename(moved)
+    compress(moved)
+    said = capsys.readouterr().out
+    assert "stage 1 of 2" not in said
+    assert "stage 2 of 2: distil" in said
+    files = "run/pipelines/small/2-distil/model/model.safetensors"
+    assert (moved / files).read_bytes() == (small / files).read_bytes()
 
 
 WRONG = {
@@ -126,8 +137,12 @@ WRONG = {
     "budget": ('[[stages]]\nstage = "prune"', "give parameters or flops"),
     "own": ('[[stages]]\nstage = "distil"\nmodel = "x"', "unknown option 'model'"),
     "value": ('[[stages]]\nstage = "distil"\ntemperature = 0.0', "temperature is 0.0"),
-    "recipe": ('[[stages]]\nstage = "compress"\nrecipe = "int3"', "recipe 'int3'"),
+    "recipe": ('[[stages]]\nstage = "compress"\nrecipe = "int3"', "int3': expected one of int8"),
     "order": ('[[stages]]\nstage = "export"\n[[stages]]\nstage = "export"', "export is the last"),
+    "floats": (
+        '[[stages]]\nstage = "compress"\n[[stages]]\nstage = "distil"',
+        "distil comes after compress",
+    ),
 }
 
 

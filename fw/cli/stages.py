@@ -52,7 +52,11 @@ def add_compress(subparsers: Any) -> argparse.ArgumentParser:
     def run(arguments: argparse.Namespace) -> int:
         if pipeline.is_pipeline(arguments.recipe):
             folder = pipeline.pipeline(
-                arguments.folder, arguments.recipe, split=arguments.split, data=arguments.data
+                arguments.folder,
+                arguments.recipe,
+                split=arguments.split,
+                mesh=arguments.mesh,
+                data=arguments.data,
             )
             print(folder)
             return 0

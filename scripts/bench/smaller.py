@@ -12,9 +12,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
+import compress
+from compress.transform import named_leaves
 from fw import report, stages
 from fw.compare import compare
 
@@ -28,12 +29,13 @@ def side(name: str, folder: Path, split: str) -> dict[str, Any]:
         stages.compress_run(of, variant)
     summary = stages.evaluate_run(of, split, name=variant)
     opened = stages.open_run(of)
-    leaves = jax.tree_util.tree_leaves_with_path(opened.loaded.variables["params"])
     left = {"all": 0, "layers": 0}
-    for path, leaf in leaves:
-        count = int(np.count_nonzero(np.asarray(leaf)))
+    for path, leaf in named_leaves(stages.variant(opened, variant)[0]["params"])[0]:
+        factors = isinstance(leaf, compress.Factored)
+        parts = (leaf.a, leaf.b) if factors else (compress.dequantize(leaf),)
+        count = sum(int(np.count_nonzero(np.asarray(part))) for part in parts)
         left["all"] += count
-        left["layers"] += count * ("layers" in jax.tree_util.keystr(path))
+        left["layers"] += count * ("layers" in path.split("/"))
     stages.export_run(of, name=variant, output=folder)
     return {"metric": summary.metric, "value": summary.figures, "left": left}
 
@@ -58,7 +60,8 @@ def main() -> int:
         value, one = (100 * known[n]["value"][metric] for n in (name, first))
         cells = [f"{value:.2f}", f"{value - one:+.2f}"]
         for key in ("layers", "all"):
-            cells.append(f"{known[name]['left'][key] / max(1, known[first]['left'][key]):.3f}")
+            left, whole = (known[n]["left"][key] for n in (name, first))
+            cells.append(f"{left / whole:.3f}" if whole else "–")
         size, ms = (timed[name][k] for k in ("bytes", "latency_ms"))
         cells += [f"{size / 1e6:.1f}", f"{timed[first]['bytes'] / size:.2f}"]
         cells += [f"{ms:.1f}", f"{timed[first]['latency_ms'] / ms:.2f}"]

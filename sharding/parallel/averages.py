@@ -29,6 +29,9 @@ WORKERS = "data"
 BLOCK = 256
 """Numbers that share a scale on the wire."""
 
+NARROW = 16
+"""Rows or columns of which a matrix has fewer, that are not worth thin ones."""
+
 EXACT = lax.Precision.HIGHEST
 
 BUCKET = 2**22
@@ -102,7 +105,7 @@ class Int8:
         kept, where = jax.tree.leaves(state["errors"]), treedef.flatten_up_to(shardings)
         mesh, count = where[0].mesh, len(leaves)
         if mesh.shape[WORKERS] == 1:
-            return jax.tree.map(lambda g: g[0], grads), state
+            return _alone(grads, state)
         specs = tuple(w.spec for w in where)
         own = tuple(PartitionSpec(WORKERS, *s) for s in specs)
 
@@ -182,7 +185,8 @@ class PowerSGD:
         P = orthonormal(mean of M·Q),   Q ← mean of Mᵀ·P,   average = P·Qᵀ
 
     Q goes on from step to step, a power iteration. Leading axes are a stack of matrices. Arrays of
-    one axis, and those of which thin ones would be no smaller, are averaged as they are.
+    one axis, narrow ones, and those of which thin ones would be no smaller are averaged as they
+    are.
 
     Attributes:
         rank: r.
@@ -199,7 +203,8 @@ class PowerSGD:
 
     def thin(self, shape: Sequence[int]) -> bool:
         """Whether an array's average goes by thin ones."""
-        return len(shape) > 1 and self.rank * sum(shape[-2:]) < math.prod(shape[-2:])
+        wide = len(shape) > 1 and min(shape[-2:]) >= NARROW  # not the biases of a stack of layers
+        return wide and self.rank * sum(shape[-2:]) < math.prod(shape[-2:])
 
     def init(self, params: Any, workers: int) -> Any:
         """See `Exchange.init`."""
@@ -236,7 +241,7 @@ class PowerSGD:
         leaves, treedef = jax.tree.flatten(grads)
         mesh = jax.tree.leaves(shardings)[0].mesh
         if mesh.shape[WORKERS] == 1:
-            return jax.tree.map(lambda g: g[0], grads), state
+            return _alone(grads, state)
         errors = treedef.flatten_up_to(state["errors"])
         thin = [i for i, e in enumerate(errors) if e is not None]
 
@@ -265,6 +270,15 @@ class PowerSGD:
         for i, e in zip(thin, left, strict=True):
             errors[i] = e
         return treedef.unflatten(means), {"factors": new, "errors": treedef.unflatten(errors)}
+
+
+def _alone(grads: Any, state: Any) -> tuple[Any, Any]:
+    """Of one worker, what it found, and what it has not sent yet when it was one of several."""
+    leaves, treedef = jax.tree.flatten(grads)
+    kept = treedef.flatten_up_to(state["errors"])
+    means = [g[0] if e is None else (g + e)[0] for g, e in zip(leaves, kept, strict=True)]
+    nothing = jax.tree.map(jnp.zeros_like, state["errors"])
+    return treedef.unflatten(means), {**state, "errors": nothing}
 
 
 def _errors(params: Any, workers: int) -> Any:
