@@ -153,7 +153,9 @@ def mask(
             other = lax.slice_in_dim(order, k, k + 1, axis=axis + 1)
             return (other > order) | ((other == order) & (k < place))
 
-        ahead = sum(before(k).astype(jnp.int32) for k in range(m))
+        ahead = jnp.zeros(order.shape, jnp.int32)
+        for k in range(m):
+            ahead = ahead + before(k).astype(jnp.int32)
         return (ahead < n).reshape(scores.shape)
     parts = list(scores.shape)
     if pattern.block:
