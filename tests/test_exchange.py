@@ -246,9 +246,8 @@ def test_what_cannot_be_is_refused():
     mesh = make_mesh("data=4")
     with pytest.raises(FwError, match="has tables"):
         with_exchange((1, 2), "int8", mesh)
-    model = Model(
-        None, lambda key: {}, lambda *_: None, {"params": {}, "state": {"mean": ("embed",)}}
-    )
+    axes = {"params": {}, "state": {"mean": ("embed",)}}
+    model = Model(None, lambda key: {}, _apply, axes)
     tx = with_exchange(optimizer(AdamW(), 3), "int8", mesh)
     with pytest.raises(FwError, match="batch norm"):
         make_step(model, cross_entropy, tx, mesh=mesh, rules=RULES)
