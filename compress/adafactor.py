@@ -16,6 +16,7 @@ from compress.adam import GradientTransformation
 from compress.arrays import Compressed, is_compressed, place_part
 from compress.moments import SMALL
 from compress.scheme import in_stack
+from compress.transform import path_name
 
 
 class RowsColumns(Compressed):
@@ -83,7 +84,7 @@ def scale_by_adafactor(decay: float = 0.8, epsilon: float = 1e-30, clip: float =
 
     def init(params: Any) -> AdafactorState:
         nu = jax.tree_util.tree_map_with_path(
-            lambda path, p: _zeros(p.shape, _stacked(path)), params
+            lambda path, p: _zeros(p.shape, in_stack(path_name(path))), params
         )
         return AdafactorState(jnp.zeros((), jnp.int32), nu)
 
@@ -105,7 +106,7 @@ def scale_by_adafactor(decay: float = 0.8, epsilon: float = 1e-30, clip: float =
             else:
                 v = beta * v + (1 - beta) * square
                 u = wide * jax.lax.rsqrt(v)
-            own = tuple(range(_stacked(path), u.ndim))
+            own = tuple(range(in_stack(path_name(path)), u.ndim))
             rms = jnp.sqrt(jnp.mean(jnp.square(u), own, keepdims=True))
             return (u / jnp.maximum(1, rms / np.float32(clip))).astype(g.dtype), v
 
@@ -124,7 +125,3 @@ def _zeros(shape: tuple[int, ...], stacked: bool) -> Any:
         return jnp.zeros(shape, jnp.float32)
     rows, columns = (*shape[:-1], 1), (*shape[:-2], 1, shape[-1])
     return RowsColumns(jnp.zeros(rows, jnp.float32), jnp.zeros(columns, jnp.float32))
-
-
-def _stacked(path: Any) -> bool:
-    return in_stack(jax.tree_util.keystr(path, simple=True, separator="/"))

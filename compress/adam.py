@@ -15,6 +15,7 @@ import numpy as np
 from compress.arrays import is_compressed
 from compress.moments import chance, coded, start
 from compress.scheme import in_stack
+from compress.transform import path_name
 
 
 class GradientTransformation(NamedTuple):
@@ -68,7 +69,10 @@ def scale_by_adam_8bit(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) ->
     def init(params: Any) -> Adam8bitState:
         def zeros(positive: bool) -> Any:
             return jax.tree_util.tree_map_with_path(
-                lambda path, p: start(p.shape, positive=positive, stacked=_stacked(path)), params
+                lambda path, p: start(
+                    p.shape, positive=positive, stacked=in_stack(path_name(path))
+                ),
+                params,
             )
 
         return Adam8bitState(jnp.zeros((), jnp.int32), zeros(False), zeros(True))
@@ -80,15 +84,15 @@ def scale_by_adam_8bit(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) ->
         least = 1 - np.float32(b1) ** steps, 1 - np.float32(b2) ** steps
 
         def one(path: Any, seed: Any, g: jax.Array, m: Any, v: Any) -> tuple[Any, Any, Any]:
-            wide, stacked = g.astype(jnp.float32), _stacked(path)
+            wide, stacked = g.astype(jnp.float32), in_stack(path_name(path))
             m = np.float32(b1) * _floats(m) + np.float32(1 - b1) * wide
             v = np.float32(b2) * _floats(v) + np.float32(1 - b2) * jnp.square(wide)
             step = (m / least[0]) / (jnp.sqrt(v / least[1]) + np.float32(eps))
             noise = chance(v.shape, seed)
             return (
                 step.astype(g.dtype),
-                coded(m, positive=False, stacked=stacked),
-                coded(v, positive=True, stacked=stacked, noise=noise),
+                coded(m, stacked=stacked),
+                coded(v, noise=noise, stacked=stacked),
             )
 
         pairs, treedef = jax.tree_util.tree_flatten_with_path(updates)
@@ -108,7 +112,3 @@ def scale_by_adam_8bit(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) ->
 
 def _floats(moment: Any) -> jax.Array:
     return moment.dense() if is_compressed(moment) else moment
-
-
-def _stacked(path: Any) -> bool:
-    return in_stack(jax.tree_util.keystr(path, simple=True, separator="/"))

@@ -21,7 +21,7 @@ from jax import lax
 from compress import products
 from compress.arrays import Compressed, Quantized, describe, is_compressed, place_part
 from compress.backends import Dims
-from compress.parted import Parted, einsum, letters
+from compress.parted import Parted, einsum, letters, lie
 
 TINY = np.float32(1e-30)
 """The least squared norm: a column of zeros stays one, and is not divided by zero."""
@@ -183,13 +183,8 @@ class LoRA(Parted):
     def place(self, spec: Any) -> "LoRA":
         """See `Compressed.place`: A lies with the kernel's inputs, B and m with its outputs."""
         shape = self.aval().shape
-
-        def at(part: Any, axes: tuple[int, ...]) -> Any:
-            kept = [n if k in axes else 1 for k, n in enumerate(shape)]
-            return place_part(jax.ShapeDtypeStruct(kept, jnp.float32), shape, spec)
-
         whole = place_part(jax.ShapeDtypeStruct(shape, jnp.float32), shape, spec, "values")
-        return self.map(lambda w: w.place(spec) if is_compressed(w) else whole, at)
+        return self.map(lambda w: w.place(spec) if is_compressed(w) else whole, lie(shape, spec))
 
     def cast(self, base: Callable[[Any], Any], dtype: Any) -> "LoRA":
         """See `Parted.cast`; scales and magnitudes stay float32."""

@@ -97,6 +97,18 @@ def unmet(leaf: Any, role: str, observed: Observed) -> str:
     return ""
 
 
+def unweighed(leaf: Any, role: str, observed: Observed) -> str:
+    """Why statistics do not weigh a leaf's inputs by pairs, in words, or "".
+
+    >>> from compress.observed import measure
+    >>> unweighed(jnp.ones((4, 2)), "kernel", measure(jnp.ones((5, 4)), channels=1))
+    'its statistics have no Hessian; ask for it: observe(fn, hessians=[its path])'
+    """
+    if observed.hessian is None:
+        return "its statistics have no Hessian; ask for it: observe(fn, hessians=[its path])"
+    return unmet(leaf, role, observed)
+
+
 def unscaled(leaf: Any, scheme: Scheme, observed: Observed) -> str:
     """Why a static scale of activations cannot be told from statistics, in words, or "".
 

@@ -143,7 +143,7 @@ def _dot(eqn: Any, values: Sequence[Any], links: Links, walk: Walk, found: Found
 
         def one(order=(*lead, *rows, *channels), hessian=hessian, x=x) -> Observed:
             there = jnp.transpose(walk.apart(x), order)
-            return measure(there, channels=len(channels), stack=len(lead), hessian=hessian)  # noqa: B023
+            return measure(there, channels=len(channels), stack=len(lead), hessian=hessian)  # noqa: B023  # called within its turn of the loop
 
         _record(found, link, use, walk.once(x, (lead, channels, hessian), one))
 

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from compress.arrays import describe, place_part
+from compress.arrays import describe
 from compress.backends import Conv
-from compress.parted import Parted, einsum, letters
+from compress.parted import Parted, einsum, letters, lie
 
 
 class Factored(Parted):
@@ -82,13 +82,7 @@ class Factored(Parted):
 
     def place(self, spec: Any) -> "Factored":
         """See `Compressed.place`: A lies with the array's inputs, B with its outputs."""
-        shape = self.aval().shape
-
-        def at(part: Any, axes: tuple[int, ...]) -> Any:
-            kept = [n if k in axes else 1 for k, n in enumerate(shape)]
-            return place_part(jax.ShapeDtypeStruct(kept, jnp.float32), shape, spec)
-
-        return self.map(lambda none: none, at)
+        return self.map(lambda none: none, lie(self.aval().shape, spec))
 
     def cast(self, base: Callable[[Any], Any], dtype: Any) -> "Factored":
         """See `Parted.cast`."""

@@ -24,7 +24,7 @@ import numpy as np
 from jax import lax
 
 from compress.arrays import Quantized
-from compress.calibrated import Calibrated, matrices, met, unfit_method
+from compress.calibrated import Calibrated, matrices, met, unfit_method, unweighed
 from compress.nearest import ByScheme, finished
 from compress.prepare import usual
 from compress.scheme import (
@@ -74,9 +74,8 @@ class Gptq(ByScheme, Calibrated):
 
     def unmet(self, leaf: Any, option: Scheme, observed: Any) -> str:
         """See `Calibrated.unmet`."""
-        if observed.hessian is None:
-            return "its statistics have no Hessian; ask for it: observe(fn, hessians=[its path])"
-        return super().unmet(leaf, option, observed)
+        assert option.role is not None
+        return unweighed(leaf, option.role, observed) or super().unmet(leaf, option, observed)
 
     def leaf(self, leaf: Any, option: Scheme, observed: Any) -> Quantized:
         """See `Leafwise.leaf`."""

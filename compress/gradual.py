@@ -18,7 +18,7 @@ from compress.adam import GradientTransformation
 from compress.patterns import Pattern, mask
 from compress.prune import Sparsity, as_sparsity
 from compress.scheme import core, in_stack, role_of
-from compress.transform import match
+from compress.transform import match, path_name
 
 CURVES = ("cubic", "constant")
 
@@ -123,13 +123,13 @@ def sparsify(rules: Any, schedule: Schedule, *, by: str = "magnitude") -> Any:
         return found, role
 
     def init(params: Any) -> SparsifyState:
-        paths = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+        paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
         for pattern, _ in chosen:
             if paths and not any(match(pattern, path) for path in paths):
                 raise ValueError(f"sparsify: rule {pattern!r} matches no path")
 
         def scores(path: Any, p: jax.Array) -> jax.Array:
-            if option(_name(path), p.shape) is not None and by != "magnitude":
+            if option(path_name(path), p.shape) is not None and by != "magnitude":
                 return jnp.zeros(p.shape, jnp.float32)
             return jnp.zeros(_one(path, p.shape), jnp.float32)
 
@@ -160,7 +160,7 @@ def sparsify(rules: Any, schedule: Schedule, *, by: str = "magnitude") -> Any:
             return jnp.where(kept, u, -w), worth
 
         each = [treedef.flatten_up_to(tree) for tree in (params, state.worth)]
-        new = [one(_name(path), u, *own) for (path, u), *own in zip(leaves, *each, strict=True)]
+        new = [one(path_name(path), u, *own) for (path, u), *own in zip(leaves, *each, strict=True)]
         out, worth = (treedef.unflatten([x[k] for x in new]) for k in range(2))
         return out, SparsifyState(count, worth)
 
@@ -181,11 +181,7 @@ def _kept(
     return kept | (count < schedule.end) if pattern.group else kept
 
 
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
 def _one(path: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
     """One entry, and one for each layer of a stack, as where layers are apart."""
-    stacked = in_stack(_name(path))
+    stacked = in_stack(path_name(path))
     return (*shape[:stacked], *[1] * (len(shape) - stacked))

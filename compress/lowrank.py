@@ -22,7 +22,7 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from compress.arrays import describe, is_compressed
-from compress.calibrated import matrices, met, unmet
+from compress.calibrated import matrices, met, unweighed
 from compress.factored import Factored
 from compress.nearest import USUAL
 from compress.ranks import Spectrum, by_budget, by_energy
@@ -139,10 +139,7 @@ class Lowrank(Leafwise):
         observed = super()._observed(path, leaf, option, stats)
         if observed is None:
             return None
-        why = unmet(leaf, option.role, observed)
-        if not why and observed.hessian is None:
-            why = "its statistics have no Hessian; ask for it: observe(fn, hessians=[its path])"
-        if why:
+        if why := unweighed(leaf, option.role, observed):
             raise ValueError(f"{path}: lowrank: {why}")
         return observed
 

@@ -92,18 +92,18 @@ def block_of(shape: Sequence[int], *, stacked: bool = False) -> tuple[int, int] 
 
 
 def coded(
-    x: jax.Array, *, positive: bool, stacked: bool = False, noise: jax.Array | None = None
+    x: jax.Array, *, noise: jax.Array | None = None, stacked: bool = False
 ) -> jax.Array | Moment:
     """A moment in codes, or as it is where no block fits.
 
     Args:
         x: float32, of the parameter's shape.
-        positive: whether it is a mean of squares.
+        noise: float32 in [0, 1) of x's shape, by which a mean of squares is rounded; None for one
+            of both signs, rounded to nearest.
         stacked: whether its first axis is that of layers.
-        noise: float32 in [0, 1) of x's shape, for rounding by chance; of means of squares.
 
     >>> x = jnp.linspace(-1, 1, 4096).reshape(16, 256)
-    >>> float(jnp.abs(coded(x, positive=False).dense() - x).max()) < 0.04
+    >>> float(jnp.abs(coded(x).dense() - x).max()) < 0.04
     True
     """
     at = block_of(x.shape, stacked=stacked)
@@ -115,7 +115,7 @@ def coded(
     # What is smaller is nothing: its reciprocal would be infinite.
     top = jnp.where(top < LITTLE, np.float32(0), top)
     over = jnp.where(top == 0, np.float32(1), top)
-    if positive:
+    if noise is not None:
         unit = x * spread(1 / over, x.shape)
         return Moment(_power_code(unit, noise), top, True)
     unit = x * spread(LARGEST / over, x.shape)
@@ -141,14 +141,14 @@ def _power(code: jax.Array) -> jax.Array:
     return jnp.exp2((code - np.float32(255)) * np.float32(OCTAVES / 255))
 
 
-def _power_code(unit: jax.Array, noise: jax.Array | None) -> jax.Array:
-    """uint8 codes of what is in (0, 1]: one of both neighbours, by chance or the nearest."""
+def _power_code(unit: jax.Array, noise: jax.Array) -> jax.Array:
+    """uint8 codes of what is in (0, 1]: one of both neighbours, by chance."""
     log = jnp.log2(jnp.maximum(unit, np.float32(2.0**-OCTAVES)))
     low = jnp.clip(jnp.floor(log * np.float32(255 / OCTAVES)) + np.float32(255), 0, 254)
     below, above = _power(low), _power(low + 1)
     # Where between them it lies, so that the mean of what is chosen is what was given.
     part = (unit - below) / (above - below)
-    up = part > (np.float32(0.5) if noise is None else noise)
+    up = part > noise
     return (low + up.astype(jnp.float32)).astype(jnp.uint8)
 
 

@@ -13,7 +13,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 
-from compress.arrays import Compressed
+from compress.arrays import Compressed, place_part
 
 
 class Parted(Compressed):
@@ -48,6 +48,17 @@ class Parted(Compressed):
 
     def check_cut(self, sizes: Sequence[int]) -> None:
         """Refuses a cut to `sizes` that would change what it stands for."""
+
+
+def lie(shape: Sequence[int], spec: Any) -> Callable[[Any, tuple[int, ...]], Any]:
+    """Where a part lies, by the axes along which it is cut as the whole is: for `Parted.map`."""
+
+    def at(part: Any, axes: tuple[int, ...]) -> Any:
+        del part
+        kept = [n if k in axes else 1 for k, n in enumerate(shape)]
+        return place_part(jax.ShapeDtypeStruct(kept, jnp.float32), shape, spec)
+
+    return at
 
 
 def letters(w: Parted, x: jax.Array, dims: Any) -> tuple[list[str], list[str], list[str]]:

@@ -22,7 +22,7 @@ from compress.backends import Conv
 from compress.factored import Factored
 from compress.packed import Packed
 from compress.parted import Parted
-from compress.rules import swapped
+from compress.rules import operands, swapped
 
 
 @quax.register(lax.dot_general_p)
@@ -36,14 +36,7 @@ def _dot(
     out_sharding: Any = None,
     **_: Any,
 ) -> jax.Array:
-    x = jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.floating) or out_sharding is not None:
-        raise NotImplementedError(
-            f"dot_general of {describe(w)}: the other operand must be floating and out_sharding "
-            f"unset; got {x.dtype} and out_sharding={out_sharding}"
-        )
-    ((contract, contract_w), (batch, batch_w)) = dimension_numbers
-    dims = ((tuple(contract), tuple(contract_w)), (tuple(batch), tuple(batch_w)))
+    x, dims = operands(x, w, dimension_numbers, out_sharding)
     return w.dot(x, dims, dtype=preferred_element_type, precision=precision)
 
 

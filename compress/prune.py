@@ -22,7 +22,7 @@ from jax import lax
 from jax.core import Tracer
 
 from compress.arrays import describe, is_compressed
-from compress.calibrated import matrices, met, unmet
+from compress.calibrated import matrices, met, unweighed
 from compress.gptq_solver import BLOCK, HIGHEST, factor
 from compress.nearest import USUAL
 from compress.packed import Packed
@@ -159,10 +159,7 @@ class Prune(Leafwise):
             if not isinstance(observed, Tracer) and bool(jnp.isnan(observed).any()):
                 raise ValueError(f"{path}: its scores hold NaN; look at what made them")
             return observed
-        why = unmet(leaf, option.role, observed)
-        if not why and observed.hessian is None:
-            why = "its statistics have no Hessian; ask for it: observe(fn, hessians=[its path])"
-        if why:
+        if why := unweighed(leaf, option.role, observed):
             raise ValueError(f"{path}: prune: {why}")
         return observed
 

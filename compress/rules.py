@@ -20,8 +20,8 @@ from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 
 from compress import products
-from compress.arrays import Quantized, describe, place_part
-from compress.backends import Conv
+from compress.arrays import Compressed, Quantized, describe, place_part
+from compress.backends import Conv, Dims
 from compress.blocks import regroup
 
 
@@ -36,14 +36,7 @@ def _dot(
     out_sharding: Any = None,
     **_: Any,
 ) -> jax.Array:
-    x = jnp.asarray(x)
-    (contract, contract_w), (batch, batch_w) = ((tuple(a), tuple(b)) for a, b in dimension_numbers)
-    if not jnp.issubdtype(x.dtype, jnp.floating) or out_sharding is not None:
-        raise NotImplementedError(
-            f"dot_general of {describe(w)}: the other operand must be floating and out_sharding "
-            f"unset; got {x.dtype} and out_sharding={out_sharding}"
-        )
-    dims = ((contract, contract_w), (batch, batch_w))
+    x, dims = operands(x, w, dimension_numbers, out_sharding)
     return products.dot(x, w, dims, dtype=preferred_element_type, precision=precision)
 
 
@@ -52,6 +45,24 @@ def _dot_swapped(
     w: Quantized, x: ArrayLike, *, dimension_numbers: Any, precision: Any = None, **params: Any
 ) -> jax.Array:
     return swapped(_dot, w, x, dimension_numbers, precision, **params)
+
+
+def operands(
+    x: ArrayLike, w: Compressed, numbers: Any, out_sharding: Any
+) -> tuple[jax.Array, Dims]:
+    """The activations of a dot, and its dimension numbers as tuples.
+
+    Raises:
+        NotImplementedError: no compressed array has such a dot.
+    """
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating) or out_sharding is not None:
+        raise NotImplementedError(
+            f"dot_general of {describe(w)}: the other operand must be floating and out_sharding "
+            f"unset; got {x.dtype} and out_sharding={out_sharding}"
+        )
+    (contract, contract_w), (batch, batch_w) = ((tuple(a), tuple(b)) for a, b in numbers)
+    return x, ((contract, contract_w), (batch, batch_w))
 
 
 def swapped(

@@ -24,7 +24,7 @@ import numpy as np
 
 from compress.adapters import LoRA, Trained
 from compress.arrays import Quantized, describe, is_compressed
-from compress.calibrated import met, unmet
+from compress.calibrated import met, unweighed
 from compress.learned import Learned
 from compress.nearest import USUAL
 from compress.observed import Observed
@@ -180,10 +180,7 @@ class Lora(Leafwise):
         observed = super()._observed(path, leaf, option, stats)
         if observed is None:
             return None
-        why = unmet(leaf, "kernel", observed)
-        if not why and observed.hessian is None:
-            why = "its statistics have no Hessian; ask for it: observe(fn, hessians=[its path])"
-        if why:
+        if why := unweighed(leaf, "kernel", observed):
             raise ValueError(f"{path}: lora: {why}")
         return observed
 

@@ -78,6 +78,11 @@ def _match(pattern: Sequence[str], keys: Sequence[str]) -> bool:
     return bool(keys) and fnmatchcase(keys[0], pattern[0]) and _match(pattern[1:], keys[1:])
 
 
+def path_name(path: Any) -> str:
+    """A key path of `jax.tree_util` as "encoder/0/kernel"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
 def named_leaves(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
     """The leaves of a tree with their paths, a compressed array being one leaf.
 
@@ -88,7 +93,7 @@ def named_leaves(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
     ['layers/0/kernel']
     """
     pairs, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_compressed)
-    return [(jax.tree_util.keystr(p, simple=True, separator="/"), x) for p, x in pairs], treedef
+    return [(path_name(p), x) for p, x in pairs], treedef
 
 
 class Transform(ABC):

@@ -43,6 +43,7 @@ from fw.tasks import Summary, Task
 from fw.train import Progress, train
 from sharding import Rules, make_mesh, put, scope
 from sharding import rules as make_rules
+from sharding.parallel.averages import workers
 
 MODEL = "model"
 """The folder in a run with its best parameters, as transformers reads those it knows."""
@@ -404,6 +405,8 @@ def _announce(
     if loaded.folder is None:
         count = sum(x.size for x in jax.tree.leaves(loaded.variables["params"]))
         progress.say(f"a new {recipe.model} of {count:,} parameters")
+    if recipe.exchange != "float32" and workers(make_mesh(recipe.mesh)) == 1:
+        progress.say(f"exchange {recipe.exchange}: data is 1, so that no gradients are exchanged")
     if adapted is not None:
         progress.say(f"{100 * adapted.share:.2f} % of the parameters are trained")
         for message in adapted.left:

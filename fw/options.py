@@ -17,6 +17,17 @@ COMPUTED: Mapping[str, str] = {
 """Fields of a config that say how a model is computed, and who says it."""
 
 
+def check_choices(options: Any, choices: Mapping[str, Collection[str]]) -> None:
+    """Refuses a field that is none of what it may be.
+
+    Raises:
+      FwError: its name, its value, and what was expected.
+    """
+    for name, known in choices.items():
+        if (value := getattr(options, name)) not in known:
+            raise FwError(f"{name} {value!r} is unknown; choose one of {', '.join(known)}")
+
+
 def add_options(
     parser: argparse.ArgumentParser, record: type, *, without: Collection[str] = ()
 ) -> None:

@@ -31,10 +31,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 from filelock import FileLock, Timeout
 
-from fw import hub, run, stages
+from fw import run, stages
 from fw.adaptation import LoraOptions
 from fw.compression import LIMIT, RECIPES
 from fw.compression import recipe as named_recipe
@@ -42,11 +41,8 @@ from fw.distillation import Distil
 from fw.errors import FwError
 from fw.export.save import replacing
 from fw.finetune import MODEL, finetune
-from fw.hub.files import WEIGHTS
 from fw.recipe import NEW, Finetune, read_recipe
 from fw.sparsity import Sparse
-from sharding import make_mesh
-from sharding import rules as make_rules
 
 FOLDER, STATE = "pipelines", "pipeline.json"
 """In a run, where pipelines are; in one of them, what was done."""
@@ -265,12 +261,9 @@ def _measured(place: Place, given: Given) -> dict[str, Any]:
     summary = stages.evaluate_run(
         place.folder, given.split, name=place.variant, mesh=given.mesh, data=given.data
     )
-    if place.variant == "f32":
-        where = {"mesh": make_mesh("data=1"), "rules": make_rules()}
-        leaves = jax.tree.leaves(hub.load(place.folder / MODEL, **where).variables)
-        size = sum(x.nbytes for x in leaves)
-    else:
-        size = (place.folder / stages.COMPRESSED / place.variant / WEIGHTS).stat().st_size
+    made = place.folder / stages.COMPRESSED / place.variant
+    files = (place.folder / MODEL if place.variant == "f32" else made).glob("*.safetensors")
+    size = sum(file.stat().st_size for file in files)
     figures = {"metric": summary.metric, "value": float(summary.value), "bytes": size}
     return {**figures, "split": given.split}
 

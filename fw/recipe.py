@@ -20,6 +20,7 @@ from fw.distillation import Distil
 from fw.errors import FwError
 from fw.models.stack_layout import default_microbatches
 from fw.optimizer import AdamW
+from fw.options import check_choices
 from fw.processors import processor_of
 from fw.sparsity import Sparse
 from fw.table_optimizer import TableOptions
@@ -207,9 +208,7 @@ class Finetune(AdamW, TableOptions, LoraOptions, Distil, Sparse):
         Distil.__post_init__(self)
         Sparse.__post_init__(self)
         choices = {"task": TASKS, "scheme": SCHEMES, "remat": _REMAT, "split": SPLITS}
-        for name, known in choices.items():
-            if (value := getattr(self, name)) not in known:
-                raise FwError(f"{name} {value!r} is unknown; choose one of {', '.join(known)}")
+        check_choices(self, choices)
         self._check_paths()
         precision.policy(self.precision)
         if self.exchange != "float32":

@@ -15,7 +15,7 @@ from compress.nearest import USUAL
 from compress.patterns import Pattern
 from compress.prune import Sparsity
 from fw.errors import FwError
-from fw.options import parted
+from fw.options import check_choices, parted
 
 BEGIN = 0.1
 """The part of all steps after which the first entries go."""
@@ -47,10 +47,7 @@ class Sparse:
 
     def __post_init__(self):
         """Checks them."""
-        choices = {"sparsity_by": WORTHS, "sparsity_curve": CURVES}
-        for name, known in choices.items():
-            if (value := getattr(self, name)) not in known:
-                raise FwError(f"{name} {value!r} is unknown; choose one of {', '.join(known)}")
+        check_choices(self, {"sparsity_by": WORTHS, "sparsity_curve": CURVES})
         try:
             group = Pattern(self.sparsity_pattern).group
         except ValueError as error:

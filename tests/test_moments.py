@@ -67,22 +67,19 @@ def test_layers_have_the_same_state_stacked_and_apart():
 def test_codes_are_near_and_means_of_squares_are_right_in_the_mean():
     """A code is off by at most half of what lies between codes, or, by chance, all of it."""
     x = normal(3, 64, 256) * np.geomspace(1e-3, 10, 64, dtype=np.float32)[:, None]
-    m = coded(jnp.asarray(x), positive=False)
+    m = coded(jnp.asarray(x))
     assert isinstance(m, Moment)
     # e4m3 has three bits of mantissa, and 2⁻⁹ / 448 of the largest as its least step.
     bound = np.maximum(np.abs(x) / 16, np.abs(x).max(1, keepdims=True) * 2**-10 / 448) * 1.01
     assert (np.abs(np.asarray(m.dense()) - x) <= bound).all()
     v = np.square(x) + np.float32(1e-30)
     step = 2 ** (32 / 255)
-    near = coded(jnp.asarray(v), positive=True)
+    near = coded(jnp.asarray(v), noise=jnp.full(v.shape, 0.5))
     assert isinstance(near, Moment)
     least = v.max(1, keepdims=True) * 2.0**-32
     apart = np.abs(np.log2(np.asarray(near.dense()) / np.maximum(v, least)))
     assert (apart <= np.log2(step)).all()
-    drawn = [
-        coded(jnp.asarray(v), positive=True, noise=chance(v.shape, jnp.uint32(i)))
-        for i in range(200)
-    ]
+    drawn = [coded(jnp.asarray(v), noise=chance(v.shape, jnp.uint32(i))) for i in range(200)]
     mean = np.mean([np.asarray(d.dense()) for d in drawn if isinstance(d, Moment)], axis=0)
     inside = v > v.max(1, keepdims=True) * 2.0**-31
     spread = (step - 1) / 2 / np.sqrt(200)
@@ -111,8 +108,8 @@ def test_means_of_squares_follow_gradients_that_fall():
 
 def test_what_is_smaller_than_all_else_is_nothing():
     x = jnp.full((64, 64), 1e-36)
-    for positive in (False, True):
-        moment = coded(x, positive=positive)
+    for noise in (None, jnp.zeros(x.shape)):
+        moment = coded(x, noise=noise)
         assert isinstance(moment, Moment)
         np.testing.assert_array_equal(moment.dense(), 0)
 
