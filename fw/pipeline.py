@@ -138,6 +138,7 @@ class Given:
     Attributes:
       run: the finished run.
       base: its recipe.
+      beside: the folder of the pipeline's recipe, where files that it names are.
       split: what is evaluated on.
       mesh: devices by axis; training has the recipe's own.
       data: where the run's data is now, if it has moved.
@@ -145,6 +146,7 @@ class Given:
 
     run: Path
     base: Finetune
+    beside: Path
     split: str = "dev"
     mesh: str = "data=1"
     data: str = ""
@@ -176,7 +178,7 @@ def pipeline(
       FwError: as `read` and the stages do; what was done stays.
     """
     folder, recipe = Path(folder).resolve(), Path(recipe).resolve()
-    given = Given(folder, read_recipe(folder), split, mesh, data)
+    given = Given(folder, read_recipe(folder), recipe.parent, split, mesh, data)
     listed = tuple(KINDS[s.kind].settle(s, recipe.parent) for s in read(recipe))
     for stage in listed:  # refuses now what would be refused after hours
         KINDS[stage.kind].check(given.base, stage)
@@ -334,15 +336,13 @@ def _beside(stage: Stage, folder: Path) -> Stage:
         return stage
     path = folder / name
     named_recipe(str(path), None)  # refuses what is no recipe
-    text = path.read_text(encoding="utf-8")
-    return Stage(stage.kind, {"recipe": str(path), "text": text})
+    return Stage(stage.kind, {"recipe": name, "text": path.read_text(encoding="utf-8")})
 
 
 def _compress(given: Given, place: Place, where: Path, stage: Stage) -> None:
-    stages.compress_run(
-        place.folder, stage.options.get("recipe", "int8"), split=given.split, mesh=given.mesh,
-        data=given.data,
-    )  # fmt: skip
+    name = stage.options.get("recipe", "int8")
+    recipe = name if name in RECIPES else str(given.beside / name)
+    stages.compress_run(place.folder, recipe, split=given.split, mesh=given.mesh, data=given.data)
 
 
 def _compressed(place: Place, where: Path, stage: Stage) -> Place:

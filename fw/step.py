@@ -156,16 +156,17 @@ def make_step(
             value, extra, average, kept = tx.gradients(
                 gradients, given, state.optimizer["exchange"], mesh, rules, lie.variables["params"]
             )
-            grads = average, kept
+            grads = average, {}
         else:
             value, _, extra, grads = gradients(*given)
+            kept = None
         metrics = {
             "loss": value,
-            "grad_norm": optax.tree.norm(grads[0] if isinstance(tx, WithExchange) else grads),
+            "grad_norm": optax.tree.norm(grads),
             "tokens": jnp.sum(batch.get("segment_ids", jnp.zeros((), jnp.int32)) > 0),
         }
         with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an i32 power
-            params, moments = _updated(model, tx, state, ids, grads)
+            params, moments = _updated(model, tx, state, ids, grads, kept)
         return TrainState(state.step + 1, {"params": params, "state": extra}, moments), metrics
 
     # The state stays where it lies: left alone, the compiler may lay the new one out otherwise.
@@ -228,16 +229,17 @@ def _gradients(
 
 
 def _updated(
-    model: Model, tx: Optimizer, state: TrainState, ids: Mapping[str, jax.Array], grads: Any
-) -> tuple[Any, Any]:
-    """The parameters and the optimiser's state after gradients.
+    model: Model, tx: Optimizer, state: TrainState, ids: Mapping[str, jax.Array], grads: Any,
+    kept: Any,
+) -> tuple[Any, Any]:  # fmt: skip
+    """The parameters and the optimiser's state after gradients (of parameters, of rows by path).
 
-    These are of parameters and of rows by path; or, exchanged, their average and what that kept.
+    What an exchange keeps of them is part of the state.
     """
     params, moments = state.variables["params"], state.optimizer
     if isinstance(tx, WithExchange):
         updates, dense = tx.dense.update(grads[0], moments["dense"], params)
-        return optax.apply_updates(params, updates), {"dense": dense, "exchange": grads[1]}
+        return optax.apply_updates(params, updates), {"dense": dense, "exchange": kept}
     if not isinstance(tx, WithTables):
         updates, moments = tx.update(grads[0], moments, params)
         return optax.apply_updates(params, updates), moments

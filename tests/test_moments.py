@@ -88,7 +88,10 @@ def test_codes_are_near_and_means_of_squares_are_right_in_the_mean():
 
 
 def test_means_of_squares_follow_gradients_that_fall():
-    """Rounded to nearest they would stand: a step moves them by a thousandth, a code is a tenth."""
+    """Of half of a block: rounded to nearest, they would stay where they were.
+
+    A step moves them by a thousandth, and a code is a tenth. A whole block moves with its scale.
+    """
     tx, plain = compress.scale_by_adam_8bit(), optax.scale_by_adam()
     params = {"w": jnp.zeros((64, 64))}
     state: Any = tx.init(params)
@@ -96,7 +99,8 @@ def test_means_of_squares_follow_gradients_that_fall():
     update, reference = jax.jit(tx.update), jax.jit(plain.update)
     size = 10 ** (normal(0, 64, 64) / 2)
     for step in range(2000):
-        grads = {"w": normal(step + 1, 64, 64) * size * np.float32(3 if step < 500 else 0.3)}
+        falls = np.where(np.arange(64) < 32, 3 if step < 500 else 0.3, 3).astype(np.float32)
+        grads = {"w": normal(step + 1, 64, 64) * size * falls}
         got, state = update(grads, state)
         with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an i32 power
             want, other = reference(grads, other)
