@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from fw import metrics
+from fw import metrics, precision
 from fw.data import eval_batches
 from fw.data.rows import AnyRows
 from fw.errors import FwError
-from fw.model import Batch
+from fw.model import Batch, Model
 from fw.tasks import CATALOGUE, Summary, Task
 from sharding import Rules, constrain, put, scope
 from sharding.processes.cluster import beat
@@ -39,6 +39,12 @@ class Counter:
     call: Callable[[Any, Batch], tuple[Any, jax.Array | None]]
     task: Task
     index: Callable[[Any, Batch], Any] | None = None
+
+
+def forward(model: Model, policy: str) -> Forward:
+    """`(variables, batch) -> logits` of a model under a precision policy, for evaluation."""
+    apply = precision.apply(model.apply, policy)
+    return lambda variables, batch: apply(variables, batch)[0]
 
 
 def make_counter(forward: Forward, task: Task) -> Counter:

@@ -8,12 +8,10 @@ file is also the example to copy where a recipe does not fit.
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from reprlib import repr as shown
 from typing import Any
 
 import jax
@@ -22,14 +20,15 @@ import optax
 from filelock import FileLock, Timeout
 from jax.sharding import Mesh
 
-from fw import assets, data, hub, precision, report, run
-from fw.adaptation import Adapted, adapt, coded, transform
+from fw import answers, assets, hub, report, run
+from fw.adaptation import coded
 from fw.checkpoint import Checkpoints
-from fw.compression import calibrated
+from fw.data.files import OnBadRow
+from fw.data.pack import Packed
 from fw.data.rows import AnyRows
-from fw.distillation import Loss, distilled
+from fw.data.unlabelled import UNLABELLED, heard, read_unlabelled
 from fw.errors import FwError
-from fw.evaluate import Forward, evaluate, make_counter
+from fw.evaluate import evaluate, forward, make_counter
 from fw.exchange import with_exchange
 from fw.json_files import is_writer
 from fw.model import Model
@@ -37,22 +36,14 @@ from fw.optimizer import learning_rate, optimizer
 from fw.processors import Change, Processor, Text, processor_of
 from fw.recipe import NEW, Finetune, locate
 from fw.sparsity import all_gone, sparsified
-from fw.step import Optimizer, initial_state, make_step
+from fw.step import Optimizer, initial_state
 from fw.table_optimizer import row_optimizer, with_tables
-from fw.tasks import Summary, Task
+from fw.tasks import Summary
 from fw.train import Progress, train
-from sharding import Rules, make_mesh, put, scope
+from fw.training import Training, begin
+from sharding import Rules, make_mesh, put
 from sharding import rules as make_rules
 from sharding.parallel.averages import workers
-
-MODEL = "model"
-"""The folder in a run with its best parameters, as transformers reads those it knows."""
-
-CALIBRATION = 24
-"""Batches of training that show an adapter what its kernel meets, if it asks."""
-
-ADAPTER = "adapter"
-"""The folder with the adapter alone, as PEFT reads it, of a run that trained one."""
 
 # What a resumed run may do differently: none of it changes a number but in its last digits.
 MAY_CHANGE = ("run", "mesh", "rules", "remat", "log_every", "keep_last", "keep_best")
@@ -70,6 +61,7 @@ class Data:
       skipped: the messages of the rows that could not be read.
       cut: tokens that were too many for their text's row.
       change: what is done to the rows of a training step; None for most tasks.
+      unlabelled: texts among the rows of training that a teacher alone labels.
     """
 
     processor: Processor
@@ -79,6 +71,7 @@ class Data:
     skipped: tuple[str, ...]
     cut: int
     change: Change | None = None
+    unlabelled: int = 0
 
 
 def finetune(recipe: Finetune, *, resume: bool = False) -> Path:
@@ -105,13 +98,9 @@ def finetune(recipe: Finetune, *, resume: bool = False) -> Path:
     processor = prepared.processor
     task = processor.task(recipe, prepared.labels)
     loaded = bring(recipe, prepared, source, mesh, rules, **computed)
-    batches = data.Batches(
-        prepared.rows["train"].arrays, recipe.batch, recipe.seed, prepared.change
-    )
-    # All of it is trained, or adapters of it.
-    adapted = _adapt(loaded, recipe, processor, batches, mesh, rules) if recipe.lora else None
-    learnt = loaded if adapted is None else adapted.trained
-    model = processor.adapt(learnt.model)
+    rows = prepared.rows["train"]
+    training = begin(recipe, loaded, task, processor, rows, prepared.change, mesh, rules)
+    batches = training.batches
     steps = recipe.steps or max(1, round(recipe.epochs * batches.steps_per_epoch))
     every = recipe.evaluate_every or min(batches.steps_per_epoch, steps)
 
@@ -122,22 +111,24 @@ def finetune(recipe: Finetune, *, resume: bool = False) -> Path:
         "steps": steps, "evaluate_every": every, "microbatches": computed["microbatches"],
         "new_parameters": list(loaded.fresh), "unused_tensors": list(loaded.unused),
         "skipped_rows": len(prepared.skipped), "cut_tokens": prepared.cut,
-        **({} if adapted is None else {"trainable_share": adapted.share}),
+        **({"trainable_share": training.share} if recipe.lora else {}),
     }  # fmt: skip
-    tx = _optimizer(recipe, steps, model, learnt.variables["params"], mesh)
-    step = _step(model, task, tx, recipe, prepared, adapted, batches, mesh, rules)
+    tx = _optimizer(recipe, steps, training.model, training.variables["params"], mesh)
+    step = training.step(tx, recipe, mesh, rules)
     with _alone(Path(recipe.run)):
         folder = run.create(recipe.run, settings, resume=resume, may_change=MAY_CHANGE)
         progress = Progress(steps)
-        _announce(progress, prepared, loaded, batches.steps_per_epoch, recipe, adapted)
+        _announce(progress, prepared, loaded, batches.steps_per_epoch, recipe, training)
+        if training.answers is not None and recipe.teacher_offline and is_writer():
+            answers.write(folder / answers.FILE, training.answers, rows, task.labels)
 
-        state = initial_state(learnt.variables, tx, mesh)
-        counter = make_counter(forward(model, recipe.precision), task)
+        state = initial_state(training.variables, tx, mesh)
+        counter = make_counter(forward(training.judged, recipe.precision), task)
 
         def score(variables: Any) -> Summary:
             rows = prepared.rows["dev"]
-            variables = variables if adapted is None else adapted.whole(variables)
-            return evaluate(counter, variables, rows, size=recipe.batch, mesh=mesh, rules=rules)
+            plain = training.plain(variables)
+            return evaluate(counter, plain, rows, size=recipe.batch, mesh=mesh, rules=rules)
 
         with Checkpoints(
             folder / run.CHECKPOINTS, metric=task.metric, keep_last=recipe.keep_last,
@@ -160,8 +151,7 @@ def finetune(recipe: Finetune, *, resume: bool = False) -> Path:
             best = checkpoints.best
             kept = checkpoints.restore(state, best)
             kept_steps = checkpoints.steps()
-        tuned = adapted.tuned if adapted else lambda own: replace(loaded, variables=own)
-        _save(folder, tuned(kept.variables), recipe, processor, source)
+        _save(folder, training.tuned(kept.variables), recipe, processor, source)
         news = {
             "task": recipe.task,
             "splits": {"dev": dict(score(kept.variables).figures)},
@@ -174,83 +164,17 @@ def finetune(recipe: Finetune, *, resume: bool = False) -> Path:
     return folder
 
 
-def _adapt(
-    loaded: hub.Loaded, recipe: Finetune, processor: Processor, batches: data.Batches, mesh: Mesh,
-    rules: Rules,
-) -> Adapted:  # fmt: skip
-    """Adapters, which begin with what their kernels meet if the recipe says so."""
-    model = processor.adapt(loaded.model)
-
-    def apply(params: Any, batch: Any) -> Any:
-        return model.apply({**loaded.variables, "params": params}, batch)[0]
-
-    placed = (put(batches(step), mesh, rules) for step in range(CALIBRATION))
-    try:
-        with scope(mesh, rules):
-            stats = calibrated(transform(loaded, recipe), apply, loaded.variables["params"], placed)
-    except ValueError as error:
-        raise FwError(f"lora: {str(error).removeprefix('lora: ')}") from error
-    return adapt(loaded, recipe, seed=recipe.seed, stats=stats)
-
-
-def _step(
-    model: Model, task: Task, tx: Optimizer, recipe: Finetune, prepared: Data,
-    adapted: Adapted | None, batches: data.Batches, mesh: Mesh, rules: Rules,
-) -> Callable[..., Any]:  # fmt: skip
-    """`(state, batch) -> (state, metrics)`, beside what is frozen: a base, or a teacher."""
-    loss, frozen = task.loss, None
-    if adapted is not None:
-        _try(model, adapted, put(batches(0), mesh, rules), mesh, rules)
-        frozen = adapted.frozen
-    elif recipe.teacher:
-        model, loss, frozen = _taught(model, task, recipe, prepared, mesh, rules)
-    step = make_step(
-        model, loss, tx, mesh=mesh, rules=rules, precision=recipe.precision,
-        accumulate=recipe.accumulate, seed=recipe.seed,
-    )  # fmt: skip
-    return step if frozen is None else partial(step, frozen=frozen)
-
-
-def _taught(
-    student: Model, task: Task, recipe: Finetune, prepared: Data, mesh: Mesh, rules: Rules
-) -> tuple[Model, Loss, Any]:
-    """A model that asks its teacher, too, the loss of both, and the teacher's variables.
-
-    Raises:
-      FwError: no such teacher, or one of other classes or tokens.
-    """
-    folder = Path(recipe.teacher)
-    folder = folder / MODEL if (folder / MODEL).is_dir() else assets.fetch(recipe.teacher)
-    where = {"mesh": mesh, "rules": rules, **recipe.computed(mesh)}
-    teacher = hub.load(folder, task=recipe.long_task, **where)
-    if teacher.fresh or teacher.labels != task.labels:
-        raise FwError(
-            f"{folder}: its classes are {shown(teacher.labels)}, those of the data "
-            f"{shown(task.labels)}; a teacher knows the same, in this order"
-        )
-    processor = prepared.processor.load(folder, asdict(recipe))
-    assert isinstance(processor, Text)  # the tasks that are taught are of texts
-    assert isinstance(prepared.processor, Text)
-    if processor.tokenizer.fast.get_vocab() != prepared.processor.tokenizer.fast.get_vocab():
-        raise FwError(f"{folder}: its tokens are others than the model's; both read the same texts")
-    model, loss = distilled(
-        student, processor.adapt(teacher.model), task.loss, temperature=recipe.temperature,
-        weight=recipe.teacher_weight,
-    )  # fmt: skip
-    return model, loss, teacher.variables
-
-
 def _save(
     folder: Path, tuned: hub.Loaded, recipe: Finetune, processor: Processor, source: Path | None
 ) -> None:
     """Writes the best model, and of a run with adapters these alone, too."""
     if is_writer():  # of an earlier end of this run
-        for name in (MODEL, ADAPTER):
+        for name in (run.MODEL, run.ADAPTER):
             shutil.rmtree(folder / name, ignore_errors=True)
     if recipe.lora:
-        hub.save_adapter(folder / ADAPTER, *hub.detach(tuned, base=recipe.model))
+        hub.save_adapter(folder / run.ADAPTER, *hub.detach(tuned, base=recipe.model))
     more = None if isinstance(processor, Text) else processor.save
-    hub.save(folder / MODEL, tuned, tokenizer_from=source, more=more)
+    hub.save(folder / run.MODEL, tuned, tokenizer_from=source, more=more)
 
 
 def record(folder: Path, news: Mapping[str, Any]) -> None:
@@ -264,12 +188,6 @@ def record(folder: Path, news: Mapping[str, Any]) -> None:
     path = folder / run.RESULT
     run.write_json(path, merged(run.read_json(path) if path.exists() else {}, news))
     report.write(folder)
-
-
-def forward(model: Model, policy: str) -> Forward:
-    """`(variables, batch) -> logits` of a model under a precision policy, for evaluation."""
-    apply = precision.apply(model.apply, policy)
-    return lambda variables, batch: apply(variables, batch)[0]
 
 
 def prepare(recipe: Finetune, dataset: Path, source: Path | None) -> Data:
@@ -299,16 +217,30 @@ def prepare(recipe: Finetune, dataset: Path, source: Path | None) -> Data:
     rows: dict[str, AnyRows] = {}
     worse: list[str] = []
     bad = worse.append if recipe.skip_bad_rows else None
+    unlabelled = _unlabelled(recipe, labels, bad) if recipe.unlabelled else ()
     cut = 0
     for split, items in records.items():
+        learn = split == "train"
         if split == "test":
             more = processor.try_rows(recipe, items, labels, bad)
+        elif learn and unlabelled:
+            given, names = [*items, *unlabelled], (*labels, UNLABELLED)
+            own, more = processor.rows(recipe, given, names, learn=True, on_bad_row=bad)
+            assert isinstance(own, Packed)  # of texts
+            rows[split] = heard(own, labels)
         else:
-            learn = split == "train"
             rows[split], more = processor.rows(recipe, items, labels, learn=learn, on_bad_row=bad)
         cut += more
     change = processor.change(recipe, rows["train"])
-    return Data(processor, records, rows, labels, (*skipped, *worse), cut, change)
+    skipped = (*skipped, *worse)
+    return Data(processor, records, rows, labels, skipped, cut, change, len(unlabelled))
+
+
+def _unlabelled(recipe: Finetune, labels: tuple[str, ...], bad: OnBadRow) -> Sequence[Any]:
+    if UNLABELLED in labels:
+        raise FwError(f"{recipe.data}: {UNLABELLED!r} is what has no class; rename that class")
+    where, column = locate(recipe.unlabelled, "unlabelled"), (recipe.names or ("text",))[0]
+    return read_unlabelled(where, recipe.long_task, column=column, on_bad_row=bad)
 
 
 def bring(
@@ -340,21 +272,6 @@ def bring(
         raise FwError(f"microbatches: {recipe.model} has no layers of one kind to lay in stages")
     processor.check(recipe, prepared.rows, loaded.model.config)
     return loaded
-
-
-def _try(model: Model, adapted: Adapted, batch: Any, mesh: Mesh, rules: Rules) -> None:
-    """Traces the adapted function once, before the run's folder is made.
-
-    Raises:
-      FwError: it does with a kernel what no rule of `compress` knows, or PEFT has no file for what
-        is trained.
-    """
-    hub.detach(adapted.tuned(adapted.trained.variables))
-    try:
-        with scope(mesh, rules):
-            jax.eval_shape(model.apply, adapted.whole(adapted.trained.variables), batch)
-    except (NotImplementedError, ValueError, TypeError) as error:
-        raise FwError(f"lora: the model cannot be adapted on this mesh: {error}") from error
 
 
 def _optimizer(recipe: Finetune, steps: int, model: Model, params: Any, mesh: Mesh) -> Optimizer:
@@ -393,23 +310,26 @@ def _alone(folder: Path) -> Iterator[None]:
 
 def _announce(
     progress: Progress, prepared: Data, loaded: Any, epoch: int, recipe: Finetune,
-    adapted: Adapted | None,
+    training: Training,
 ) -> None:  # fmt: skip
     processor = prepared.processor
+    texts = len(prepared.records["train"]) + prepared.unlabelled
     counts = ", ".join(f"{len(r)} {s}" for s, r in prepared.records.items())
     progress.say(
         f"{recipe.model}: {counts} records, {len(prepared.labels)} labels; "
         f"{processor.summary(recipe, prepared.rows['train'])}; {epoch} steps an epoch of "
-        f"{len(prepared.records['train']) / max(epoch, 1):.0f} {processor.item}s each"
+        f"{texts / max(epoch, 1):.0f} {processor.item}s each"
     )
+    if prepared.unlabelled:
+        progress.say(f"{prepared.unlabelled} {processor.item}s more, for the teacher alone")
     if loaded.folder is None:
         count = sum(x.size for x in jax.tree.leaves(loaded.variables["params"]))
         progress.say(f"a new {recipe.model} of {count:,} parameters")
     if recipe.exchange != "float32" and workers(make_mesh(recipe.mesh)) == 1:
         progress.say(f"exchange {recipe.exchange}: data is 1, so that no gradients are exchanged")
-    if adapted is not None:
-        progress.say(f"{100 * adapted.share:.2f} % of the parameters are trained")
-        for message in adapted.left:
+    if recipe.lora:
+        progress.say(f"{100 * training.share:.2f} % of the parameters are trained")
+        for message in training.left:
             progress.say(message)
     for path in loaded.fresh if loaded.folder is not None else ():
         progress.say(f"new, not in the checkpoint: {path}")

@@ -3,6 +3,10 @@
 IGNORE = -1
 """The label of a position that is not counted: special token, continuation piece, padding."""
 
+TAUGHT = "taught"
+"""The entry of a batch that says where a teacher is heard, bool like `labels`; where there is none,
+it is wherever there is a label."""
+
 PROBLEMS = {
     "sequence_classification": "single_label_classification",
     "multi_label_classification": "multi_label_classification",

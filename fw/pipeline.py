@@ -40,7 +40,7 @@ from fw.compression import recipe as named_recipe
 from fw.distillation import Distil
 from fw.errors import FwError
 from fw.export.save import replacing
-from fw.finetune import MODEL, finetune
+from fw.finetune import finetune
 from fw.recipe import NEW, Finetune, read_recipe
 from fw.sparsity import Sparse
 
@@ -264,7 +264,7 @@ def _measured(place: Place, given: Given) -> dict[str, Any]:
         place.folder, given.split, name=place.variant, mesh=given.mesh, data=given.data
     )
     made = place.folder / stages.COMPRESSED / place.variant
-    files = (place.folder / MODEL if place.variant == "f32" else made).glob("*.safetensors")
+    files = (place.folder / run.MODEL if place.variant == "f32" else made).glob("*.safetensors")
     size = sum(file.stat().st_size for file in files)
     figures = {"metric": summary.metric, "value": float(summary.value), "bytes": size}
     return {**figures, "split": given.split}
@@ -288,7 +288,7 @@ def _prune(given: Given, place: Place, where: Path, stage: Stage) -> None:
     """A run with a smaller model, and no training of its own."""
     with replacing(where) as part:
         stages.prune_run(
-            place.folder, part / MODEL, mesh=given.mesh, data=given.data, **stage.options
+            place.folder, part / run.MODEL, mesh=given.mesh, data=given.data, **stage.options
         )
         shutil.copy(place.folder / run.CONFIG, part / run.CONFIG)
 
@@ -320,7 +320,7 @@ def _check_finetune(base: Finetune, stage: Stage) -> None:
 def _train(given: Given, place: Place, where: Path, stage: Stage) -> None:
     teacher = {"teacher": str(given.run)} if stage.kind == "distil" else {}
     recipe = _trained(
-        given.base, stage, model=str(place.folder / MODEL), run=str(where),
+        given.base, stage, model=str(place.folder / run.MODEL), run=str(where),
         data=given.data or given.base.data, **teacher,
     )  # fmt: skip
     going = (where / run.CONFIG).exists()

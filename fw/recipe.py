@@ -18,6 +18,7 @@ from fw.data.readers import SCHEMES
 from fw.data.targets import SEPARATOR
 from fw.distillation import Distil
 from fw.errors import FwError
+from fw.lessons import SOFT
 from fw.models.stack_layout import default_microbatches
 from fw.optimizer import AdamW
 from fw.options import check_choices
@@ -70,8 +71,11 @@ _ONLY: Mapping[tuple[str, ...], tuple[str, ...]] = {
 }
 """Options that only some tasks heed."""
 
-TAUGHT = ("ner", "classify")
-"""Tasks whose logits a teacher's are learned beside labels of."""
+_TAUGHT = (*SOFT, "mlm", "lm")
+"""Tasks that a teacher is for."""
+
+_UNCHANGED = ("ner", "classify", "multilabel", "regress", "qa", "tabular", "estimate")
+"""Tasks whose rows are the same in every epoch, so that a teacher may be asked once."""
 
 LEARNING_RATE = 1e-3
 """Of a new model, where nothing is said."""
@@ -277,8 +281,17 @@ class Finetune(AdamW, TableOptions, LoraOptions, Distil, Sparse):
                     raise FwError(f"{name} is for {', '.join(tasks)}, not {self.task}")
         if self.config and self.model not in NEW:
             raise FwError(f"config is for new models, {', '.join(NEW)}; {self.model} has its own")
-        if self.teacher and self.task not in TAUGHT:
-            raise FwError(f"a teacher is for {', '.join(TAUGHT)}, not {self.task}")
+        if self.teacher and self.task not in _TAUGHT:
+            raise FwError(f"a teacher is for {', '.join(_TAUGHT)}, not {self.task}")
+        if self.offline and self.task not in _UNCHANGED:
+            raise FwError(f"teacher_offline is for {', '.join(_UNCHANGED)}, not {self.task}")
+        if self.unlabelled and self.task not in ("ner", "classify"):
+            raise FwError(f"unlabelled is for ner, classify, not {self.task}")
+        if (self.teacher_hidden or self.teacher_attention) and self.microbatches > 1:
+            raise FwError(
+                "teacher_hidden and teacher_attention are of layers that see a batch whole; leave "
+                "microbatches or them away"
+            )
         if self.teacher and self.lora:
             raise FwError("a teacher is for models that are trained whole; leave lora or it away")
         if self.sparse and self.lora:

@@ -39,6 +39,7 @@ from fw.json_files import (
 )
 
 __all__ = [
+    "ADAPTER",
     "ARTIFACT",
     "CHECKPOINTS",
     "CONFIG",
@@ -60,6 +61,12 @@ CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 RESULT = "result.json"
 REPORT = "report.html"
+MODEL = "model"
+"""The folder in a run with its best parameters, as transformers reads those it knows."""
+
+ADAPTER = "adapter"
+"""The folder with the adapter alone, as PEFT reads it, of a run that trained one."""
+
 CHECKPOINTS = "checkpoints"
 ARTIFACT = "artifact"
 

@@ -23,9 +23,9 @@ from fw.data import eval_batches
 from fw.data.files import OnBadRow
 from fw.data.rows import AnyRows
 from fw.errors import FwError
-from fw.evaluate import Forward, count, make_counter
+from fw.evaluate import Forward, count, forward, make_counter
 from fw.export.save import replacing
-from fw.finetune import MODEL, forward, record
+from fw.finetune import record
 from fw.hub.files import WEIGHTS
 from fw.metrics import merge
 from fw.model import Model
@@ -94,13 +94,13 @@ def open_run(folder: str | Path, mesh: str = "data=1", *, scan: bool | None = No
     """
     folder = Path(folder)
     recipe = read_recipe(folder)
-    if not (folder / MODEL).is_dir():
-        raise FwError(f"{folder / MODEL}: not there yet; finish the run with --resume first")
+    if not (folder / run.MODEL).is_dir():
+        raise FwError(f"{folder / run.MODEL}: not there yet; finish the run with --resume first")
     where, rules = make_mesh(mesh), make_rules(recipe.rules)
     parts = default_microbatches(where)
-    loaded = hub.load(folder / MODEL, mesh=where, rules=rules, microbatches=parts, scan=scan)
+    loaded = hub.load(folder / run.MODEL, mesh=where, rules=rules, microbatches=parts, scan=scan)
     kind = processor_of(recipe.long_task)
-    processor = kind.load(folder / MODEL, dataclasses.asdict(recipe))
+    processor = kind.load(folder / run.MODEL, dataclasses.asdict(recipe))
     task = processor.task(recipe, loaded.labels)
     return Opened(folder, recipe, loaded, processor, task, where, rules)
 
@@ -305,7 +305,7 @@ def compress_run(
             arrays = {name: compress.to_arrays(gather(tree)) for name, tree in trees.items()}
             _try(opened, small, rows_by_domain)
         except (ValueError, TypeError, NotImplementedError) as error:
-            raise FwError(f"{opened.folder / MODEL}: recipe {recipe}: {error}") from error
+            raise FwError(f"{opened.folder / run.MODEL}: recipe {recipe}: {error}") from error
         write_tensors(part / WEIGHTS, arrays[variant_name])
         run.write_json(part / RECIPE, transform.data())
         cost = [{**dataclasses.asdict(leaf), "error": float(leaf.error)} for leaf in leaves]
@@ -424,10 +424,10 @@ def prune_run(
                 found, scores, parameters=parameters, flops=flops, among=among, multiple=multiple
             )
     except ValueError as error:
-        raise FwError(f"{opened.folder / MODEL}: {error}") from error
+        raise FwError(f"{opened.folder / run.MODEL}: {error}") from error
     small = pruning.shrunk(opened.loaded, compress.shrink(found, kept))
     more = None if isinstance(opened.processor, Text) else opened.processor.save
-    hub.save(output, small, tokenizer_from=opened.folder / MODEL, more=more)
+    hub.save(output, small, tokenizer_from=opened.folder / run.MODEL, more=more)
     units = found.units
     left = units | {name: rows.shape[1] for name, rows in kept.items()}
     lines = [f"{name}: {units[name]} → {left[name]}" for name in kept]

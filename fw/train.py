@@ -55,9 +55,16 @@ class Progress:
         left = (now - self.began) / max(step - self.first, 1) * (self.total - step)
         if not self._compiled:  # the first steps compile: those after them tell the rate
             self.began, self.first, self._compiled = now, step, True
-        line = (
-            f"step {step}/{self.total}  loss {loss:.4f}  {rate:,.0f} {unit}/s  ETA {duration(left)}"
-        )
+        self.line(f"step {step}/{self.total}  loss {loss:.4f}  {rate:,.0f} {unit}/s", left)
+
+    def line(self, text: str, left: float) -> None:
+        """Shows how far something is, and when it will be done.
+
+        Args:
+          text: how far.
+          left: seconds.
+        """
+        line = f"{text}  ETA {duration(left)}"
         self._write(f"\r\x1b[2K{line}" if self.stream.isatty() else f"{line}\n")
 
     def say(self, text: str) -> None:

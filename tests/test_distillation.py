@@ -1,4 +1,4 @@
-"""A student learns what its teacher says: the loss by hand, and training with it, on any mesh."""
+"""A student learns what its teacher says: lessons by hand, and training with them, anywhere."""
 
 import json
 import shutil
@@ -8,31 +8,42 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from scipy.special import log_softmax
+from jax import lax
+from scipy.special import expit, log_softmax, softmax
 
-from fw import run
+from fw import answers, lessons, run
 from fw.cli import main
-from fw.distillation import distilled, divergence
+from fw.data.rows import Rows
+from fw.data.unlabelled import read_unlabelled
+from fw.distillation import ANSWERS, Lessons, distilled
 from fw.errors import FwError
-from fw.labels import IGNORE
+from fw.labels import IGNORE, TAUGHT
 from fw.models.bert import BertConfig, bert
+from fw.models.llama import LlamaConfig, llama
+from fw.models.modernbert import ModernBertConfig, modernbert
+from fw.models.resnet import ResNetConfig, resnet
+from fw.models.vit import vit
+from fw.models.vit_config import ViTConfig
 from fw.recipe import Finetune
 from fw.step import initial_state, make_step
-from fw.tasks import cross_entropy
+from fw.taps import taken, tap
+from fw.tasks import cross_entropy, word_loss
 from sharding import make_mesh, put, rules, shardings
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
-STUDENT, TEACHER = (
-    bert(
+
+def encoder(n, task="token_classification", **more):
+    return bert(
         BertConfig(
-            16, 8 * n, n, 2, 16, 3, "token_classification", hidden_dropout_prob=0.1,
-            attention_probs_dropout_prob=0.0, initializer_range=0.5,
+            16, 8 * n, n, 2, 16, 3, task, hidden_dropout_prob=0.1,
+            attention_probs_dropout_prob=0.0, initializer_range=0.5, **more,
         )
-    )
-    for n in (1, 2)
-)  # fmt: skip
+    )  # fmt: skip
+
+
+STUDENT, TEACHER = encoder(1), encoder(2)
 
 
 def batch(seed):
@@ -45,36 +56,196 @@ def batch(seed):
             "labels": wanted}  # fmt: skip
 
 
+# --- what is taken --------------------------------------------------------------------------------
+
+
+def looped(x, kernels):
+    """Named in a loop, in what is computed again, in a call, and outside."""
+
+    def layer(x, w):
+        x = jax.checkpoint(lambda x: tap(jnp.sin(x @ w), "hidden"))(x)
+        return jax.jit(lambda x: tap(2 * x, "twice"))(x), None
+
+    return tap(lax.scan(layer, x, kernels)[0].sum(), "hidden")
+
+
+def test_values_are_taken_where_they_are_computed_and_differentiated():
+    rng = np.random.default_rng(0)
+    x, kernels = rng.standard_normal((2, 3)), rng.standard_normal((4, 3, 3))
+    (y, seen), want, at = taken(looped, ("hidden",), last=("twice",))(x, kernels), [], x
+    for w in kernels:
+        want.append(np.sin(at @ w))
+        at = 2 * want[-1]
+    for got, state in zip(seen["hidden"], [*want, at.sum()], strict=True):
+        np.testing.assert_allclose(got, state, rtol=1e-5, atol=1e-6)
+    assert len(seen["twice"]) == 1
+    np.testing.assert_allclose(seen["twice"][0], at, rtol=1e-5, atol=1e-6)
+    assert y == looped(x, kernels)
+
+    def of_taken(w):
+        seen = taken(looped, ("hidden",), last=("twice",))(x, w)[1]
+        return jnp.sum(seen["hidden"][1] ** 2) + jnp.sum(seen["twice"][0])
+
+    def by_hand(w):
+        second = jnp.sin(2 * jnp.sin(x @ w[0]) @ w[1])
+        return jnp.sum(second**2) + jnp.sum(2 * jnp.sin(2 * jnp.sin(2 * second @ w[2]) @ w[3]))
+
+    got, want = jax.jit(jax.grad(of_taken))(kernels), jax.grad(by_hand)(kernels)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_what_cannot_be_taken_is_told():
+    branch = lambda x: lax.cond(x > 0, lambda x: tap(x, "a"), lambda x: x, x)  # noqa: E731
+    assert taken(branch, ("b",))(1.0)[1] == {"b": []}
+    with pytest.raises(FwError, match="'a' is named inside of cond"):
+        taken(branch, ("a",))(1.0)
+
+
+# --- lessons by hand ------------------------------------------------------------------------------
+
+
+def pair(*shape):
+    return np.random.default_rng(1).standard_normal((2, *shape)).astype(np.float32) * 3
+
+
+def kl(p, q):
+    return (np.exp(p) * (p - q)).sum(-1)
+
+
+def of_classes(said, taught, labels, t):
+    p, q = (log_softmax(x.astype(np.float64) / t, -1) for x in (taught, said))
+    return t**2 * kl(p, q)[labels != IGNORE].sum(), (labels != IGNORE).sum()
+
+
+def of_labels(said, taught, labels, t):
+    p, q = (np.log(expit(x.astype(np.float64) / t)) for x in (taught, said))
+    p1, q1 = (np.log(expit(-x.astype(np.float64) / t)) for x in (taught, said))
+    far = t**2 * (np.exp(p) * (p - q) + np.exp(p1) * (p1 - q1))
+    return far[labels != IGNORE].sum(), (labels != IGNORE).sum()
+
+
+def of_spans(said, taught, labels, t):
+    total = 0.0
+    for row, segments in enumerate(SEGMENTS):
+        for text in range(labels.shape[1]):
+            own = np.flatnonzero(segments == text + 1)
+            for end in range(2):
+                if labels[row, text, end] != IGNORE:
+                    p, q = (log_softmax(x[row, own, end] / t) for x in (taught, said))
+                    total += t**2 * kl(p, q) / 2
+    return total, (labels != IGNORE).sum() / 2
+
+
+SEGMENTS = np.array([[1, 1, 1, 2, 2, 0], [1, 1, 2, 2, 2, 2]], np.int32)
+BY_HAND = {"classify": ((2, 6, 4), (2, 6), of_classes), "rank": ((2, 6), (2, 6), of_labels),
+           "multilabel": ((2, 6, 4), (2, 6, 4), of_labels),
+           "qa": ((2, 6, 2), (2, 2, 2), of_spans)}  # fmt: skip
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_divergence_is_the_formula_over_labels_that_count(temperature):
-    rng = np.random.default_rng(1)
-    said, taught = rng.standard_normal((2, 4, 5, 7)).astype(np.float32) * 3
-    labels = np.where(rng.random((4, 5)) < 0.5, IGNORE, 0).astype(np.int32)
-    p, q = (log_softmax(x.astype(np.float64) / temperature, -1) for x in (taught, said))
-    want = temperature**2 * (np.exp(p) * (p - q)).sum(-1)[labels != IGNORE].sum()
-    total, count = divergence(jnp.array(said), jnp.array(taught), {"labels": labels}, temperature)
-    np.testing.assert_allclose(total, want, rtol=1e-5)
-    assert int(count) == (labels != IGNORE).sum()
+@pytest.mark.parametrize("task", BY_HAND)
+def test_answers_are_as_far_apart_as_the_formula_says(task, temperature):
+    shape, of, formula = BY_HAND[task]
+    said, taught = pair(*shape)
+    labels = np.random.default_rng(2).integers(IGNORE, 2, of).astype(np.int32)
+    given = {"labels": labels, "segment_ids": SEGMENTS}
+    got = lessons.SOFT[task](said, taught, given, temperature)
+    np.testing.assert_allclose(got, formula(said, taught, labels, temperature), rtol=1e-5)
 
 
-def train(mesh, options, steps):
-    mesh, own = make_mesh(mesh), rules()
-    taught, loss = distilled(STUDENT, TEACHER, cross_entropy, **options)
+def test_numbers_are_as_far_apart_as_they_are():
+    said, taught = pair(4, 3)
+    labels = np.where(np.arange(4)[:, None] < 2, np.nan, taught)
+    total, count = lessons.SOFT["regress"](said, taught, {"labels": labels}, 2.0)
+    np.testing.assert_allclose(total, ((said - taught) ** 2)[2:].sum(), rtol=1e-5)
+    assert count == 6
+
+
+def test_words_are_compared_without_all_logits(monkeypatch):
+    """Some places at a time, of other sizes, with and without a bias; and their gradients."""
+    monkeypatch.setattr(lessons, "MOST_LOGITS", 2 * 2 * 11)  # two places of six at once
+    rng = np.random.default_rng(3)
+    draw = lambda *shape: jnp.array(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+    ours = lessons.Words(draw(2, 6, 4), draw(11, 4), draw(11))
+    theirs = lessons.Words(draw(2, 6, 3), draw(11, 3), None)
+    targets = jnp.array(rng.integers(IGNORE, 11, (2, 6)), jnp.int32)
+
+    def plain(ours):
+        said = ours.x @ ours.table.T + ours.bias
+        given = {"labels": targets}
+        return lessons.divergence(said, theirs.x @ theirs.table.T, given, 2.0)[0]
+
+    def parts(ours):
+        return lessons.word_divergence(ours, theirs, {"targets": targets}, 2.0)[0]
+
+    for got, want in zip(
+        jax.tree.leaves(jax.value_and_grad(parts)(ours)),
+        jax.tree.leaves(jax.value_and_grad(plain)(ours)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+    with pytest.raises(FwError, match="the student knows 11 words, the teacher 9"):
+        other = lessons.Words(theirs.x, theirs.table[:9], None)
+        lessons.word_divergence(ours, other, {"targets": targets}, 1.0)
+
+
+def test_states_are_compared_relative_to_the_teachers():
+    rng = np.random.default_rng(4)
+    ours = [rng.standard_normal((2, 6, 4)).astype(np.float32) for _ in range(2)]
+    theirs = [rng.standard_normal((2, 6, 3)).astype(np.float32) * 10**i for i in range(4)]
+    w = {str(i): rng.standard_normal((4, 3)).astype(np.float32) for i in range(2)}
+    real = SEGMENTS > 0
+    want = np.mean([
+        np.sum((x @ w[str(i)] - y)[real] ** 2) / np.sum(y[real] ** 2)
+        for i, (x, y) in enumerate(zip(ours, theirs[1::2], strict=True))
+    ])  # fmt: skip
+    got = lessons.apart(ours, theirs, w, {"segment_ids": SEGMENTS})
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_is_compared_in_heads_formed_anew(causal):
+    """Of three heads of 4 numbers and two of 3: twelve and six numbers, in two heads each."""
+    rng = np.random.default_rng(5)
+    ours = [rng.standard_normal((2, 6, 3, 4)).astype(np.float32) for _ in range(3)]
+    theirs = [rng.standard_normal((2, 6, 2, 3)).astype(np.float32) for _ in range(3)]
+    found = []
+    for x, y in zip(ours, theirs, strict=True):
+        for row, segments in enumerate(SEGMENTS):
+            for head in range(2):
+                a, b = (z[row].reshape(6, 2, -1)[:, head].astype(np.float64) for z in (x, y))
+                for i in np.flatnonzero(segments):
+                    sees = segments == segments[i]
+                    if causal:
+                        sees &= np.arange(6) <= i
+                    q, p = (log_softmax(z[i] @ z[sees].T / np.sqrt(z.shape[1])) for z in (a, b))
+                    found.append(kl(p, q))
+    got = lessons.relations(ours, theirs, {"segment_ids": SEGMENTS}, causal=causal)
+    np.testing.assert_allclose(got, np.mean(found), rtol=1e-4)
+    np.testing.assert_allclose(softmax([0.0, 0.0]), 0.5)
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+def train(mesh, how, steps, example=batch, loss=cross_entropy, models=(STUDENT, TEACHER), **more):
+    (student, teacher), mesh, own = models, make_mesh(mesh), rules()
+    taught = distilled(student, teacher, loss, Lessons(**how), example=example(0), **more)
     tx = optax.adam(3e-2)
-    variables = STUDENT.init(jax.random.key(0))
+    variables = taught.variables(student.init(jax.random.key(0)), jax.random.key(2))
     state = initial_state(
-        jax.device_put(variables, shardings(STUDENT.axes, variables, mesh, own)), tx, mesh
+        jax.device_put(variables, shardings(taught.model.axes, variables, mesh, own)), tx, mesh
     )
-    teacher = TEACHER.init(jax.random.key(1))
-    teacher = jax.device_put(teacher, shardings(TEACHER.axes, teacher, mesh, own))
-    before = jax.tree.map(np.asarray, teacher)
-    step = make_step(taught, loss, tx, mesh=mesh, rules=own)
+    known = teacher.init(jax.random.key(1))
+    known = jax.device_put(known, shardings(teacher.axes, known, mesh, own))
+    before = jax.tree.map(np.asarray, known)
+    step = make_step(taught.model, taught.loss, tx, mesh=mesh, rules=own, precision="f32")
     losses = []
     for i in range(steps):
-        state, metrics = step(state, put(batch(i % 4), mesh, own), teacher)
+        state, metrics = step(state, put(example(i % 4), mesh, own), known)
         losses.append(float(metrics["loss"]))
-    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, teacher))
-    return losses, state.variables, teacher
+    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, known))
+    return losses, taught.student(state.variables), known
 
 
 def test_a_student_comes_to_say_what_its_teacher_says():
@@ -86,26 +257,105 @@ def test_a_student_comes_to_say_what_its_teacher_says():
     assert (said.argmax(-1) == taught.argmax(-1)).mean() > 0.9
 
 
-def test_eight_devices_learn_as_one():
-    one, *_ = train("data=1", {}, 5)
-    eight, *_ = train("data=2,fsdp=2,tensor=2", {}, 5)
-    np.testing.assert_allclose(eight, one, rtol=1e-4)
+ALL = {"hidden": 0.5, "attention": 0.5}
+
+
+def words(seed):
+    given = batch(seed)
+    return {**given, "targets": np.where(given["labels"] == IGNORE, IGNORE, given["input_ids"])}
+
+
+def pictures(seed):
+    rng = np.random.default_rng(seed)
+    return {"pixel_values": rng.standard_normal((8, 8, 8, 1)).astype(np.float32),
+            "labels": rng.integers(0, 3, 8).astype(np.int32)}  # fmt: skip
+
+
+def decoder(n):
+    return llama(LlamaConfig(16, 8 * n, n, 4, 16, num_key_value_heads=2, initializer_range=0.5))
+
+
+def modern(n):
+    return modernbert(ModernBertConfig(16, 8 * n, 2 * n, 2, 16, 3, "token_classification",
+                                       initializer_range=0.5))  # fmt: skip
+
+
+def patches(n):
+    return vit(ViTConfig(num_labels=3, hidden_size=8 * n, num_hidden_layers=n, image_size=8,
+                         num_attention_heads=2, intermediate_size=16, patch_size=4,
+                         num_channels=1, initializer_range=0.5))  # fmt: skip
+
+
+def convolutions(n):
+    return resnet(ResNetConfig(num_labels=3, num_channels=1, embedding_size=4 * n,
+                               hidden_sizes=(4 * n, 8 * n), depths=(n, n), layer_type="basic",
+                               stem="small"))  # fmt: skip
+
+
+KINDS = {
+    "bert": (encoder, batch, cross_entropy, ALL, {}),
+    "bert, words": (lambda n: encoder(n, "masked_lm"), words, word_loss, ALL, {"soft": None}),
+    "llama": (decoder, words, word_loss, ALL, {"soft": None, "causal": True}),
+    "modernbert": (modern, batch, cross_entropy, ALL, {}),
+    "vit": (patches, pictures, cross_entropy, ALL, {}),
+    "resnet": (convolutions, pictures, cross_entropy, {"hidden": 0.5}, {}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_eight_devices_learn_as_one_and_learn(kind):
+    """All lessons of a family; twenty steps on a few batches."""
+    make, example, loss, how, more = KINDS[kind]
+    given = {"example": example, "loss": loss, "models": (make(1), make(2)), **more}
+    one, *_ = train("data=1", how, 20, **given)
+    eight, *_ = train("data=2,fsdp=2,tensor=2", how, 3, **given)
+    np.testing.assert_allclose(eight, one[:3], rtol=1e-4)
+    assert np.mean(one[-4:]) < 0.9 * np.mean(one[:4])
 
 
 def test_without_weight_the_loss_is_that_of_labels():
-    taught, loss = distilled(STUDENT, TEACHER, cross_entropy, weight=0.0)
+    taught = distilled(STUDENT, TEACHER, cross_entropy, Lessons(weight=0.0))
     variables = STUDENT.init(jax.random.key(0)) | {"frozen": TEACHER.init(jax.random.key(1))}
-    outputs, _ = taught.apply(variables, batch(0))
-    got, want = loss(outputs, batch(0)), cross_entropy(outputs[0], batch(0))
+    outputs, _ = taught.model.apply(variables, batch(0))
+    got, want = taught.loss(outputs, batch(0)), cross_entropy(outputs[0], batch(0))
     np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+def test_a_teachers_answers_in_the_batch_are_as_good_as_the_teacher():
+    taught = distilled(STUDENT, TEACHER, cross_entropy)
+    own, known = STUDENT.init(jax.random.key(0)), TEACHER.init(jax.random.key(1))
+    asked = taught.loss(taught.model.apply(own | {"frozen": known}, batch(0))[0], batch(0))
+    read = batch(0) | {ANSWERS: TEACHER.apply(known, batch(0))[0]}
+    np.testing.assert_allclose(taught.loss(taught.model.apply(own, read)[0], read), asked)
+
+
+def test_where_there_is_no_label_the_teacher_alone_is_heard():
+    """Half of the places are unlabelled: labels weigh as before, and the teacher on all."""
+    taught = distilled(STUDENT, TEACHER, cross_entropy, Lessons(weight=0.5))
+    variables = STUDENT.init(jax.random.key(0)) | {"frozen": TEACHER.init(jax.random.key(1))}
+    given = batch(0)
+    heard = given["labels"] != IGNORE
+    given = {**given, TAUGHT: heard, "labels": np.where(np.arange(6) < 2, given["labels"], IGNORE)}
+    outputs, _ = taught.model.apply(variables, given)
+    said, taught_by = outputs[0], TEACHER.apply(variables["frozen"], batch(0))[0]
+    hard, labelled = cross_entropy(said, given)
+    soft, places = lessons.divergence(said, taught_by, batch(0), 2.0)
+    total, count = taught.loss(outputs, given)
+    np.testing.assert_allclose(total / count, (hard / labelled + soft / places) / 2, rtol=1e-5)
+    assert count == places == 2 * labelled
 
 
 def test_what_does_not_fit_is_told():
     other = bert(BertConfig(16, 8, 1, 2, 16, 4, "token_classification"))
-    taught, loss = distilled(STUDENT, other, cross_entropy)
+    taught = distilled(STUDENT, other, cross_entropy)
     variables = STUDENT.init(jax.random.key(0)) | {"frozen": other.init(jax.random.key(1))}
-    with pytest.raises(FwError, match=r"logits are \[8, 6, 3\], the teacher's \[8, 6, 4\]"):
-        loss(taught.apply(variables, batch(0))[0], batch(0))
+    with pytest.raises(FwError, match=r"outputs are \[8, 6, 3\], the teacher's \[8, 6, 4\]"):
+        taught.model.apply(variables, batch(0))
+    nets, given = (convolutions(1), convolutions(2)), pictures(0)
+    taught = distilled(*nets, cross_entropy, Lessons(attention=1.0))
+    variables = nets[0].init(jax.random.key(0)) | {"frozen": nets[1].init(jax.random.key(1))}
+    with pytest.raises(FwError, match="which ResNetConfig names nowhere"):
+        taught.model.apply(variables, given)
 
 
 REFUSED = {
@@ -117,8 +367,21 @@ REFUSED = {
         "a teacher is for models that are trained whole",
     ),
     "task": (
-        {"teacher": "runs/a", "task": "regress"},
-        "a teacher is for ner, classify, not regress",
+        {"teacher": "runs/a", "task": "retrieve"},
+        "a teacher is for ner, classify, .*, mlm, lm, not retrieve",
+    ),
+    "negative": ({"teacher": "runs/a", "teacher_hidden": -1.0}, "teacher_hidden is -1.0"),
+    "asked once": (
+        {"teacher": "runs/a", "teacher_offline": True, "teacher_hidden": 1.0},
+        "are of a teacher that is asked in every step",
+    ),
+    "changing rows": (
+        {"teacher": "runs/a", "teacher_offline": True, "task": "mlm"},
+        "teacher_offline is for ner, .*, not mlm",
+    ),
+    "unlabelled numbers": (
+        {"teacher": "runs/a", "unlabelled": "more", "task": "regress"},
+        "unlabelled is for ner, classify, not regress",
     ),
 }
 
@@ -177,3 +440,95 @@ def test_teachers_that_do_not_fit_are_told(tmp_path, capsys):
         fw(where, tmp_path / "run", "--teacher", teacher, "--steps", "2", status=1)
         assert said in capsys.readouterr().err
         assert not (tmp_path / "run").exists()
+
+
+# --- runs -----------------------------------------------------------------------------------------
+
+
+def ner(where, folder, *more, status=0):
+    words = ("finetune", "--task", "ner", "--length", "32", "--learning-rate", "1e-2",
+             "--precision", "f32", "--model", where / "model", "--data", where / "data",
+             "--run", folder, "--steps", "6", "--evaluate-every", "3", *more)  # fmt: skip
+    assert main([str(w) for w in words]) == status
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A teacher of entities, and texts without labels."""
+    root = tmp_path_factory.mktemp("taught")
+    tiny.make_model(root / "model", layers=2, seed=1)
+    tiny.make_ner(root / "data")
+    (root / "more.txt").write_text("ada went to rome .\n\nthe film was great .\n" * 20)
+    ner(root, root / "teacher")
+    return root
+
+
+def test_a_teacher_is_asked_once_and_its_answers_are_kept(world, tmp_path, capsys):
+    """They teach as it would, in this run and in another; not of other rows."""
+    more = ("--teacher", world / "teacher", "--unlabelled", world / "more.txt")
+    ner(world, tmp_path / "asked", *more)
+    ner(world, tmp_path / "once", *more, "--teacher-offline")
+    kept = tmp_path / "once" / answers.FILE
+    again = ("--teacher", kept, "--unlabelled", world / "more.txt")
+    ner(world, tmp_path / "read", *again)
+    losses = [[r["loss"] for r in run.metrics(tmp_path / name) if r["kind"] == "train"]
+              for name in ("asked", "once", "read")]  # fmt: skip
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
+    assert losses[2] == losses[1]
+    capsys.readouterr()
+    ner(world, tmp_path / "other", "--teacher", kept, status=1)
+    assert "rows are not the" in capsys.readouterr().err
+    ner(world, tmp_path / "other", "--teacher", tmp_path / "no.safetensors", status=1)
+    assert "there is no such file" in capsys.readouterr().err
+
+
+def test_lessons_of_states_resume_to_the_same_bits(world, tmp_path):
+    """What projects them is in the checkpoints, and not in the model."""
+    more = ("--teacher", world / "teacher", "--teacher-hidden", "1", "--teacher-attention", "1",
+            "--unlabelled", world / "more.txt")  # fmt: skip
+    ner(world, tmp_path / "one", *more)
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    shutil.rmtree(tmp_path / "two/checkpoints/6")
+    ner(world, tmp_path / "two", *more, "--resume")
+    for name in ("model/model.safetensors", "model/config.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    assert main(["eval", str(tmp_path / "one")]) == 0
+
+
+FILES = {
+    "a.conll": "Ada\tB-per\nsang\tO\n",
+    "b.csv": 'text,other\n"Ada, hi",1\n',
+    "c.jsonl": '{"tokens": ["Ada", "sang"]}\n{"text": "Hi."}\n',
+    "d.txt": "Ada sang.\n\nHi\n",
+}
+
+
+def test_texts_that_nobody_labelled_are_read(tmp_path):
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text)
+    words = [r.words for r in read_unlabelled(tmp_path, "token_classification")]
+    assert words == [("Ada", "sang"), ("Ada", ",", "hi"), ("Ada", "sang"), ("Hi", "."),
+                     ("Ada", "sang", "."), ("Hi",)]  # fmt: skip
+    texts = [r.text for r in read_unlabelled(tmp_path, "sequence_classification")]
+    assert texts == ["Ada sang", "Ada, hi", "Ada sang", "Hi.", "Ada sang.", "Hi"]
+    (tmp_path / "e.csv").write_text("words\nAda\n")
+    with pytest.raises(FwError, match="expected a column 'text' of texts"):
+        read_unlabelled(tmp_path / "e.csv", "token_classification")
+    with pytest.raises(FwError, match="expected texts in a file"):
+        read_unlabelled(tmp_path / "nowhere", "token_classification")
+
+
+def test_answers_of_other_rows_are_refused(tmp_path):
+    rows = Rows({"x": np.arange(6).reshape(3, 2), "labels": np.zeros(3, np.int32)}, {})
+    path, said = tmp_path / "teacher.safetensors", np.ones((3, 2), np.float32)
+    answers.write(path, said, rows, ("a", "b"))
+    np.testing.assert_array_equal(answers.read(path, rows, ("a", "b")), said)
+    with pytest.raises(FwError, match="its classes are"):
+        answers.read(path, rows, ("b", "a"))
+    for name in ("x", "labels"):
+        other = Rows({**rows.arrays, name: rows.arrays[name] + 1}, {})
+        with pytest.raises(FwError, match="rows are not the 3 of this run"):
+            answers.read(path, other, ("a", "b"))
+    path.write_bytes(b"torn")
+    with pytest.raises(FwError, match="not tensors that can be read"):
+        answers.read(path, rows, ("a", "b"))

@@ -22,6 +22,7 @@ from flax import nnx
 from fw.labels import OF_TEXTS
 from fw.model import Batch
 from fw.models.layers import Dense, Embedding, LayerNorm, gelu
+from fw.taps import tap
 from sharding import constrain, linear, word_losses
 from sharding.context import differentiated
 
@@ -30,6 +31,9 @@ SPAN = 2
 """Logits of a token in question answering: whether the answer begins, and ends, with it."""
 
 POOLINGS = ("mean", "cls")
+
+WORDS, TABLE, BIAS = "words", "word_table", "word_bias"
+"""What logits of words would be made of, for `fw.taps` where there are targets."""
 
 
 def first_tokens(x: jax.Array, batch: Batch) -> jax.Array:
@@ -109,8 +113,9 @@ def words(
     """
     if "targets" not in batch:
         return word_logits(x, word, bias)
-    names = word.axes
-    losses, hits = word_losses(x, word.embedding[...], batch["targets"], bias, names=names)
+    x, table = tap(x, WORDS), tap(word.embedding[...], TABLE)
+    bias = None if bias is None else tap(bias, BIAS)
+    losses, hits = word_losses(x, table, batch["targets"], bias, names=word.axes)
     return {"losses": losses, "hits": hits}
 
 

@@ -15,7 +15,8 @@ from flax import nnx
 from jax import lax
 
 from fw.models.flash import Seen, by_platform, sees
-from sharding import cutting, linear, lookup
+from fw.taps import tap
+from sharding import constrain, cutting, linear, lookup
 from sharding.noise import dropout_mask
 from sharding.parallel.ring import ring_attention
 
@@ -150,6 +151,28 @@ def _gelu_bwd(x, g):
 
 
 gelu.defvjp(lambda x: (gelu(x), x), _gelu_bwd)
+
+
+HIDDEN, HEADS = "hidden", ("query", "key", "value")
+"""What layers name for `fw.taps`: what they return, and what their attention relates."""
+
+
+def in_heads(x: jax.Array, layers: Sequence["Dense"], size: int) -> list[jax.Array]:
+    """Queries, keys and values.
+
+    Args:
+      x: [batch, length, embed].
+      layers: the three that make them.
+      size: of a head.
+
+    Returns:
+      [batch, length, heads, size] each; how many heads there are is in the kernels.
+    """
+    shape = (*x.shape[:2], -1, size)
+    return [
+        tap(constrain(y.reshape(shape), "batch", "length", "heads", None), name)
+        for y, name in zip(denses(x, layers), HEADS, strict=True)
+    ]
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

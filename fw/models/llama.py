@@ -26,12 +26,14 @@ from fw.models.checks import one_of
 from fw.models.experts import Experts, ExpertsConfig
 from fw.models.heads import word_logits, words
 from fw.models.layers import (
+    HIDDEN,
     Dense,
     Embedding,
     RMSNorm,
     attend,
     attention,
     denses,
+    in_heads,
     rotary,
     rotate,
     turns,
@@ -39,6 +41,7 @@ from fw.models.layers import (
 )
 from fw.models.names import Name
 from fw.models.stack import Stack
+from fw.taps import tap
 from sharding import balance_loss, constrain
 
 ARCHITECTURES = {
@@ -223,10 +226,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array, seen: jax.Array, turn: Any, cache: Any = None) -> Any:
         config = self.config
-        q, k, v = (
-            constrain(y.reshape(*x.shape[:2], -1, config.size), "batch", "length", "heads", None)
-            for y in denses(x, [self.query, self.key, self.value])
-        )
+        q, k, v = in_heads(x, [self.query, self.key, self.value], config.size)
         if config.head_norms:
             q, k = self.query_norm(q), self.key_norm(k)
         q, k = rotate(q, turn), rotate(k, turn)
@@ -280,7 +280,7 @@ class Layer(nnx.Module):
         x = x + y
         y = self.mlp_norm(x)
         y, aux = self.mlp(y, real) if isinstance(self.mlp, Experts) else (self.mlp(y), None)
-        x = constrain(x + y, "batch", "length", "embed")
+        x = tap(constrain(x + y, "batch", "length", "embed"), HIDDEN)
         if cache is not None:
             return x, cache
         return x if aux is None else (x, aux.usage)

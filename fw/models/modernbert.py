@@ -25,6 +25,7 @@ from fw.model import Batch, Model, from_nnx
 from fw.models import heads, names
 from fw.models.checks import one_of
 from fw.models.layers import (
+    HIDDEN,
     Dense,
     Embedding,
     LayerNorm,
@@ -32,6 +33,7 @@ from fw.models.layers import (
     denses,
     dropout,
     gelu,
+    in_heads,
     rotary,
     rotate,
     turns,
@@ -40,6 +42,7 @@ from fw.models.layers import (
 from fw.models.names import Name
 from fw.models.postnorm import check
 from fw.models.stack import Stack
+from fw.taps import tap
 from sharding import constrain
 
 
@@ -119,10 +122,7 @@ class Attention(nnx.Module):
         self.window = config.local_attention // 2
 
     def __call__(self, x: jax.Array, whole: Any, local: Any, key: jax.Array | None, is_global: Any):
-        q, k, v = (
-            constrain(y.reshape(*x.shape[:2], -1, self.size), "batch", "length", "heads", None)
-            for y in denses(x, [self.query, self.key, self.value])
-        )
+        q, k, v = in_heads(x, [self.query, self.key, self.value], self.size)
 
         def among(window: int | None, seen: Any, turn: Any) -> jax.Array:
             turned = rotate(q, turn), rotate(k, turn)
@@ -179,7 +179,7 @@ class Layer(nnx.Module):
         total, normed = x
         total = total + self.attention(normed, whole, local, keys[0], is_global)
         total = total + self.mlp(self.mlp_norm(total), keys[1])
-        total = constrain(total, "batch", "length", "embed")
+        total = tap(constrain(total, "batch", "length", "embed"), HIDDEN)
         return total, self.next_norm(total)
 
 

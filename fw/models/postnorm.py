@@ -16,8 +16,18 @@ from fw.errors import FwError
 from fw.labels import PROBLEMS
 from fw.model import Batch
 from fw.models import checks, heads
-from fw.models.layers import Dense, LayerNorm, attention, denses, dropout, gelu, visible
+from fw.models.layers import (
+    HIDDEN,
+    Dense,
+    LayerNorm,
+    attention,
+    dropout,
+    gelu,
+    in_heads,
+    visible,
+)
 from fw.models.stack import Stack
+from fw.taps import tap
 from sharding import constrain
 from sharding.parallel.pipeline import REMAT
 
@@ -98,10 +108,7 @@ class Attention(nnx.Module):
         self.rate = shape.attention_dropout
 
     def __call__(self, x: jax.Array, seen: Any, key: jax.Array | None) -> jax.Array:
-        q, k, v = (
-            constrain(y.reshape(*x.shape[:2], -1, self.size), "batch", "length", "heads", None)
-            for y in denses(x, [self.query, self.key, self.value])
-        )
+        q, k, v = in_heads(x, [self.query, self.key, self.value], self.size)
         y = attention(q, k, v, seen, rate=self.rate, key=key)
         return self.out(y.reshape(*x.shape[:2], -1))
 
@@ -124,7 +131,7 @@ class Layer(nnx.Module):
         x = self.attention_norm(x + dropout(attended, self.rate, keys[1]))
         inner = constrain(gelu(self.up(x)), "batch", "length", "mlp")
         x = self.norm(x + dropout(self.down(inner), self.rate, keys[2]))
-        return constrain(x, "batch", "length", "embed")
+        return tap(constrain(x, "batch", "length", "embed"), HIDDEN)
 
 
 class Encoder(nnx.Module):

@@ -16,9 +16,10 @@ from fw.model import Batch, Model, from_nnx
 from fw.models import names
 from fw.models.checks import at_least, one_of
 from fw.models.convolution import global_mean, max_pool
-from fw.models.layers import Dense
+from fw.models.layers import HIDDEN, Dense
 from fw.models.names import Name
 from fw.models.vision import BatchNorm, Conv, check_images, on_image
+from fw.taps import tap
 from sharding.parallel.pipeline import REMAT
 
 LAYERS = ("basic", "bottleneck")
@@ -125,7 +126,8 @@ class Block(nnx.Module):
         y = x
         for unit in self.units:
             y = unit(y, train)
-        return jax.nn.relu(y + (x if self.shortcut is None else self.shortcut(x, train)))
+        x = x if self.shortcut is None else self.shortcut(x, train)
+        return tap(jax.nn.relu(y + x), HIDDEN)
 
 
 class ResNet(nnx.Module):

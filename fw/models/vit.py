@@ -16,12 +16,13 @@ from flax import nnx
 from fw.errors import FwError
 from fw.model import Batch, Model, from_nnx
 from fw.models import names
-from fw.models.layers import Dense, LayerNorm, all_visible, dropout, gelu
+from fw.models.layers import HIDDEN, Dense, LayerNorm, all_visible, dropout, gelu
 from fw.models.names import Name
 from fw.models.postnorm import Attention
 from fw.models.stack import Stack
 from fw.models.vision import Conv, bicubic, check_images
 from fw.models.vit_config import DeiTConfig, Dinov2Config, Patches
+from fw.taps import tap
 from sharding import constrain
 from sharding.noise import dropout_mask
 
@@ -51,7 +52,7 @@ class Layer(nnx.Module):
         x = x + self._kept(self.attention(self.norm1(x), seen, keys[0]), 1, keys[1])
         inner = constrain(gelu(self.up(self.norm2(x))), "batch", "length", "mlp")
         x = x + self._kept(self.down(inner), 2, keys[2])
-        return constrain(x, "batch", "length", "embed")
+        return tap(constrain(x, "batch", "length", "embed"), HIDDEN)
 
     def _kept(self, y: jax.Array, number: int, key: jax.Array | None) -> jax.Array:
         """What of a sublayer is added."""

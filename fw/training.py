@@ -1,0 +1,240 @@
+"""What a run trains: a model whole, adapters of it, or a student beside its teacher.
+
+`fw.finetune` makes a `Training` and need not know which of them it is.
+"""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from reprlib import repr as shown
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from fw import answers, assets, data, hub, run
+from fw.adaptation import Adapted, adapt, transform
+from fw.compression import calibrated
+from fw.data.rows import AnyRows
+from fw.distillation import ANSWERS, Loss, Taught, distilled
+from fw.errors import FwError
+from fw.evaluate import forward
+from fw.lessons import SOFT
+from fw.model import Model
+from fw.processors import Change, Processor, Text
+from fw.recipe import Finetune
+from fw.step import Optimizer, make_step
+from fw.tasks import Task
+from fw.train import Progress
+from sharding import Rules, put, scope, shardings
+
+CALIBRATION = 24
+"""Batches of training that show an adapter what its kernel meets, if it asks."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """What is trained: a model whole, adapters of it, or a student beside its teacher.
+
+    Attributes:
+      model: what steps are taken with.
+      loss: of its outputs.
+      variables: what it begins with.
+      judged: the model that is evaluated.
+      plain: what that takes, of variables of training.
+      tuned: what is saved, of variables of training.
+      batches: what it learns from, by step.
+      frozen: the third collection of variables; None without one.
+      answers: of a teacher who was asked once, for all rows.
+      share: of all numbers, those that are trained.
+      left: kernels that adapters do not fit, in words.
+    """
+
+    model: Model
+    loss: Loss
+    variables: Any
+    judged: Model
+    plain: Callable[[Any], Any]
+    tuned: Callable[[Any], hub.Loaded]
+    batches: data.Batches
+    frozen: Any = None
+    answers: np.ndarray | None = None
+    share: float = 1.0
+    left: tuple[str, ...] = ()
+
+    def step(self, tx: Optimizer, recipe: Finetune, mesh: Mesh, rules: Rules) -> Callable[..., Any]:
+        """`(state, batch) -> (state, metrics)`, compiled."""
+        step = make_step(
+            self.model, self.loss, tx, mesh=mesh, rules=rules, precision=recipe.precision,
+            accumulate=recipe.accumulate, seed=recipe.seed,
+        )  # fmt: skip
+        return step if self.frozen is None else partial(step, frozen=self.frozen)
+
+
+def begin(
+    recipe: Finetune, loaded: hub.Loaded, task: Task, processor: Processor, rows: AnyRows,
+    change: Change | None, mesh: Mesh, rules: Rules,
+) -> Training:  # fmt: skip
+    """What a recipe trains, and on what.
+
+    Args:
+      recipe: says which.
+      loaded: the model that it begins with.
+      task: of its loss.
+      processor, rows, change: of the training data.
+      mesh, rules: where all lies.
+
+    Raises:
+      FwError: no kernel takes adapters, or a teacher is there not, or of other classes or inputs.
+    """
+    where = (mesh, rules)
+    if recipe.teacher:
+        return _student(recipe, loaded, task, processor, rows, change, *where)
+    batches = data.Batches(rows.arrays, recipe.batch, recipe.seed, change)
+    if recipe.lora:
+        return _adapters(recipe, loaded, task, processor, batches, *where)
+    model = processor.adapt(loaded.model)
+    return Training(
+        model, task.loss, loaded.variables, model, lambda own: own,
+        lambda own: replace(loaded, variables=own), batches,
+    )  # fmt: skip
+
+
+def _adapters(
+    recipe: Finetune, loaded: hub.Loaded, task: Task, processor: Processor, batches: data.Batches,
+    mesh: Mesh, rules: Rules,
+) -> Training:  # fmt: skip
+    adapted = _adapt(loaded, recipe, processor, batches, mesh, rules)
+    model, variables = processor.adapt(adapted.trained.model), adapted.trained.variables
+    _try(model, adapted, put(batches(0), mesh, rules), mesh, rules)
+    return Training(
+        model, task.loss, variables, model, adapted.whole, adapted.tuned, batches, adapted.frozen,
+        share=adapted.share, left=adapted.left,
+    )  # fmt: skip
+
+
+def _student(
+    recipe: Finetune, loaded: hub.Loaded, task: Task, processor: Processor, rows: AnyRows,
+    change: Change | None, mesh: Mesh, rules: Rules,
+) -> Training:  # fmt: skip
+    model, arrays, told = processor.adapt(loaded.model), rows.arrays, None
+    example = data.Batches(arrays, recipe.batch, recipe.seed, change).example
+    if recipe.offline:
+        told = _answered(recipe, processor, rows, task.labels, mesh, rules)
+        arrays, frozen, asked = {**arrays, ANSWERS: told}, None, model
+    else:
+        teacher = _teacher(recipe, processor, task.labels, mesh, rules)
+        frozen, asked = teacher.variables, processor.adapt(teacher.model)
+    taught = distilled(
+        model, asked, task.loss, recipe.lessons, soft=SOFT.get(recipe.task),
+        causal=recipe.task == "lm", example=example,
+    )  # fmt: skip
+    return Training(
+        taught.model, taught.loss, _projected(taught, loaded.variables, recipe.seed, mesh, rules),
+        model, taught.student, lambda own: replace(loaded, variables=taught.student(own)),
+        data.Batches(arrays, recipe.batch, recipe.seed, change), frozen, told,
+    )  # fmt: skip
+
+
+def _projected(taught: Taught, variables: Any, seed: int, mesh: Mesh, rules: Rules) -> Any:
+    """A student's variables, and projections where the mesh has them."""
+
+    def new(key: jax.Array) -> Any:
+        return taught.variables({"params": {}}, key)["params"]
+
+    key = jax.random.fold_in(jax.random.key(seed), 1)
+    shapes = jax.eval_shape(new, key)
+    names = {name: taught.model.axes["params"][name] for name in shapes}
+    made = jax.jit(new, out_shardings=shardings(names, shapes, mesh, rules))(key)
+    return {**variables, "params": {**variables["params"], **made}}
+
+
+def _teacher(
+    recipe: Finetune, own: Processor, labels: tuple[str, ...], mesh: Mesh, rules: Rules
+) -> hub.Loaded:
+    """The model that teaches, beside the student, whose processor is `own`."""
+    folder = Path(recipe.teacher)
+    folder = folder / run.MODEL if (folder / run.MODEL).is_dir() else assets.fetch(recipe.teacher)
+    where = {"mesh": mesh, "rules": rules, **recipe.computed(mesh)}
+    teacher = hub.load(folder, task=recipe.long_task, **where)
+    if teacher.fresh or teacher.labels != labels:
+        raise FwError(
+            f"{folder}: its classes are {shown(teacher.labels)}, those of the data "
+            f"{shown(labels)}; a teacher knows the same, in this order"
+        )
+    if not _alike(own.load(folder, asdict(recipe)), own):
+        what = "tokens" if isinstance(own, Text) else "inputs"
+        raise FwError(f"{folder}: its {what} are others than the model's; both read the same")
+    return teacher
+
+
+def _alike(theirs: Processor, ours: Processor) -> bool:
+    """Whether two make the same arrays of the same things."""
+    if isinstance(theirs, Text) and isinstance(ours, Text):
+        return theirs.tokenizer.fast.get_vocab() == ours.tokenizer.fast.get_vocab()
+    if theirs.notes() != ours.notes():
+        return False
+    with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as two:
+        for processor, folder in ((theirs, one), (ours, two)):
+            processor.save(Path(folder))
+        return all((Path(one) / f).read_bytes() == (Path(two) / f).read_bytes() for f in ours.files)
+
+
+def _answered(
+    recipe: Finetune, processor: Processor, rows: AnyRows, labels: tuple[str, ...], mesh: Mesh,
+    rules: Rules,
+) -> np.ndarray:  # fmt: skip
+    """A teacher's answers to all rows: from a file, or asked for now."""
+    if not recipe.teacher_offline:
+        return answers.read(Path(recipe.teacher), rows, labels)
+    kept = Path(recipe.run) / answers.FILE
+    if kept.exists():  # of the same run: it goes on
+        return answers.read(kept, rows, labels)
+    loaded, progress = _teacher(recipe, processor, labels, mesh, rules), Progress(rows.rows)
+    model = processor.adapt(loaded.model)
+    try:
+        return answers.ask(
+            forward(model, recipe.precision), loaded.variables, rows, size=recipe.batch,
+            mesh=mesh, rules=rules, say=lambda done, of, left: progress.line(
+                f"the teacher answers: {done}/{of} rows", left
+            ),
+        )  # fmt: skip
+    finally:
+        progress.close()
+
+
+def _adapt(
+    loaded: hub.Loaded, recipe: Finetune, processor: Processor, batches: data.Batches, mesh: Mesh,
+    rules: Rules,
+) -> Adapted:  # fmt: skip
+    """Adapters, which begin with what their kernels meet if the recipe says so."""
+    model = processor.adapt(loaded.model)
+
+    def apply(params: Any, batch: Any) -> Any:
+        return model.apply({**loaded.variables, "params": params}, batch)[0]
+
+    placed = (put(batches(step), mesh, rules) for step in range(CALIBRATION))
+    try:
+        with scope(mesh, rules):
+            stats = calibrated(transform(loaded, recipe), apply, loaded.variables["params"], placed)
+    except ValueError as error:
+        raise FwError(f"lora: {str(error).removeprefix('lora: ')}") from error
+    return adapt(loaded, recipe, seed=recipe.seed, stats=stats)
+
+
+def _try(model: Model, adapted: Adapted, batch: Any, mesh: Mesh, rules: Rules) -> None:
+    """Traces the adapted function once, before the run's folder is made.
+
+    Raises:
+      FwError: it does with a kernel what no rule of `compress` knows, or PEFT has no file for what
+        is trained.
+    """
+    hub.detach(adapted.tuned(adapted.trained.variables))
+    try:
+        with scope(mesh, rules):
+            jax.eval_shape(model.apply, adapted.whole(adapted.trained.variables), batch)
+    except (NotImplementedError, ValueError, TypeError) as error:
+        raise FwError(f"lora: the model cannot be adapted on this mesh: {error}") from error
