@@ -33,7 +33,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from fw import run, stages
+from fw import pruning, run, stages
 from fw.adaptation import LoraOptions
 from fw.compression import LIMIT, RECIPES
 from fw.compression import recipe as named_recipe
@@ -47,7 +47,10 @@ from fw.sparsity import Sparse
 FOLDER, STATE = "pipelines", "pipeline.json"
 """In a run, where pipelines are; in one of them, what was done."""
 
-PRUNE = {"parameters": float, "flops": float, "by": str, "among": str, "multiple": int}
+PRUNE = {
+    "parameters": float, "flops": float, "latency": float, "layers": int, "by": str, "among": str,
+    "multiple": int,
+}  # fmt: skip
 COMPRESS = {"recipe": str}
 OWN = ("task", "model", "data", "run", "teacher")
 """Options of `Finetune` that a stage does not choose."""
@@ -278,8 +281,11 @@ def _no_check(base: Finetune, stage: Stage) -> None:
 
 
 def _check_prune(base: Finetune, stage: Stage) -> None:
-    if ("parameters" in stage.options) == ("flops" in stage.options):
-        raise FwError("prune: give parameters or flops, the part that may stay")
+    budgets = ("parameters", "flops", "latency", "layers")
+    try:
+        pruning.one_budget(*(stage.options.get(name) for name in budgets))
+    except ValueError as error:
+        raise FwError(f"prune: {error}") from error
     if stage.options.get("by", stages.SCORES[0]) not in stages.SCORES:
         raise FwError(f"prune: by is {stage.options['by']!r}; expected {', '.join(stages.SCORES)}")
 

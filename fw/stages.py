@@ -6,6 +6,7 @@ functions; `fw.compare` times what they leave.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -371,21 +372,26 @@ def prune_run(
     *,
     parameters: float | None = None,
     flops: float | None = None,
+    latency: float | None = None,
+    layers: int | None = None,
     by: str = "taylor",
-    among: str = "**/layers/**",
+    among: str = "",
     multiple: int = 1,
     mesh: str = "data=1",
     data: str = "",
 ) -> str:
-    """Takes heads, neurons and layers out of a run's best model, and writes what is left.
+    """Takes heads, neurons, channels and layers out of a run's best model, and writes what is left.
 
     Args:
       folder: the run.
       output: a model folder to make, for `fw finetune --model OUTPUT --teacher RUN`.
       parameters: part of all parameters that may stay.
       flops: part of the products' operations that may stay; instead of `parameters`.
+      latency: part of the time of a batch that may stay, measured here; instead.
+      layers: how many layers stay, evenly; instead.
       by: how units are judged, one of `SCORES`; the first two look at training examples.
-      among: pattern of dimensions that may shrink, as `compress.couplings` names them.
+      among: pattern of dimensions that may shrink, as `compress.couplings` names them; nothing for
+        those of layers where the model has a stack of them, else for all.
       multiple: entries of an axis that go at once; see `compress.choose_units`.
       mesh: devices by axis.
       data: where the run's data is now, if it has moved.
@@ -401,6 +407,10 @@ def prune_run(
     if by not in SCORES:
         raise FwError(f"by is {by!r}; expected one of {', '.join(SCORES)}")
     opened = open_run(folder, mesh, scan=True)
+    try:
+        pruning.one_budget(parameters, flops, latency, layers)
+    except ValueError as error:
+        raise FwError(str(error)) from error
     outputs, variables = pruning.outputs(opened.model), opened.loaded.variables
     batches = list(_training(opened, data))
 
@@ -411,7 +421,10 @@ def prune_run(
     try:
         with scope(opened.mesh, opened.rules):
             found = compress.couplings(outputs, variables, batches[0])
-            if by == "taylor":
+            among = among or pruning.usual(found)
+            if layers is not None:
+                scores = {}
+            elif by == "taylor":
                 scores = compress.taylor_scores(found, loss, variables, batches)
             elif by == "activation":
                 watch = jax.jit(compress.observe(outputs))
@@ -420,9 +433,17 @@ def prune_run(
                 scores = compress.activation_scores(found, variables, merged)
             else:
                 scores = compress.magnitude_scores(found, variables)
-            kept = compress.choose_units(
-                found, scores, parameters=parameters, flops=flops, among=among, multiple=multiple
+            choose = functools.partial(
+                compress.choose_units, found, scores, among=among, multiple=multiple
             )
+            if layers is not None:
+                kept = pruning.fewer_layers(found, layers)
+            elif latency is not None:
+                time_of = functools.partial(pruning.part_of_time, opened.loaded, found, batches[0])
+                kept = pruning.within_time(latency, choose, time_of)
+            else:
+                kept = choose(parameters=parameters, flops=flops)
+            kept = pruning.tied(found, scores, kept)
     except ValueError as error:
         raise FwError(f"{opened.folder / run.MODEL}: {error}") from error
     small = pruning.shrunk(opened.loaded, compress.shrink(found, kept))

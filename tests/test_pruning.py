@@ -1,5 +1,6 @@
 """A shrunk model is a model like any other: its config says its sizes, and its folder is read."""
 
+import functools
 import json
 
 import jax
@@ -8,15 +9,18 @@ import numpy as np
 import pytest
 
 import compress
-from fw import hub, stages
+from fw import hub, pruning, stages
 from fw.cli import main
 from fw.errors import FwError
 from fw.models.bert import BertConfig, bert
 from fw.models.distilbert import DistilBertConfig, distilbert
+from fw.models.efficientnet import EfficientNetConfig, efficientnet
 from fw.models.llama import LlamaConfig, llama
+from fw.models.modernbert import ModernBertConfig, modernbert
 from fw.models.resnet import ResNetConfig, resnet
+from fw.models.unet import UNetConfig, unet
 from fw.models.vit import vit
-from fw.models.vit_config import ViTConfig
+from fw.models.vit_config import Dinov2Config, ViTConfig
 from fw.pruning import LAYERS, outputs, shrunk
 from sharding import make_mesh, rules
 from tests import tiny
@@ -85,6 +89,99 @@ def test_what_is_left_is_a_model_with_a_folder(name, parts, tmp_path):
     assert sizes == [parts[STACK], parts[MLP]]
 
 
+def by_chance(found, seed, keep=0.6):
+    """Units of every dimension by chance, more than half of them."""
+    rng = np.random.default_rng(seed)
+    return {
+        name: np.sort(np.stack([
+            rng.permutation(d.units)[: max(1, round(keep * d.units))] for _ in range(d.layers or 1)
+        ]), axis=1)
+        for name, d in found.dimensions.items() if d.units > 1
+    }  # fmt: skip
+
+
+def bytes_of(loaded, folder):
+    hub.save(folder, loaded)
+    return (folder / "model.safetensors").read_bytes()
+
+
+NETS = {
+    "resnet": (resnet(ResNetConfig(8, (8, 12), (2, 1), 2, layer_type="basic", stem="small")),
+               IMAGE),
+    "bottlenecks": (resnet(ResNetConfig(8, (16, 24), (1, 2), 2)), IMAGE),
+    "unet": (unet(UNetConfig(2, num_channels=3, width=4, depth=2)), IMAGE),
+    "dinov2": (vit(Dinov2Config(image_size=8, patch_size=4, hidden_size=16, num_hidden_layers=3,
+                                   num_attention_heads=4, num_labels=2)), IMAGE),
+    "modernbert": (modernbert(ModernBertConfig(9, 16, 4, 4, 24, 2, "sequence_classification",
+                                               max_position_embeddings=16, local_attention=8)),
+                   TEXT),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_what_is_left_of_every_dimension_is_a_model_with_a_folder(name, seed, tmp_path):
+    """Channels, streams, widths, heads and layers at once."""
+    model, batch = NETS[name]
+    loaded = hub.Loaded(model, model.init(jax.random.key(3)), ("no", "yes"))
+    found = compress.couplings(outputs(model), loaded.variables, batch)
+    kept = by_chance(found, seed)
+    even = {n: np.ones((d.layers or 1, d.units)) for n, d in found.dimensions.items()}
+    kept = pruning.tied(found, even, kept)
+    transform = compress.shrink(found, kept)
+    small = shrunk(loaded, transform)
+    want = outputs(loaded.model)(transform(loaded.variables)[0], batch)
+    np.testing.assert_allclose(outputs(small.model)(small.variables, batch), want, atol=1e-5)
+    assert small.model.config != loaded.model.config
+    first = bytes_of(small, tmp_path / "small")
+    again = hub.load(tmp_path / "small", mesh=make_mesh("data=1"), rules=rules(), scan=True)
+    same(small, again, batch)
+    assert again.model.config == small.model.config
+    assert bytes_of(again, tmp_path / "again") == first
+
+
+def test_a_poolers_width_goes_with_the_states():
+    """Both kept by their scores; where only what is pooled would go, the states do, too."""
+    loaded, batch, found = made("bert")
+    scores = compress.magnitude_scores(found, loaded.variables)
+    for among, part in (("**/embeddings/**", 0.8), ("**/classifier/**", 0.99)):
+        kept = compress.choose_units(found, scores, parameters=part, among=among)
+        small = shrunk(loaded, compress.shrink(found, pruning.tied(found, scores, kept)))
+        config = small.model.config
+        assert config.hidden_size < 16 and config.head_size == 4
+        assert small.variables["params"]["pooler"]["kernel"].shape == (config.hidden_size,) * 2
+    assert outputs(small.model)(small.variables, batch).shape == (2, 1, 2)
+
+
+def test_layers_stay_evenly():
+    loaded, _, found = made("bert")
+    kept = pruning.fewer_layers(found, 2)
+    small = shrunk(loaded, compress.shrink(found, kept))
+    assert small.model.config.num_hidden_layers == 2
+    for path in ("up", "attention"):
+        got, want = (x.variables["params"]["stack"]["layers"][path] for x in (small, loaded))
+        jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b[1::2]), got, want)
+    with pytest.raises(ValueError, match="layers is 5; expected 1 to 4"):
+        pruning.fewer_layers(found, 5)
+
+
+def test_a_latency_is_met_by_what_was_measured():
+    """With a clock of our own: of a tenth that never goes, and one that nothing meets."""
+    loaded, _batch, found = made("bert")
+    scores = compress.magnitude_scores(found, loaded.variables)
+    choose = functools.partial(compress.choose_units, found, scores, among="**/layers/**")
+    flops = found.flops(found.units)
+
+    def clock(kept):
+        left = found.units | {name: rows.shape[1] for name, rows in kept.items()}
+        return 0.1 + 0.9 * found.flops(left) / flops
+
+    kept = pruning.within_time(0.7, choose, clock)
+    assert 0.6 < clock(kept) <= 0.7
+    with pytest.raises(ValueError, match=r"latency is 0.2, but the least that was measured is 0"):
+        pruning.within_time(0.2, choose, clock)
+
+
 def test_it_quantises_like_any_other():
     loaded, batch, found = made("bert")
     small = shrunk(loaded, cut("bert", found, {MLP: 8, QUERY: 2}))
@@ -105,12 +202,18 @@ def test_what_no_config_can_say_is_told():
     assert (small.model.config.hidden_size, small.model.config.head_size) == (8, 4)
     with pytest.raises(FwError, match=r"w is no leaf|was it made for another model"):
         shrunk(loaded, compress.Shrink((compress.Cut("w", 0, 3, ((0,),)),)))
-    model = resnet(ResNetConfig(8, (8,), (1,), 2, layer_type="basic", stem="small"))
+    net = efficientnet(EfficientNetConfig(num_labels=2))
+    other = hub.Loaded(net, net.init(jax.random.key(0)), ("no", "yes"))
+    cut = compress.Cut("params/classifier/bias", 0, 2, ((0,),))
+    with pytest.raises(FwError, match=r"EfficientNet.* has no fields for what is left"):
+        shrunk(other, compress.Shrink((cut,)))
+    model = resnet(ResNetConfig(8, (12,), (1,), 2, layer_type="basic", stem="small"))
     other = hub.Loaded(model, model.init(jax.random.key(0)), ("no", "yes"))
     found = compress.couplings(outputs(model), other.variables, IMAGE)
-    (name, *_) = found.dimensions
-    with pytest.raises(FwError, match="a ResNetConfig has no fields for what is left"):
-        shrunk(other, compress.shrink(found, {name: np.array([[0, 1]])}))
+    last = ("params/classifier/kernel", 0)
+    name = next(name for name, d in found.dimensions.items() if last in d.members)
+    with pytest.raises(FwError, match=r"shortcut/.*: is left, .* a projection between as many"):
+        shrunk(other, compress.shrink(found, {name: np.arange(8)[None]}))
 
 
 def fw(*words, status=0):
@@ -156,7 +259,10 @@ def test_what_is_left_learns_from_what_it_was(world, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ((), "give parameters or flops"),
+        ((), "give parameters, flops or latency"),
+        (("--flops", "0.5", "--layers", "1"), "give parameters, flops or latency"),
+        (("--layers", "3"), "layers is 3; expected 1 to 2"),
+        (("--latency", "2"), "latency is 2.0; expected the part that may stay"),
         (("--parameters", "0.001"), "is the least part that can stay"),
         (("--parameters", "0.5", "--among", "nothing"), "matches no dimension; nearest are"),
     ],

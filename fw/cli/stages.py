@@ -87,12 +87,17 @@ def add_prune(subparsers: Any) -> argparse.ArgumentParser:
         "--flops", type=float, help="part of the products' operations that may stay, instead"
     )
     parser.add_argument(
+        "--latency", type=float, help="part of a batch's time that may stay, measured here; instead"
+    )
+    parser.add_argument("--layers", type=int, help="layers that stay, evenly; instead")
+    parser.add_argument(
         "--by", choices=stages.SCORES, default=stages.SCORES[0],
         help="how units are judged (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--among", default="**/layers/**", metavar="PATTERN",
-        help="dimensions that may shrink, by the path of their first array (default: %(default)s)",
+        "--among", default="", metavar="PATTERN",
+        help="dimensions that may shrink, by the path of their first array (default: those of "
+        "layers where there is a stack of them, else all)",
     )  # fmt: skip
     parser.add_argument(
         "--multiple",
@@ -103,7 +108,9 @@ def add_prune(subparsers: Any) -> argparse.ArgumentParser:
     _where(parser)
 
     def run(arguments: argparse.Namespace) -> int:
-        names = ("parameters", "flops", "by", "among", "multiple", "mesh", "data")
+        names = (
+            "parameters", "flops", "latency", "layers", "by", "among", "multiple", "mesh", "data"
+        )  # fmt: skip
         options = {name: getattr(arguments, name) for name in names}
         print(stages.prune_run(arguments.folder, arguments.output, **options))
         return 0

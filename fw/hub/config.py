@@ -182,8 +182,9 @@ def write_config(
     if config.task in ("multi_label_classification", "regression"):
         named["problem_type"] = PROBLEMS[config.task]
     fields = {k: v for k, v in family.writes(config).items() if k not in family.own}
-    if fields.get("head_size", 0) is None:  # no key of transformers'
-        del fields["head_size"]
+    for name in ("head_size", "inner_size", "inner_sizes", "channels"):  # no keys of transformers'
+        if fields.get(name, 0) is None:
+            del fields[name]
     return {
         **{key: value for key, value in source.items() if key not in SUPERSEDED},
         "architectures": [family.architectures[config.task]],

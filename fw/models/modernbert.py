@@ -50,8 +50,8 @@ from sharding import constrain
 class ModernBertConfig:
     """The fields of a ModernBERT `config.json` that change the computation, under their own names.
 
-    And those that say what the model is for and how it is computed, as in `BertConfig`; for texts
-    `classifier_pooling` says it, in ModernBERT's own `config.json`.
+    And those that say what the model is for and how it is computed, as in `BertConfig`, `head_size`
+    among them; for texts `classifier_pooling` says it, in ModernBERT's own `config.json`.
     """
 
     vocab_size: int
@@ -80,6 +80,7 @@ class ModernBertConfig:
     initializer_range: float = 0.02
     hidden_activation: str = "gelu"
     classifier_activation: str = "gelu"
+    head_size: int | None = None
     pooling: str = "mean"
     normalize: bool = True
     microbatches: int = 1
@@ -91,7 +92,8 @@ class ModernBertConfig:
     def __post_init__(self):
         """Checks what the arithmetic relies on."""
         rates = ("embedding_dropout", "attention_dropout", "mlp_dropout", "classifier_dropout")
-        check(self, size="hidden_size", heads_="num_attention_heads", rates=rates)
+        head = self.head_size
+        check(self, size="hidden_size", heads_="num_attention_heads", rates=rates, head_size=head)
         for name in ("hidden_activation", "classifier_activation"):
             if getattr(self, name) != "gelu":
                 raise FwError(f"{name} {getattr(self, name)!r} is not supported; expected 'gelu'")
@@ -101,6 +103,11 @@ class ModernBertConfig:
     def positions(self) -> int:
         """The tokens that a text may have."""
         return self.max_position_embeddings
+
+    @property
+    def head(self) -> int:
+        """Size of a head."""
+        return self.head_size or self.hidden_size // self.num_attention_heads
 
     @property
     def is_global(self) -> np.ndarray:
@@ -113,12 +120,12 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModernBertConfig, rngs: nnx.Rngs):
         size, options = config.hidden_size, {"std": config.initializer_range, "rngs": rngs}
-        options["bias"] = config.attention_bias
-        self.query = Dense(size, size, ("embed", "heads"), **options)
-        self.key = Dense(size, size, ("embed", "heads"), **options)
-        self.value = Dense(size, size, ("embed", "heads"), **options)
-        self.out = Dense(size, size, ("heads", "embed"), **options)
-        self.size, self.rate = size // config.num_attention_heads, config.attention_dropout
+        options["bias"], wide = config.attention_bias, config.head * config.num_attention_heads
+        self.query = Dense(size, wide, ("embed", "heads"), **options)
+        self.key = Dense(size, wide, ("embed", "heads"), **options)
+        self.value = Dense(size, wide, ("embed", "heads"), **options)
+        self.out = Dense(wide, size, ("heads", "embed"), **options)
+        self.size, self.rate = config.head, config.attention_dropout
         self.window = config.local_attention // 2
 
     def __call__(self, x: jax.Array, whole: Any, local: Any, key: jax.Array | None, is_global: Any):
@@ -217,7 +224,7 @@ class ModernBert(nnx.Module):
         keys = (None,) * 3 if key is None else jax.random.split(key, 3)
         x = self.embedding_norm(self.word(batch["input_ids"]))
         x = constrain(dropout(x, config.embedding_dropout, keys[0]), "batch", "length", "embed")
-        window, size = config.local_attention // 2, config.hidden_size // config.num_attention_heads
+        window, size = config.local_attention // 2, config.head
         whole, local = (
             (
                 visible(batch["segment_ids"], x.dtype, window=window),

@@ -34,7 +34,9 @@ class ResNetConfig:
 
     And four of our own: `task` and `num_labels`; `stem`, which is "imagenet" (7x7 of stride 2, then
     pooling of stride 2) or "small" (3x3 of stride 1, as the paper has it for CIFAR-10); `remat`,
-    with which a block is computed again on the way back, whatever of `sharding.pipeline`'s it is.
+    with which a block is computed again on the way back, whatever of `sharding.pipeline`'s it is;
+    and `inner_sizes`, of every block the channels of its convolutions but the last, where some were
+    taken out: transformers knows no such model.
     """
 
     embedding_size: int
@@ -48,6 +50,7 @@ class ResNetConfig:
     downsample_in_first_stage: bool = False
     downsample_in_bottleneck: bool = False
     stem: str = "imagenet"
+    inner_sizes: tuple[tuple[int, ...], ...] | None = None
     remat: str | None = None
 
     model_type: ClassVar[str] = "resnet"
@@ -62,9 +65,29 @@ class ResNetConfig:
                 f"{len(self.depths)} depths for {len(self.hidden_sizes)} hidden_sizes; expected a "
                 "pair for each stage"
             )
+        units = 1 if self.layer_type == "basic" else 2
+        if self.inner_sizes is not None:
+            each = {len(sizes) for sizes in self.inner_sizes}
+            if len(self.inner_sizes) != sum(self.depths) or each != {units}:
+                raise FwError(
+                    f"inner_sizes {self.inner_sizes}: expected {units} for each of "
+                    f"{sum(self.depths)} blocks"
+                )
+            return
         odd = [size for size in self.hidden_sizes if size % REDUCTION]
         if odd and self.layer_type == "bottleneck":
             raise FwError(f"hidden_sizes {odd[0]} is not a multiple of {REDUCTION}")
+
+    def inner(self, stage: int, number: int) -> tuple[int, ...]:
+        """Channels of a block's convolutions but the last.
+
+        >>> ResNetConfig(8, (8, 16), (1, 2), num_labels=3).inner(1, 0)
+        (4, 4)
+        """
+        if self.inner_sizes is not None:
+            return self.inner_sizes[sum(self.depths[:stage]) + number]
+        size = self.hidden_sizes[stage]
+        return (size,) if self.layer_type == "basic" else (size // REDUCTION,) * 2
 
     def blocks(self) -> Iterator[tuple[int, int, int, int, int]]:
         """Stage, number in the stage, channels in and out, and stride of every block.
@@ -100,22 +123,25 @@ class Unit(nnx.Module):
 class Block(nnx.Module):
     """relu(x + f(x)), f of two or three convolutions; x is projected where f changes its shape."""
 
-    def __init__(self, config: ResNetConfig, size_in: int, size: int, strides: int, rngs: nnx.Rngs):
+    def __init__(
+        self, config: ResNetConfig, size_in: int, inner: tuple[int, ...], size: int, strides: int,
+        rngs: nnx.Rngs,
+    ):  # fmt: skip
         rise, fall = ("embed", "mlp"), ("mlp", "embed")
         last = {"rectified": False, "rngs": rngs}
         if config.layer_type == "basic":
             units = [
-                Unit(size_in, size, 3, rise, strides=strides, out="mlp", rngs=rngs),
-                Unit(size, size, 3, fall, **last),
+                Unit(size_in, inner[0], 3, rise, strides=strides, out="mlp", rngs=rngs),
+                Unit(inner[0], size, 3, fall, **last),
             ]
         else:
-            inner, first = size // REDUCTION, config.downsample_in_bottleneck
+            first = config.downsample_in_bottleneck
             one, two = (strides, 1) if first else (1, strides)
             units = [
-                Unit(size_in, inner, 1, rise, strides=one, out="mlp", rngs=rngs),
+                Unit(size_in, inner[0], 1, rise, strides=one, out="mlp", rngs=rngs),
                 # A mesh axis cuts one side of a kernel: of mlp x mlp, that which is summed over.
-                Unit(inner, inner, 3, ("mlp", None), strides=two, out="mlp", rngs=rngs),
-                Unit(inner, size, 1, fall, **last),
+                Unit(inner[0], inner[1], 3, ("mlp", None), strides=two, out="mlp", rngs=rngs),
+                Unit(inner[1], size, 1, fall, **last),
             ]
         self.units = nnx.List(units)
         projected = size_in != size or strides != 1
@@ -139,8 +165,9 @@ class ResNet(nnx.Module):
         window, strides = (7, 2) if config.stem == "imagenet" else (3, 1)
         self.stem = Unit(channels, size, window, (None, "embed"), strides=strides, rngs=rngs)
         stages = [[] for _ in config.depths]
-        for stage, _, before, after, stride in config.blocks():
-            stages[stage].append(Block(config, before, after, stride, rngs))
+        for stage, number, before, after, stride in config.blocks():
+            inner = config.inner(stage, number)
+            stages[stage].append(Block(config, before, inner, after, stride, rngs))
         self.stages = nnx.List([nnx.List(blocks) for blocks in stages])
         last = config.hidden_sizes[-1]
         # torch's own for a linear layer is uniform up to 1 / sqrt(in): the same variance.

@@ -35,6 +35,9 @@ class UNetConfig:
       depth: how often images are halved. Their height and width are multiples of 2^depth.
       norm: "batch", or "none": then convolutions have biases.
       dropout: of the two lowest levels, where the paper has it.
+      channels: of every level from the highest, where some were taken out: those of its two
+        convolutions on the way down; and but for the lowest, of the rise to it and its two on the
+        way up.
       task: "segmentation".
     """
 
@@ -44,6 +47,7 @@ class UNetConfig:
     depth: int = 4
     norm: str = "batch"
     dropout: float = 0.0
+    channels: tuple[tuple[int, ...], ...] | None = None
     task: str = "segmentation"
 
     model_type: ClassVar[str] = "unet"
@@ -53,6 +57,23 @@ class UNetConfig:
         one_of(self, norm=NORMS, task=("segmentation",))
         at_least(self, 1, "num_labels", "num_channels", "width", "depth")
         rates(self, "dropout")
+        if self.channels is not None and [len(c) for c in self.channels] != [5] * self.depth + [2]:
+            raise FwError(
+                f"channels {self.channels}: expected 5 numbers for each of {self.depth} levels, "
+                "and 2 for the lowest"
+            )
+
+    @property
+    def levels(self) -> tuple[tuple[int, ...], ...]:
+        """What `channels` says, or the paper.
+
+        >>> UNetConfig(num_labels=2, width=4, depth=1).levels
+        ((4, 4, 4, 4, 4), (8, 8))
+        """
+        if self.channels is not None:
+            return self.channels
+        sizes = [self.width * 2**level for level in range(self.depth + 1)]
+        return (*((size,) * 5 for size in sizes[:-1]), (sizes[-1],) * 2)
 
     @property
     def multiple(self) -> int:
@@ -72,16 +93,19 @@ class UNetConfig:
 class Block(nnx.Module):
     """Two 3x3 convolutions, each normalised and rectified."""
 
-    def __init__(self, config: UNetConfig, size_in: int, size: int, first: Any, rngs: nnx.Rngs):
+    def __init__(
+        self, config: UNetConfig, size_in: int, sizes: tuple[int, ...], first: Any, rngs: nnx.Rngs
+    ):
         normed = config.norm == "batch"
         options = {"bias": not normed, "rngs": rngs}
         self.convs = nnx.List(
             [
-                Conv(size_in, size, 3, (first, "mlp"), **options),
-                Conv(size, size, 3, ("mlp", "embed"), **options),
+                Conv(size_in, sizes[0], 3, (first, "mlp"), **options),
+                Conv(sizes[0], sizes[1], 3, ("mlp", "embed"), **options),
             ]
         )
-        self.norms = nnx.List([BatchNorm(size, name) for name in ("mlp", "embed") if normed])
+        norms = zip(sizes, ("mlp", "embed"), strict=True)
+        self.norms = nnx.List([BatchNorm(size, name) for size, name in norms if normed])
 
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         for i, (conv, name) in enumerate(zip(self.convs, ("mlp", "embed"), strict=True)):
@@ -119,18 +143,23 @@ class UNet(nnx.Module):
 
     def __init__(self, config: UNetConfig, rngs: nnx.Rngs):
         self.config = config
-        sizes = [config.width * 2**level for level in range(config.depth + 1)]
-        befores = [config.num_channels, *sizes[:-1]]
+        levels = config.levels
+        befores = [config.num_channels, *(level[1] for level in levels[:-1])]
         self.downs = nnx.List(
             [
-                Block(config, before, size, "embed" if level else None, rngs)
-                for level, (before, size) in enumerate(zip(befores, sizes, strict=True))
+                Block(config, before, level[:2], "embed" if number else None, rngs)
+                for number, (before, level) in enumerate(zip(befores, levels, strict=True))
             ]
         )
-        self.rises = nnx.List([Rise(2 * size, size, rngs) for size in sizes[:-1]])
-        self.ups = nnx.List([Block(config, 2 * size, size, "embed", rngs) for size in sizes[:-1]])
+        below = [level[-1] for level in levels[1:]]
+        self.rises = nnx.List(
+            [Rise(size, level[2], rngs) for size, level in zip(below, levels[:-1], strict=True)]
+        )
+        self.ups = nnx.List(
+            [Block(config, level[1] + level[2], level[3:], "embed", rngs) for level in levels[:-1]]
+        )
         self.classifier = Conv(
-            config.width, config.num_labels, 1, ("embed", "labels"), bias=True, rngs=rngs
+            levels[0][-1], config.num_labels, 1, ("embed", "labels"), bias=True, rngs=rngs
         )
 
     def __call__(self, batch: Batch, key: jax.Array | None, train: bool) -> jax.Array:

@@ -168,9 +168,13 @@ class DeiTConfig(ViTConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Dinov2Config(Patches):
-    """The fields of a DINOv2 `config.json`; `use_swiglu_ffn` is not supported."""
+    """The fields of a DINOv2 `config.json`; `use_swiglu_ffn` is not supported.
+
+    And one of our own: `inner_size`, of the hidden layer of an MLP, where that is no multiple.
+    """
 
     mlp_ratio: int = 4
+    inner_size: int | None = None
     layerscale_value: float = 1.0
     drop_path_rate: float = 0.0
     layer_norm_eps: float = 1e-6
@@ -188,13 +192,13 @@ class Dinov2Config(Patches):
     def __post_init__(self):
         """Checks what the arithmetic relies on."""
         super().__post_init__()
-        at_least(self, 1, "mlp_ratio")
+        at_least(self, 1, "mlp_ratio", *(["inner_size"] if self.inner_size is not None else []))
         rates(self, "drop_path_rate")
 
     @property
     def inner(self) -> int:
         """Size of the hidden layer of an MLP."""
-        return self.hidden_size * self.mlp_ratio
+        return self.inner_size or self.hidden_size * self.mlp_ratio
 
     @property
     def scale(self) -> float | None:
