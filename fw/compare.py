@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from fw import export
+from fw.processors import Processor
 
 
 def compare(
@@ -34,7 +35,8 @@ def compare(
       FwError: as `fw.export.load` does.
     """
     loaded = {name: export.load(folder) for name, folder in artifacts.items()}
-    rows = _rows([*loaded.values()], batch, length)
+    kinds = [(artifact.processor, artifact.task) for artifact in loaded.values()]
+    rows = rows_to_time(kinds, batch, length)
     seconds: dict[str, list[float]] = {name: [] for name in loaded}
     for repeat in range(repeats + 2):  # the first two warm up
         for name, artifact in loaded.items():
@@ -55,11 +57,19 @@ def compare(
     ]
 
 
-def _rows(artifacts: Sequence[export.Artifact], batch: int, length: int) -> dict[str, np.ndarray]:
-    """Full rows of text that all of the artifacts take, or golden rows over and over."""
-    processors = [a.processor for a in artifacts if isinstance(a.processor, export.Text)]
+def rows_to_time(
+    kinds: Sequence[tuple[Processor, str]], batch: int = 16, length: int = 64
+) -> dict[str, np.ndarray]:
+    """Full rows of text that all of some processors' models take, or golden rows over and over.
+
+    Args:
+      kinds: processors and tasks.
+      batch: how many rows.
+      length: of rows of text, or the most that all take.
+    """
+    processors = [processor for processor, _ in kinds if isinstance(processor, export.Text)]
     if not processors:
-        golden = artifacts[0].processor.golden(artifacts[0].task, None)
+        golden = kinds[0][0].golden(kinds[0][1], None)
         return {name: np.resize(x, (batch, *x.shape[1:])) for name, x in golden.items()}
     length = min(length, *(p.length for p in processors))
     ids = min(p.tokenizer.fast.get_vocab_size() for p in processors)

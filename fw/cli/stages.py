@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from fw import pipeline, stages
+from fw import pipeline, stages, target
 from fw.compression import RECIPES
 from fw.data import SPLITS
 
@@ -49,7 +49,19 @@ def add_compress(subparsers: Any) -> argparse.ArgumentParser:
         "them in RUN/pipelines/NAME/, or goes on where it was (default: %(default)s)",
     )  # fmt: skip
 
+    parser.add_argument(
+        "--target", metavar="TEXT",
+        help='instead of a recipe, look for one: "latency 2x, size 4x, quality -1" is twice as '
+        "fast and a quarter of the bytes for a point at most; kept in RUN/targets/",
+    )  # fmt: skip
+    parser.add_argument(
+        "--epochs", type=float, default=4.0,
+        help="with a target: what is left learns for, where units went (default: %(default)s)",
+    )  # fmt: skip
+
     def run(arguments: argparse.Namespace) -> int:
+        if arguments.target is not None:
+            return _search(arguments)
         if pipeline.is_pipeline(arguments.recipe):
             folder = pipeline.pipeline(
                 arguments.folder,
@@ -72,6 +84,20 @@ def add_compress(subparsers: Any) -> argparse.ArgumentParser:
 
     parser.set_defaults(command=run)
     return parser
+
+
+def _search(arguments: argparse.Namespace) -> int:
+    """0 if something meets the target."""
+    found = target.search(
+        arguments.folder, target.Target.of(arguments.target), split=arguments.split,
+        data=arguments.data, epochs=arguments.epochs,
+    )  # fmt: skip
+    print(found)
+    if found.chosen is None:
+        print(f"nothing that was tried meets the target; see {found.folder / target.PICTURE}")
+        return 1
+    print(found.folder)
+    return 0
 
 
 def add_prune(subparsers: Any) -> argparse.ArgumentParser:

@@ -62,18 +62,23 @@ def write(folder: str | Path) -> Path:
         *_rest(result, path),
         _options(options, starts),
     )
+    run.write_text(folder / run.REPORT, document(f"{title}: fw run", body))
+    return folder / run.REPORT
+
+
+def document(title: str, body: Element) -> str:
+    """A page in one file, with the style of all."""
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("meta", content=_POLICY, **{"http-equiv": "Content-Security-Policy"}),
         tag("meta", name="color-scheme", content="light dark"),
-        tag("title", f"{title}: fw run"),
+        tag("title", title),
         tag("style", resources.files("fw.report").joinpath("style.css").read_text("utf-8")),
     )
     html = page(tag("html", head, tag("body", body), lang="en"))
-    run.write_text(folder / run.REPORT, f"<!doctype html>\n{html}\n")
-    return folder / run.REPORT
+    return f"<!doctype html>\n{html}\n"
 
 
 _KINDS = {"splits": dict, "variants": list, "stages": dict, "checkpoints": list}

@@ -29,7 +29,8 @@ class Series:
     Attributes:
         name: for the legend and the titles.
         points: (x, y), by increasing x; a y of None is a gap.
-        mark: "line", "faint" (a thin line behind, which cannot be pointed at) or "dots" (joined).
+        mark: "line", "faint" (a thin line behind, which cannot be pointed at), "dots" (joined) or
+            "loose" (dots that are not).
         colour: "a" or "b", the two of the style.
     """
 
@@ -175,10 +176,10 @@ def _marks(one: Series, at: Callable[[tuple[float, float]], tuple[float, float]]
     for there, stretch in groupby(one.points, lambda point: point[1] is not None):
         if there:
             places = [at((a, b)) for a, b in stretch if b is not None]
-            if len(places) > 1:
+            if len(places) > 1 and one.mark != "loose":
                 line = " ".join(f"{a:.2f},{b:.2f}" for a, b in places)
                 group.append(tag("polyline", points=line))
-            if one.mark == "dots" or len(places) == 1:
+            if one.mark in ("dots", "loose") or len(places) == 1:
                 group.extend(tag("circle", cx=a, cy=b, r=3.5) for a, b in places)
     return group
 
