@@ -20,6 +20,8 @@ import optax
 from filelock import FileLock, Timeout
 from jax.sharding import Mesh
 
+import compress
+from compress.transform import Report, Transform
 from fw import answers, assets, hub, report, run
 from fw.adaptation import coded
 from fw.checkpoint import Checkpoints
@@ -30,6 +32,7 @@ from fw.data.unlabelled import UNLABELLED, heard, read_unlabelled
 from fw.errors import FwError
 from fw.evaluate import evaluate, forward, make_counter
 from fw.exchange import with_exchange
+from fw.export.save import replacing
 from fw.json_files import is_writer
 from fw.model import Model
 from fw.optimizer import learning_rate, optimizer
@@ -41,7 +44,8 @@ from fw.table_optimizer import row_optimizer, with_tables
 from fw.tasks import Summary
 from fw.train import Progress, train
 from fw.training import Training, begin
-from sharding import Rules, make_mesh, put
+from fw.variants import COMPRESSED, fill
+from sharding import Rules, gather, make_mesh, put
 from sharding import rules as make_rules
 from sharding.parallel.averages import workers
 
@@ -152,6 +156,8 @@ def finetune(recipe: Finetune, *, resume: bool = False) -> Path:
             kept = checkpoints.restore(state, best)
             kept_steps = checkpoints.steps()
         _save(folder, training.tuned(kept.variables), recipe, processor, source)
+        if training.codes is not None:
+            _save_codes(folder / COMPRESSED / recipe.qat, *training.codes(kept.variables))
         news = {
             "task": recipe.task,
             "splits": {"dev": dict(score(kept.variables).figures)},
@@ -175,6 +181,14 @@ def _save(
         hub.save_adapter(folder / run.ADAPTER, *hub.detach(tuned, base=recipe.model))
     more = None if isinstance(processor, Text) else processor.save
     hub.save(folder / run.MODEL, tuned, tokenizer_from=source, more=more)
+
+
+def _save_codes(folder: Path, params: Any, report: Report, transform: Transform) -> None:
+    """Writes what was learned as codes, as `fw compress` would."""
+    arrays = compress.to_arrays(gather(params))
+    if is_writer():
+        with replacing(folder) as part:
+            fill(part, arrays, report, transform)
 
 
 def record(folder: Path, news: Mapping[str, Any]) -> None:

@@ -99,7 +99,7 @@ def optimizer(config: AdamW, steps: int) -> optax.GradientTransformation:
 def _is_matrix(path: Any, x: Any) -> bool:
     """A stack's biases and norms have an axis of layers, too: they are told by their name."""
     name = jax.tree_util.keystr(path[-1:], simple=True)
-    return x.ndim > 1 and name not in ("bias", "scale", "magnitude")
+    return x.ndim > 1 and name not in ("bias", "scale", "magnitude", "log_scale")
 
 
 def clip_by_norm(largest: float) -> optax.GradientTransformation:

@@ -11,8 +11,8 @@
     learning_rate = 3e-4
 
     [[stages]]
-    stage = "compress"        # as `fw compress --recipe`
-    recipe = "int8"
+    stage = "qat"             # the same, through the rounding
+    format = "int8"           # or, without training, stage = "compress" with a recipe
 
     [[stages]]
     stage = "export"
@@ -41,8 +41,10 @@ from fw.distillation import Distil
 from fw.errors import FwError
 from fw.export.save import replacing
 from fw.finetune import finetune
+from fw.qat import QatOptions
 from fw.recipe import NEW, Finetune, read_recipe
 from fw.sparsity import Sparse
+from fw.variants import COMPRESSED
 
 FOLDER, STATE = "pipelines", "pipeline.json"
 """In a run, where pipelines are; in one of them, what was done."""
@@ -61,7 +63,7 @@ class Stage:
     """One stage of a recipe.
 
     Attributes:
-      kind: "prune", "distil", "finetune", "compress" or "export".
+      kind: "prune", "distil", "qat", "finetune", "compress" or "export".
       options: of that.
     """
 
@@ -129,8 +131,11 @@ def read(path: str | Path) -> tuple[Stage, ...]:
     for number, kind in enumerate(kinds, 1):
         if kind == "export" and number < len(kinds):
             raise FwError(f"{path}: stage {number}: export is the last stage")
-        if kind != "export" and "compress" in kinds[: number - 1]:
-            raise FwError(f"{path}: stage {number}: {kind} comes after compress, which ends floats")
+        for last in {"compress", "qat"} & {*kinds[: number - 1]}:
+            if kind != "export":
+                raise FwError(
+                    f"{path}: stage {number}: {kind} comes after {last}, which ends floats"
+                )
     return tuple(found)
 
 
@@ -266,7 +271,7 @@ def _measured(place: Place, given: Given) -> dict[str, Any]:
     summary = stages.evaluate_run(
         place.folder, given.split, name=place.variant, mesh=given.mesh, data=given.data
     )
-    made = place.folder / stages.COMPRESSED / place.variant
+    made = place.folder / COMPRESSED / place.variant
     files = (place.folder / run.MODEL if place.variant == "f32" else made).glob("*.safetensors")
     size = sum(file.stat().st_size for file in files)
     figures = {"metric": summary.metric, "value": float(summary.value), "bytes": size}
@@ -306,7 +311,7 @@ def _trained(base: Finetune, stage: Stage, **own: Any) -> Finetune:
     """
     fresh = {
         field.name: field.default
-        for options in (LoraOptions, Distil, Sparse)
+        for options in (LoraOptions, Distil, Sparse, QatOptions)
         for field in dataclasses.fields(options)
     }
     fresh |= {"steps": 0, "evaluate_every": 0, "config": ""}
@@ -317,6 +322,20 @@ def _trained(base: Finetune, stage: Stage, **own: Any) -> Finetune:
 
 def _check_distil(base: Finetune, stage: Stage) -> None:
     _trained(base, stage, model="student", teacher="teacher")
+
+
+def _check_qat(base: Finetune, stage: Stage) -> None:
+    _trained(base, _rounding(stage), model="student", teacher="teacher")
+
+
+def _rounding(stage: Stage) -> Stage:
+    """Its options as `fw finetune` has them."""
+    options = {name: value for name, value in stage.options.items() if name != "format"}
+    return Stage("distil", {**options, "qat": stage.options.get("format", "int8")})
+
+
+def _learn_rounding(given: Given, place: Place, where: Path, stage: Stage) -> None:
+    _train(given, place, where, _rounding(stage))
 
 
 def _check_finetune(base: Finetune, stage: Stage) -> None:
@@ -390,12 +409,18 @@ class _Kind:
 _OPTIONS: Mapping[str, type] = {
     field.name: type(field.default)
     for field in dataclasses.fields(Finetune)
-    if field.name not in OWN
+    if field.name not in (*OWN, "qat")
 }
 
 KINDS: Mapping[str, _Kind] = {
     "prune": _Kind(PRUNE, _check_prune, _prune, _there),
     "distil": _Kind(_OPTIONS, _check_distil, _train, _there),
+    "qat": _Kind(
+        {**_OPTIONS, "format": str},
+        _check_qat,
+        _learn_rounding,
+        lambda place, where, stage: Place(where, stage.options.get("format", "int8")),
+    ),
     "finetune": _Kind(_OPTIONS, _check_finetune, _train, _there),
     "compress": _Kind(COMPRESS, _no_check, _compress, _compressed, _beside),
     "export": _Kind({}, _no_check, _export, lambda place, *_: place),

@@ -23,6 +23,7 @@ from fw.models.stack_layout import default_microbatches
 from fw.optimizer import AdamW
 from fw.options import check_choices
 from fw.processors import processor_of
+from fw.qat import QatOptions
 from fw.sparsity import Sparse
 from fw.table_optimizer import TableOptions
 from sharding.parallel.averages import exchange
@@ -88,7 +89,7 @@ _REMAT = {name or "none": name for name in REMAT}
 
 
 @dataclasses.dataclass(frozen=True)
-class Finetune(AdamW, TableOptions, LoraOptions, Distil, Sparse):
+class Finetune(AdamW, TableOptions, LoraOptions, Distil, Sparse, QatOptions):
     """The recipe of a fine-tuning run; every field is an option of `fw finetune`.
 
     Attributes:
@@ -211,6 +212,7 @@ class Finetune(AdamW, TableOptions, LoraOptions, Distil, Sparse):
         LoraOptions.__post_init__(self)
         Distil.__post_init__(self)
         Sparse.__post_init__(self)
+        QatOptions.__post_init__(self)
         choices = {"task": TASKS, "scheme": SCHEMES, "remat": _REMAT, "split": SPLITS}
         check_choices(self, choices)
         self._check_paths()
@@ -296,6 +298,10 @@ class Finetune(AdamW, TableOptions, LoraOptions, Distil, Sparse):
             raise FwError("a teacher is for models that are trained whole; leave lora or it away")
         if self.sparse and self.lora:
             raise FwError("sparsity is for models that are trained whole; leave lora or it away")
+        if self.qat and (self.lora or self.sparse):
+            raise FwError(
+                "qat is for models that are trained whole; leave lora, sparsity or it away"
+            )
         if self.lora and self.model in NEW:
             raise FwError(f"lora is for pretrained models; {self.model} is new: train it whole")
 

@@ -34,7 +34,8 @@ from fw.models.stack_layout import default_microbatches, layer_of, relayout
 from fw.processors import Processor, Text, processor_of
 from fw.recipe import Finetune, locate, read_recipe
 from fw.tasks import Summary, Task
-from fw.tensors import read_tensors, write_tensors
+from fw.tensors import read_tensors
+from fw.variants import COMPRESSED, RECIPE, REPORT, fill
 from sharding import Rules, gather, make_mesh, put, scope
 from sharding import rules as make_rules
 
@@ -46,10 +47,6 @@ PLAIN = ("f32", "bf16")
 
 QUALITY = ("accuracy", "micro_f1", "exact_match", "mse", "spearman", "perplexity")
 """Figures of a summary that a table of variants or domains shows beside the task's own metric."""
-
-COMPRESSED, REPORT, RECIPE = "compressed", "report.json", "recipe.json"
-"""The folder in a run with a folder of parameters for each recipe; in that, what compressing each
-leaf cost, and the recipe."""
 
 CALIBRATION = 256
 """Examples of the training split that a recipe is calibrated on, if it is."""
@@ -307,10 +304,7 @@ def compress_run(
             _try(opened, small, rows_by_domain)
         except (ValueError, TypeError, NotImplementedError) as error:
             raise FwError(f"{opened.folder / run.MODEL}: recipe {recipe}: {error}") from error
-        write_tensors(part / WEIGHTS, arrays[variant_name])
-        run.write_json(part / RECIPE, transform.data())
-        cost = [{**dataclasses.asdict(leaf), "error": float(leaf.error)} for leaf in leaves]
-        run.write_json(part / REPORT, {"leaves": cost})
+        fill(part, arrays[variant_name], leaves, transform)
 
     before, after = (sum(getattr(r, f"bytes_{k}") for r in changed) for k in ("before", "after"))
     worst = max(float(leaf.error) for leaf in changed)

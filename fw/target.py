@@ -28,6 +28,7 @@ from fw.report import svg
 from fw.report.markup import table, tag
 from fw.report.page import document
 from fw.train import duration
+from fw.variants import COMPRESSED
 from sharding import put, scope
 
 FOLDER = "targets"
@@ -257,7 +258,7 @@ class _Search:
         return Trial(level, count, name, faster, smaller, 100 * (quality - self.state["quality"]))
 
     def _bytes(self, place: Place) -> int:
-        made = stages.COMPRESSED + "/" + place.variant
+        made = Path(COMPRESSED, place.variant)
         folder = place.folder / (run.MODEL if place.variant in stages.PLAIN else made)
         return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 

@@ -1,4 +1,4 @@
-"""What a run trains: a model whole, adapters of it, or a student beside its teacher.
+"""What a run trains: a model whole, adapters or roundings of it; and perhaps beside a teacher.
 
 `fw.finetune` makes a `Training` and need not know which of them it is.
 """
@@ -12,9 +12,11 @@ from reprlib import repr as shown
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from compress.transform import Report, Transform
 from fw import answers, assets, data, hub, run
 from fw.adaptation import Adapted, adapt, transform
 from fw.compression import calibrated
@@ -25,6 +27,7 @@ from fw.evaluate import forward
 from fw.lessons import SOFT
 from fw.model import Model
 from fw.processors import Change, Processor, Text
+from fw.qat import learned
 from fw.recipe import Finetune
 from fw.step import Optimizer, make_step
 from fw.tasks import Task
@@ -37,7 +40,7 @@ CALIBRATION = 24
 
 @dataclass(frozen=True)
 class Training:
-    """What is trained: a model whole, adapters of it, or a student beside its teacher.
+    """What is trained: a model whole, adapters or roundings of it; and perhaps beside a teacher.
 
     Attributes:
       model: what steps are taken with.
@@ -51,6 +54,7 @@ class Training:
       answers: of a teacher who was asked once, for all rows.
       share: of all numbers, those that are trained.
       left: kernels that adapters do not fit, in words.
+      codes: a variant's parameters, report and transform, of variables of training; None without.
     """
 
     model: Model
@@ -64,6 +68,7 @@ class Training:
     answers: np.ndarray | None = None
     share: float = 1.0
     left: tuple[str, ...] = ()
+    codes: Callable[[Any], tuple[Any, Report, Transform]] | None = None
 
     def step(self, tx: Optimizer, recipe: Finetune, mesh: Mesh, rules: Rules) -> Callable[..., Any]:
         """`(state, batch) -> (state, metrics)`, compiled."""
@@ -90,16 +95,46 @@ def begin(
     Raises:
       FwError: no kernel takes adapters, or a teacher is there not, or of other classes or inputs.
     """
-    where = (mesh, rules)
-    if recipe.teacher:
-        return _student(recipe, loaded, task, processor, rows, change, *where)
     batches = data.Batches(rows.arrays, recipe.batch, recipe.seed, change)
     if recipe.lora:
-        return _adapters(recipe, loaded, task, processor, batches, *where)
+        return _adapters(recipe, loaded, task, processor, batches, mesh, rules)
+    whole = _rounded if recipe.qat else _whole
+    training = whole(recipe, loaded, task, processor, batches, mesh, rules)
+    if recipe.teacher:
+        return _student(recipe, training, task, processor, rows, mesh, rules)
+    return training
+
+
+def _whole(
+    recipe: Finetune, loaded: hub.Loaded, task: Task, processor: Processor, batches: data.Batches,
+    mesh: Mesh, rules: Rules,
+) -> Training:  # fmt: skip
     model = processor.adapt(loaded.model)
     return Training(
         model, task.loss, loaded.variables, model, lambda own: own,
         lambda own: replace(loaded, variables=own), batches,
+    )  # fmt: skip
+
+
+def _rounded(
+    recipe: Finetune, loaded: hub.Loaded, task: Task, processor: Processor, batches: data.Batches,
+    mesh: Mesh, rules: Rules,
+) -> Training:  # fmt: skip
+    learning = learned(processor.adapt(loaded.model), loaded.variables["params"], recipe.qat)
+    model, params = learning.model, learning.params
+    where = shardings(model.axes["params"], params, mesh, rules)
+    # Copies: a step is donated its state.
+    variables = {
+        **loaded.variables,
+        "params": jax.device_put(jax.tree.map(jnp.copy, params), where),
+    }
+
+    def tuned(own: Any) -> hub.Loaded:
+        return replace(loaded, variables={**own, "params": learning.harden(own["params"])[0]})
+
+    return Training(
+        model, task.loss, variables, model, lambda own: own, tuned, batches, frozen={},
+        codes=lambda own: (*learning.harden(own["params"]), learning.harder),
     )  # fmt: skip
 
 
@@ -117,25 +152,29 @@ def _adapters(
 
 
 def _student(
-    recipe: Finetune, loaded: hub.Loaded, task: Task, processor: Processor, rows: AnyRows,
-    change: Change | None, mesh: Mesh, rules: Rules,
+    recipe: Finetune, own: Training, task: Task, processor: Processor, rows: AnyRows, mesh: Mesh,
+    rules: Rules,
 ) -> Training:  # fmt: skip
-    model, arrays, told = processor.adapt(loaded.model), rows.arrays, None
-    example = data.Batches(arrays, recipe.batch, recipe.seed, change).example
+    """What is trained anyhow, beside a teacher."""
+    batches, told = own.batches, None
     if recipe.offline:
         told = _answered(recipe, processor, rows, task.labels, mesh, rules)
-        arrays, frozen, asked = {**arrays, ANSWERS: told}, None, model
+        batches = replace(batches, arrays={**batches.arrays, ANSWERS: told})
+        frozen, asked = own.frozen, own.model
     else:
         teacher = _teacher(recipe, processor, task.labels, mesh, rules)
         frozen, asked = teacher.variables, processor.adapt(teacher.model)
     taught = distilled(
-        model, asked, task.loss, recipe.lessons, soft=SOFT.get(recipe.task),
-        causal=recipe.task == "lm", example=example,
+        own.model, asked, task.loss, recipe.lessons, soft=SOFT.get(recipe.task),
+        causal=recipe.task == "lm", example=own.batches.example,
     )  # fmt: skip
-    return Training(
-        taught.model, taught.loss, _projected(taught, loaded.variables, recipe.seed, mesh, rules),
-        model, taught.student, lambda own: replace(loaded, variables=taught.student(own)),
-        data.Batches(arrays, recipe.batch, recipe.seed, change), frozen, told,
+    codes = own.codes
+    return replace(
+        own, model=taught.model, loss=taught.loss, batches=batches, frozen=frozen, answers=told,
+        variables=_projected(taught, own.variables, recipe.seed, mesh, rules),
+        plain=lambda variables: own.plain(taught.student(variables)),
+        tuned=lambda variables: own.tuned(taught.student(variables)),
+        codes=codes and (lambda variables: codes(taught.student(variables))),
     )  # fmt: skip
 
 
