@@ -2,15 +2,16 @@
 
 | in the order of the flow | |
 | --- | --- |
-| `recipe`, `finetune`, `stages`, `pipeline` | the line from end to end, a function for each stage |
+| `recipe`, `finetune`, `stages`, `pipeline`, `target` | the line, a function for each stage |
 | `assets`, `pretrained`, `hub`, `gguf` | what comes in |
 | `model`, `models`, `precision`, `convolve` | what it becomes |
 | `data`, `processors`, `tasks`, `metrics` | things to batches; what is minimised and counted |
-| `pruning`, `distillation`, `adaptation` | what is left, who teaches it, what of it is trained |
+| `pruning`, `adaptation`, `qat` | what is left, what of it is trained, and how |
+| `distillation`, `lessons`, `taps`, `answers` | who teaches it, and what |
 | `optimizer`, `table_optimizer`, `sparsity`, `exchange` | how far a step goes, what it sends |
-| `step`, `train`, `evaluate`, `checkpoint` | training |
+| `training`, `step`, `train`, `evaluate`, `checkpoint` | training |
 | `generation` | text from a decoder |
-| `run`, `report`, `compression`, `export`, `tiles`, `compare` | what is left behind |
+| `run`, `report`, `compression`, `variants`, `export`, `tiles`, `compare` | what is left behind |
 | `host`, `options`, `cli`, `errors` | around it |
 
 `load`, `save` and `generate` are functions of these. A module is imported when it is first used, so
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fw import (
         adaptation,
+        answers,
         assets,
         checkpoint,
         cli,
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
         gguf,
         host,
         hub,
+        lessons,
         metrics,
         model,
         models,
@@ -50,6 +53,7 @@ if TYPE_CHECKING:
         pretrained,
         processors,
         pruning,
+        qat,
         recipe,
         report,
         run,
@@ -57,9 +61,13 @@ if TYPE_CHECKING:
         stages,
         step,
         table_optimizer,
+        taps,
+        target,
         tasks,
         tiles,
         train,
+        training,
+        variants,
     )
     from fw.generation import generate
     from fw.pretrained import load, save
@@ -71,6 +79,7 @@ _FUNCTIONS = {"generate": "fw.generation", "load": "fw.pretrained", "save": "fw.
 __all__ = [
     "__version__",
     "adaptation",
+    "answers",
     "assets",
     "checkpoint",
     "cli",
@@ -89,6 +98,7 @@ __all__ = [
     "gguf",
     "host",
     "hub",
+    "lessons",
     "load",
     "metrics",
     "model",
@@ -100,6 +110,7 @@ __all__ = [
     "pretrained",
     "processors",
     "pruning",
+    "qat",
     "recipe",
     "report",
     "run",
@@ -108,9 +119,13 @@ __all__ = [
     "stages",
     "step",
     "table_optimizer",
+    "taps",
+    "target",
     "tasks",
     "tiles",
     "train",
+    "training",
+    "variants",
 ]
 
 
