@@ -344,6 +344,9 @@ def _check_finetune(base: Finetune, stage: Stage) -> None:
 
 def _train(given: Given, place: Place, where: Path, stage: Stage) -> None:
     teacher = {"teacher": str(given.run)} if stage.kind == "distil" else {}
+    texts = given.beside / str(stage.options.get("unlabelled", ""))
+    if texts != given.beside and texts.exists():
+        stage = Stage(stage.kind, {**stage.options, "unlabelled": str(texts)})
     recipe = _trained(
         given.base, stage, model=str(place.folder / run.MODEL), run=str(where),
         data=given.data or given.base.data, **teacher,

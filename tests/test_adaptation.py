@@ -76,7 +76,7 @@ def load(folder, mesh=ONE, **options):
     return hub.load(folder, mesh=make_mesh(mesh), rules=rules(), **options)
 
 
-@pytest.mark.parametrize("kind", ["lora", "eva", slow("dora"), "qlora"])
+@pytest.mark.parametrize("kind", [slow("lora"), slow("eva"), slow("dora"), "qlora"])
 def test_eight_devices_learn_as_one(runs, kind):
     one, eight = runs(kind), runs(kind, EIGHT)
     assert losses(one)[-1] < losses(one)[0]

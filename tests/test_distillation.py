@@ -30,6 +30,7 @@ from fw.taps import taken, tap
 from fw.tasks import cross_entropy, word_loss
 from sharding import make_mesh, put, rules, shardings
 from tests import tiny
+from tests.marks import fast_are
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -302,7 +303,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", fast_are(["bert", "llama"], KINDS))
 def test_eight_devices_learn_as_one_and_learn(kind):
     """All lessons of a family; twenty steps on a few batches."""
     make, example, loss, how, more = KINDS[kind]

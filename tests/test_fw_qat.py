@@ -20,6 +20,7 @@ from fw.step import initial_state, make_step
 from fw.tasks import cross_entropy
 from sharding import make_mesh, put, rules, shardings
 from tests import tiny
+from tests.marks import fast_are
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -39,7 +40,7 @@ MODELS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", fast_are(["bert"], MODELS))
 @pytest.mark.parametrize("format", qat.FORMATS)
 def test_what_is_trained_is_what_the_codes_compute(name, format):
     """Away from where it begins: with weights and scales moved at random."""
@@ -78,7 +79,7 @@ def train(mesh, format, steps, name="bert"):
     return losses, jax.device_get(state.variables["params"])
 
 
-@pytest.mark.parametrize("format", qat.FORMATS)
+@pytest.mark.parametrize("format", fast_are(["int8"], qat.FORMATS))
 def test_eight_devices_learn_as_one_and_learn(format):
     one, params = train("data=1", format, 20)
     eight, _ = train("data=2,fsdp=2,tensor=2", format, 3)

@@ -18,6 +18,7 @@ from fw.optimizer import MOMENTS, AdamW, optimizer
 from fw.step import abstract_state, initial_state, make_step
 from fw.tasks import cross_entropy
 from sharding import create, gather, make_mesh, put, rules, shardings
+from tests.marks import fast_are
 from tests.test_exchange import MODEL, batch_of
 
 SMALL = tuple(m for m in MOMENTS if m != "float32")
@@ -158,7 +159,7 @@ def alone() -> dict[str, list[float]]:
     return found
 
 
-@pytest.mark.parametrize("moments", SMALL)
+@pytest.mark.parametrize("moments", fast_are(["8bit"], SMALL))
 def test_a_run_moves_to_another_mesh_and_goes_on(moments, alone, tmp_path):
     """Codes and scales lie with their parameters; losses are those of one device."""
     mesh, _, step, state = started(moments, "data=2,fsdp=2,tensor=2")

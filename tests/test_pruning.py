@@ -24,6 +24,7 @@ from fw.models.vit_config import Dinov2Config, ViTConfig
 from fw.pruning import LAYERS, outputs, shrunk
 from sharding import make_mesh, rules
 from tests import tiny
+from tests.marks import slow
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -119,7 +120,7 @@ NETS = {
 
 
 @pytest.mark.parametrize("name", NETS)
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, slow(1)])
 def test_what_is_left_of_every_dimension_is_a_model_with_a_folder(name, seed, tmp_path):
     """Channels, streams, widths, heads and layers at once."""
     model, batch = NETS[name]

@@ -313,6 +313,7 @@ def test_arguments_that_are_not_mapped():
     close((dk, dv), (first[2] + second[2], first[3] + second[3]), 1e-12)
 
 
+@pytest.mark.slow
 def test_without_jit_and_with_the_way_back_outside_the_scope():
     with jax.enable_x64(True):
         q, k, v, segments, g = draw(7)

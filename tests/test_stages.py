@@ -156,3 +156,30 @@ def test_what_is_no_recipe_is_refused_before_anything_is_done(name, tmp_path):
     with pytest.raises(FwError, match=message):
         pipeline.pipeline(tmp_path / "run", tmp_path / "small.toml")
     assert not (tmp_path / "run/pipelines").exists()
+
+
+@pytest.mark.slow
+def test_codes_may_be_learnt_in_a_stage(small, capsys):
+    """Taught by the run, and exported as what was learnt."""
+    text = """
+[[stages]]
+stage = "prune"
+flops = 0.8
+
+[[stages]]
+stage = "qat"
+format = "int4"
+epochs = 1
+teacher_attention = 1.0
+
+[[stages]]
+stage = "export"
+"""
+    (small / "small.toml").write_text(text)
+    compress(small)
+    told = json.loads((small / "run/pipelines/small/pipeline.json").read_text())["stages"]
+    assert told[2]["figures"]["bytes"] < 0.8 * told[1]["figures"]["bytes"]
+    folder = small / "run/pipelines/small"
+    assert run.config(folder / "2-qat")["qat"] == "int4"
+    recipe = json.loads((folder / "artifact/manifest.json").read_text())
+    assert "int4" in json.dumps(recipe)
