@@ -69,6 +69,8 @@ class Compressed(quax.ArrayValue):
             return quax.quaxify(jaxpr_as_fun(params["call_jaxpr"]))(*values)
         if primitive.name == "pvary":  # within `shard_map`; JAX 0.12 has no public name for it
             return jax.tree.map(lambda part: primitive.bind(part, **params), values[0])
+        if primitive.name == "name":  # of `jax.ad_checkpoint.checkpoint_name`
+            return values[0]
         leaf = next(v for v in values if isinstance(v, Compressed))
         raise NotImplementedError(
             f"no rule for the primitive '{primitive}' on {describe(leaf)}; compressed arrays can "

@@ -15,7 +15,7 @@ from fw.data import eval_batches
 from fw.data.rows import AnyRows
 from fw.errors import FwError
 from fw.evaluate import Forward
-from fw.tensors import read_tensors, write_tensors
+from fw.tensors import read_tensors, replace_tensors
 from sharding import Rules, constrain, put, scope
 from sharding.processes.cluster import beat
 
@@ -74,10 +74,16 @@ def rows_digest(rows: AnyRows) -> bytes:
 
 
 def write(path: Path, outputs: np.ndarray, rows: AnyRows, labels: Sequence[str]) -> None:
-    """Keeps a teacher's outputs, and what they are of."""
+    """Keeps a teacher's outputs, and what they are of; whole or not at all. One process writes."""
     names = json.dumps(list(labels)).encode()
     arrays = {"outputs": outputs, "rows": np.frombuffer(rows_digest(rows), np.uint8)}
-    write_tensors(path, {**arrays, "labels": np.frombuffer(names, np.uint8)})
+    replace_tensors(path, {**arrays, "labels": np.frombuffer(names, np.uint8)})
+
+
+def keep(folder: Path, outputs: np.ndarray | None, rows: AnyRows, labels: Sequence[str]) -> None:
+    """Writes `FILE` in a run, if it is not there and there is something to write."""
+    if outputs is not None and not (folder / FILE).exists():
+        write(folder / FILE, outputs, rows, labels)
 
 
 def read(path: Path, rows: AnyRows, labels: Sequence[str]) -> np.ndarray:
@@ -93,14 +99,17 @@ def read(path: Path, rows: AnyRows, labels: Sequence[str]) -> np.ndarray:
     """
     if not path.is_file():
         raise FwError(f"{path}: there is no such file; --teacher-offline makes one in its run")
-    tensors = read_tensors(path)
-    if {*tensors} != {"outputs", "rows", "labels"} or len(tensors["outputs"]) == 0:
+    try:
+        tensors = read_tensors(path)
+    except OSError as error:
+        raise FwError(f"{path}: cannot be read: {error.strerror}") from error
+    if {*tensors} != {"outputs", "rows", "labels"} or tensors["outputs"].ndim < 1:
         raise FwError(f"{path}: holds no teacher's answers; --teacher-offline makes such a file")
     own = tensors["labels"].tobytes()
     if own != json.dumps(list(labels)).encode():
         shown = own[:200].decode(errors="replace")
         raise FwError(f"{path}: its classes are {shown}, those of the data {list(labels)}")
-    if tensors["rows"].tobytes() != rows_digest(rows):
+    if len(tensors["outputs"]) != rows.rows or tensors["rows"].tobytes() != rows_digest(rows):
         raise FwError(
             f"{path}: its {len(tensors['outputs'])} rows are not the {rows.rows} of this run; the "
             "data, the tokenizer, length, packing and texts of a row are those it was made with"

@@ -116,6 +116,9 @@ RECIPES: Mapping[str, tuple[str, Callable[[Any], compress.Transform]]] = {
 TAKEN = ("f32", "bf16", *RECIPES)
 """Names of variants that no file of a recipe may have."""
 
+LEARNED = "-learned"
+"""What the names of variants end with that were learnt through the rounding (`fw.qat`)."""
+
 
 def recipe(name: str, params: Any) -> tuple[str, compress.Transform]:
     """A recipe by its name or file, and what to call what it makes.
@@ -134,10 +137,12 @@ def recipe(name: str, params: Any) -> tuple[str, compress.Transform]:
         raise FwError(
             f"recipe {name!r}: expected one of {', '.join(RECIPES)}, or a .toml or .json file"
         )
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", path.stem) or path.stem in TAKEN:
+    named = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", path.stem)
+    if not named or path.stem in TAKEN or path.stem.endswith(LEARNED):
         raise FwError(
             f"{path}: its stem {path.stem!r} is to name what it makes: letters, digits and, after "
-            f"the first, '_', '-' and '.', but none of {', '.join(TAKEN)}; rename it"
+            f"the first, '_', '-' and '.', but none of {', '.join(TAKEN)}, nor with {LEARNED} at "
+            "its end; rename it"
         )
     try:
         if path.stat().st_size > LIMIT:

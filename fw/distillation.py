@@ -160,6 +160,7 @@ def distilled(
     *,
     soft: Soft | None = divergence,
     causal: bool = False,
+    heard: float = 1.0,
     example: Any = None,
 ) -> Taught:
     """A student that asks its teacher, and the loss of what they say.
@@ -171,6 +172,8 @@ def distilled(
       lessons: what is heeded; None for the answers alone.
       soft: how far answers are apart; None for those of language models, by `word_divergence`.
       causal: whether tokens see only those before them, for lessons of attention.
+      heard: of all data, how often a teacher is heard for each label: more than once where some
+        has none, and batches say so (`TAUGHT`). Labels weigh as much as if all had one.
       example: a batch or its shapes; lessons of states need it.
 
     Raises:
@@ -212,27 +215,29 @@ def distilled(
             asked = {k: x for k, x in plain.items() if k != ROWS}
             found = ask(teacher)(variables[FROZEN], asked)
             (answer, _), theirs = jax.lax.stop_gradient(found)
-        heard = _answers(said, answer, ours, theirs, batch, how, soft) if how.weight else None
+        far = _answers(said, answer, ours, theirs, batch, how, soft) if how.weight else None
         more = jnp.zeros(())
         if how.hidden:
             projections = variables["params"][PROJECTIONS]
-            far = apart(ours[HIDDEN], theirs[HIDDEN], projections, batch)
-            more += far.astype(more.dtype) * how.hidden
+            states = apart(ours[HIDDEN], theirs[HIDDEN], projections, batch)
+            more += states.astype(more.dtype) * how.hidden
         if how.attention:
             own, other = ([seen[name][-1] for name in HEADS] for seen in (ours, theirs))
-            far = relations(own, other, batch, causal=causal)
-            more += far.astype(more.dtype) * how.attention
-        return (said, heard, more), {**variables, **new, "params": variables["params"]}
+            related = relations(own, other, batch, causal=causal)
+            more += related.astype(more.dtype) * how.attention
+        return (said, far, more), {**variables, **new, "params": variables["params"]}
 
     def of_all(outputs: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        said, heard, more = outputs
-        hard, labelled = loss(said, batch)
-        if heard is None:
-            return hard + more.astype(hard.dtype) * labelled, labelled
-        total, count = heard  # of texts that nobody labelled, too
+        said, soft, more = outputs
+        hard, count = loss(said, batch)
+        if TAUGHT in batch:
+            count = jnp.sum(batch[TAUGHT], dtype=hard.dtype)
+        # Sums over rows, by which batches may be cut: no part of one knows how many are labelled.
         w = jnp.asarray(how.weight, hard.dtype)
-        hard *= count / jnp.maximum(labelled, 1)
-        return (1 - w) * hard + w * total + more.astype(hard.dtype) * count, count
+        total = (1 - w) * hard * jnp.asarray(heard, hard.dtype)
+        if soft is not None:
+            total += w * soft
+        return total + more.astype(hard.dtype) * count, count
 
     def projections(key: jax.Array) -> dict[str, jax.Array]:
         return {
@@ -277,20 +282,20 @@ def _ask(model: Model, *, how: Lessons, words: bool) -> Callable[..., Any]:
 def _answers(
     said: Any, taught: Any, ours: Taken, theirs: Taken, batch: Batch, how: Lessons,
     soft: Soft | None,
-) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+) -> jax.Array:  # fmt: skip
     """How far the answers are apart."""
     if soft is None:
         own, other = (
             Words(seen[WORDS][-1], seen[TABLE][-1], seen[BIAS][-1] if seen[BIAS] else None)
             for seen in (ours, theirs)
         )
-        return word_divergence(own, other, batch, how.temperature)
+        return word_divergence(own, other, batch, how.temperature)[0]
     if jnp.shape(said) != jnp.shape(taught):
         raise FwError(
             f"the student's outputs are {list(jnp.shape(said))}, the teacher's "
             f"{list(jnp.shape(taught))}; expected the same classes"
         )
-    return soft(said, taught, batch, how.temperature)
+    return soft(said, taught, batch, how.temperature)[0]
 
 
 def _sizes(

@@ -14,3 +14,7 @@ class FwError(ValueError):
     ...
     fw.errors.FwError: config.json: 'hidden_size' is missing; is this a model folder?
     """
+
+
+class UnfitError(FwError):
+    """What was asked for is not possible with this model, whatever else is right."""

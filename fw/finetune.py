@@ -25,6 +25,7 @@ from compress.transform import Report, Transform
 from fw import answers, assets, hub, report, run
 from fw.adaptation import coded
 from fw.checkpoint import Checkpoints
+from fw.compression import LEARNED
 from fw.data.files import OnBadRow
 from fw.data.pack import Packed
 from fw.data.rows import AnyRows
@@ -102,8 +103,9 @@ def finetune(recipe: Finetune, *, resume: bool = False) -> Path:
     processor = prepared.processor
     task = processor.task(recipe, prepared.labels)
     loaded = bring(recipe, prepared, source, mesh, rules, **computed)
-    rows = prepared.rows["train"]
-    training = begin(recipe, loaded, task, processor, rows, prepared.change, mesh, rules)
+    training = begin(
+        recipe, loaded, task, processor, prepared.rows["train"], prepared.change, mesh, rules
+    )
     batches = training.batches
     steps = recipe.steps or max(1, round(recipe.epochs * batches.steps_per_epoch))
     every = recipe.evaluate_every or min(batches.steps_per_epoch, steps)
@@ -123,8 +125,8 @@ def finetune(recipe: Finetune, *, resume: bool = False) -> Path:
         folder = run.create(recipe.run, settings, resume=resume, may_change=MAY_CHANGE)
         progress = Progress(steps)
         _announce(progress, prepared, loaded, batches.steps_per_epoch, recipe, training)
-        if training.answers is not None and recipe.teacher_offline and is_writer():
-            answers.write(folder / answers.FILE, training.answers, rows, task.labels)
+        if recipe.teacher_offline:
+            answers.keep(folder, training.answers, prepared.rows["train"], task.labels)
 
         state = initial_state(training.variables, tx, mesh)
         counter = make_counter(forward(training.judged, recipe.precision), task)
@@ -157,7 +159,7 @@ def finetune(recipe: Finetune, *, resume: bool = False) -> Path:
             kept_steps = checkpoints.steps()
         _save(folder, training.tuned(kept.variables), recipe, processor, source)
         if training.codes is not None:
-            _save_codes(folder / COMPRESSED / recipe.qat, *training.codes(kept.variables))
+            _save_codes(folder, recipe.qat, *training.codes(kept.variables))
         news = {
             "task": recipe.task,
             "splits": {"dev": dict(score(kept.variables).figures)},
@@ -183,11 +185,13 @@ def _save(
     hub.save(folder / run.MODEL, tuned, tokenizer_from=source, more=more)
 
 
-def _save_codes(folder: Path, params: Any, report: Report, transform: Transform) -> None:
-    """Writes what was learned as codes, as `fw compress` would."""
+def _save_codes(
+    folder: Path, format: str, params: Any, report: Report, transform: Transform
+) -> None:
+    """Writes what was learned as codes, as `fw compress` would, under a name of its own."""
     arrays = compress.to_arrays(gather(params))
     if is_writer():
-        with replacing(folder) as part:
+        with replacing(folder / COMPRESSED / f"{format}{LEARNED}") as part:
             fill(part, arrays, report, transform)
 
 

@@ -23,6 +23,7 @@ goes on, to the same bits.
 """
 
 import dataclasses
+import hashlib
 import shutil
 import time
 import tomllib
@@ -35,16 +36,19 @@ from filelock import FileLock, Timeout
 
 from fw import pruning, run, stages
 from fw.adaptation import LoraOptions
-from fw.compression import LIMIT, RECIPES
+from fw.compression import LEARNED, LIMIT, RECIPES
 from fw.compression import recipe as named_recipe
 from fw.distillation import Distil
 from fw.errors import FwError
 from fw.export.save import replacing
 from fw.finetune import finetune
-from fw.qat import QatOptions
+from fw.qat import FORMATS, QatOptions
 from fw.recipe import NEW, Finetune, read_recipe
 from fw.sparsity import Sparse
 from fw.variants import COMPRESSED
+
+MODEL_FILES = "model*.safetensors"
+"""Files of a model or a variant, not what its processor keeps."""
 
 FOLDER, STATE = "pipelines", "pipeline.json"
 """In a run, where pipelines are; in one of them, what was done."""
@@ -200,7 +204,7 @@ def pipeline(
 
 
 def _run(work: Path, given: Given, listed: tuple[Stage, ...], say: Callable[[str], None]) -> Path:
-    start = {"stage": "start", "split": given.split}
+    start = {"stage": "start", "split": given.split, "model": model_digest(given.run)}
     done = _done(work, start, listed)
     place = Place(given.run)
     if not done:
@@ -224,6 +228,15 @@ def _run(work: Path, given: Given, listed: tuple[Stage, ...], say: Callable[[str
         _write(work, done)
         say(_line(done[-1], done[0]))
     return work
+
+
+def model_digest(folder: Path) -> str:
+    """What tells a run's model from others, such as what it was before it was trained again."""
+    digest = hashlib.blake2b(digest_size=16)
+    for file in sorted((folder / run.MODEL).glob(MODEL_FILES)):
+        with file.open("rb") as data:
+            digest.update(hashlib.file_digest(data, "blake2b").digest())
+    return digest.hexdigest()
 
 
 def _write(work: Path, done: list[dict[str, Any]], **going: Any) -> None:
@@ -272,7 +285,7 @@ def _measured(place: Place, given: Given) -> dict[str, Any]:
         place.folder, given.split, name=place.variant, mesh=given.mesh, data=given.data
     )
     made = place.folder / COMPRESSED / place.variant
-    files = (place.folder / run.MODEL if place.variant == "f32" else made).glob("*.safetensors")
+    files = (place.folder / run.MODEL if place.variant == "f32" else made).glob(MODEL_FILES)
     size = sum(file.stat().st_size for file in files)
     figures = {"metric": summary.metric, "value": float(summary.value), "bytes": size}
     return {**figures, "split": given.split}
@@ -321,11 +334,14 @@ def _trained(base: Finetune, stage: Stage, **own: Any) -> Finetune:
 
 
 def _check_distil(base: Finetune, stage: Stage) -> None:
-    _trained(base, stage, model="student", teacher="teacher")
+    options = {name: value for name, value in stage.options.items() if name != "digest"}
+    _trained(base, Stage(stage.kind, options), model="student", teacher="teacher")
 
 
 def _check_qat(base: Finetune, stage: Stage) -> None:
-    _trained(base, _rounding(stage), model="student", teacher="teacher")
+    if (named := stage.options.get("format", "int8")) not in FORMATS:
+        raise FwError(f"qat: format is {named!r}; expected one of {', '.join(FORMATS)}")
+    _check_distil(base, _rounding(stage))
 
 
 def _rounding(stage: Stage) -> Stage:
@@ -344,17 +360,29 @@ def _check_finetune(base: Finetune, stage: Stage) -> None:
 
 def _train(given: Given, place: Place, where: Path, stage: Stage) -> None:
     teacher = {"teacher": str(given.run)} if stage.kind == "distil" else {}
-    texts = given.beside / str(stage.options.get("unlabelled", ""))
-    if texts != given.beside and texts.exists():
-        stage = Stage(stage.kind, {**stage.options, "unlabelled": str(texts)})
+    options = {name: value for name, value in stage.options.items() if name != "digest"}
+    if "digest" in stage.options:
+        options["unlabelled"] = str(given.beside / options["unlabelled"])
     recipe = _trained(
-        given.base, stage, model=str(place.folder / run.MODEL), run=str(where),
+        given.base, Stage(stage.kind, options), model=str(place.folder / run.MODEL), run=str(where),
         data=given.data or given.base.data, **teacher,
     )  # fmt: skip
     going = (where / run.CONFIG).exists()
     if not going:
         shutil.rmtree(where, ignore_errors=True)
     finetune(recipe, resume=going)
+
+
+def _with_texts(stage: Stage, folder: Path) -> Stage:
+    """With a digest of the texts beside the recipe that it names: if they change, so does it."""
+    name = stage.options.get("unlabelled", "")
+    if not name or not (folder / name).exists():
+        return stage
+    digest, path = hashlib.blake2b(digest_size=16), folder / name
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            digest.update(file.read_bytes())
+    return Stage(stage.kind, {**stage.options, "digest": digest.hexdigest()})
 
 
 def _beside(stage: Stage, folder: Path) -> Stage:
@@ -417,12 +445,13 @@ _OPTIONS: Mapping[str, type] = {
 
 KINDS: Mapping[str, _Kind] = {
     "prune": _Kind(PRUNE, _check_prune, _prune, _there),
-    "distil": _Kind(_OPTIONS, _check_distil, _train, _there),
+    "distil": _Kind(_OPTIONS, _check_distil, _train, _there, _with_texts),
     "qat": _Kind(
         {**_OPTIONS, "format": str},
         _check_qat,
         _learn_rounding,
-        lambda place, where, stage: Place(where, stage.options.get("format", "int8")),
+        lambda place, where, stage: Place(where, stage.options.get("format", "int8") + LEARNED),
+        _with_texts,
     ),
     "finetune": _Kind(_OPTIONS, _check_finetune, _train, _there),
     "compress": _Kind(COMPRESS, _no_check, _compress, _compressed, _beside),

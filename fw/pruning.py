@@ -21,7 +21,7 @@ import numpy as np
 
 import compress
 from compress.transform import named_leaves
-from fw.errors import FwError
+from fw.errors import UnfitError
 from fw.hub.families import FAMILIES
 from fw.hub.folder import Loaded
 from fw.lessons import partner
@@ -73,12 +73,12 @@ def shrunk(loaded: Loaded, transform: compress.Shrink) -> Loaded:
       A model of a config with its own sizes, and its parameters where the larger ones lay.
 
     Raises:
-      FwError: the transform is for another model, or no config of the family has such sizes.
+      UnfitError: the transform is for another model, or no config of the family has such sizes.
     """
     try:
         variables, _ = transform(loaded.variables)
     except ValueError as error:
-        raise FwError(str(error)) from error
+        raise UnfitError(str(error)) from error
     shapes = {path: tuple(leaf.shape) for path, leaf in named_leaves(variables)[0]}
     config = resized(loaded.model.config, shapes)
     model = FAMILIES[config.model_type].model(config)
@@ -88,13 +88,13 @@ def shrunk(loaded: Loaded, transform: compress.Shrink) -> Loaded:
         variables = {**variables, "params": params}
         del shapes[UNREAD]
     if more := sorted({*shapes} - {path for path, _ in wanted}):
-        raise FwError(
+        raise UnfitError(
             f"{more[0]}: is left, and no model of this family with these sizes has it, such as a "
             "projection between as many channels; take other units out"
         )
     for path, leaf in wanted:
         if shapes.get(path) != tuple(leaf.shape):
-            raise FwError(
+            raise UnfitError(
                 f"{path}: {list(shapes.get(path, ()))} is left, and a model of this family whose "
                 f"other sizes are these has {list(leaf.shape)}; shrink both alike, or neither"
             )
@@ -161,16 +161,19 @@ def tied(
 
 
 def part_of_time(
-    loaded: Loaded, found: compress.Couplings, batch: Any, kept: Mapping[str, np.ndarray]
-) -> float:
+    loaded: Loaded, adapt: Callable[[Model], Model], found: compress.Couplings, batch: Any,
+    kept: Mapping[str, np.ndarray],
+) -> float:  # fmt: skip
     """How long a batch takes with fewer units, of the time that it takes with all.
+
+    `adapt` makes of a model the one that takes such a batch.
 
     The median of `ROUNDS` pairs in turns, on the device that is there.
     """
     small = shrunk(loaded, compress.shrink(found, kept))
 
     def ready(own: Loaded) -> Callable[[], None]:
-        call = jax.jit(outputs(own.model)).lower(own.variables, batch).compile()
+        call = jax.jit(outputs(adapt(own.model))).lower(own.variables, batch).compile()
         return lambda: jax.block_until_ready(call(own.variables, batch))
 
     runs, pairs = (ready(loaded), ready(small)), []
@@ -233,7 +236,7 @@ def resized(config: Any, shapes: Shapes) -> Any:
       shapes: by path.
 
     Raises:
-      FwError: of this family no config can say other sizes.
+      UnfitError: of this family no config can say other sizes.
 
     >>> from fw.models.bert import BertConfig, bert
     >>> config = BertConfig(30, 8, 3, 2, 16, num_labels=2, task="token_classification")
@@ -245,12 +248,12 @@ def resized(config: Any, shapes: Shapes) -> Any:
     """
     kind = getattr(config, "model_type", "")
     if kind not in _SIZES:
-        raise FwError(
+        raise UnfitError(
             f"a {type(config).__name__} has no fields for what is left; expected a model of "
             f"{', '.join(_SIZES)}"
         )
     if any(path.startswith(f"{LAYERS}/0/") for path in shapes):
-        raise FwError("layers are apart, and each could have its own sizes; load with scan=True")
+        raise UnfitError("layers are apart, and each could have its own sizes; load with scan=True")
     return dataclasses.replace(config, **_SIZES[kind](config, shapes))
 
 

@@ -72,7 +72,7 @@ _ONLY: Mapping[tuple[str, ...], tuple[str, ...]] = {
 }
 """Options that only some tasks heed."""
 
-_TAUGHT = (*SOFT, "mlm", "lm")
+TAUGHT = (*SOFT, "mlm", "lm")
 """Tasks that a teacher is for."""
 
 _UNCHANGED = ("ner", "classify", "multilabel", "regress", "qa", "tabular", "estimate")
@@ -283,17 +283,14 @@ class Finetune(AdamW, TableOptions, LoraOptions, Distil, Sparse, QatOptions):
                     raise FwError(f"{name} is for {', '.join(tasks)}, not {self.task}")
         if self.config and self.model not in NEW:
             raise FwError(f"config is for new models, {', '.join(NEW)}; {self.model} has its own")
-        if self.teacher and self.task not in _TAUGHT:
-            raise FwError(f"a teacher is for {', '.join(_TAUGHT)}, not {self.task}")
+        if self.teacher and self.task not in TAUGHT:
+            raise FwError(f"a teacher is for {', '.join(TAUGHT)}, not {self.task}")
         if self.offline and self.task not in _UNCHANGED:
             raise FwError(f"teacher_offline is for {', '.join(_UNCHANGED)}, not {self.task}")
         if self.unlabelled and self.task not in ("ner", "classify"):
             raise FwError(f"unlabelled is for ner, classify, not {self.task}")
-        if (self.teacher_hidden or self.teacher_attention) and self.microbatches > 1:
-            raise FwError(
-                "teacher_hidden and teacher_attention are of layers that see a batch whole; leave "
-                "microbatches or them away"
-            )
+        if self.unlabelled and not (self.teacher_weight or self.teacher_hidden):
+            raise FwError("unlabelled is for a teacher that is heard; give it teacher_weight")
         if self.teacher and self.lora:
             raise FwError("a teacher is for models that are trained whole; leave lora or it away")
         if self.sparse and self.lora:

@@ -23,7 +23,7 @@ from fw.compression import recipe as named_recipe
 from fw.data import eval_batches
 from fw.data.files import OnBadRow
 from fw.data.rows import AnyRows
-from fw.errors import FwError
+from fw.errors import FwError, UnfitError
 from fw.evaluate import Forward, count, forward, make_counter
 from fw.export.save import replacing
 from fw.finetune import record
@@ -303,7 +303,7 @@ def compress_run(
             arrays = {name: compress.to_arrays(gather(tree)) for name, tree in trees.items()}
             _try(opened, small, rows_by_domain)
         except (ValueError, TypeError, NotImplementedError) as error:
-            raise FwError(f"{opened.folder / run.MODEL}: recipe {recipe}: {error}") from error
+            raise UnfitError(f"{opened.folder / run.MODEL}: recipe {recipe}: {error}") from error
         fill(part, arrays[variant_name], leaves, transform)
 
     before, after = (sum(getattr(r, f"bytes_{k}") for r in changed) for k in ("before", "after"))
@@ -401,6 +401,8 @@ def prune_run(
     if by not in SCORES:
         raise FwError(f"by is {by!r}; expected one of {', '.join(SCORES)}")
     opened = open_run(folder, mesh, scan=True)
+    if layers is not None and (by != SCORES[0] or among or multiple != 1):
+        raise FwError("layers stay evenly: by, among and multiple are for the other budgets")
     try:
         pruning.one_budget(parameters, flops, latency, layers)
     except ValueError as error:
@@ -427,19 +429,25 @@ def prune_run(
                 scores = compress.activation_scores(found, variables, merged)
             else:
                 scores = compress.magnitude_scores(found, variables)
-            choose = functools.partial(
-                compress.choose_units, found, scores, among=among, multiple=multiple
-            )
+
+            def choose(**budget: Any) -> dict[str, Any]:
+                kept = compress.choose_units(
+                    found, scores, among=among, multiple=multiple, **budget
+                )
+                return pruning.tied(found, scores, kept)
+
             if layers is not None:
                 kept = pruning.fewer_layers(found, layers)
             elif latency is not None:
-                time_of = functools.partial(pruning.part_of_time, opened.loaded, found, batches[0])
+                adapt = opened.processor.adapt
+                time_of = functools.partial(
+                    pruning.part_of_time, opened.loaded, adapt, found, batches[0]
+                )
                 kept = pruning.within_time(latency, choose, time_of)
             else:
                 kept = choose(parameters=parameters, flops=flops)
-            kept = pruning.tied(found, scores, kept)
     except ValueError as error:
-        raise FwError(f"{opened.folder / run.MODEL}: {error}") from error
+        raise UnfitError(f"{opened.folder / run.MODEL}: {error}") from error
     small = pruning.shrunk(opened.loaded, compress.shrink(found, kept))
     more = None if isinstance(opened.processor, Text) else opened.processor.save
     hub.save(output, small, tokenizer_from=opened.folder / run.MODEL, more=more)

@@ -8,6 +8,7 @@ format that was good enough. It ends with the first level that meets the target,
 costs more than the target allows. All is kept in `RUN/targets/NAME/`, and goes on if it is killed.
 """
 
+import math
 import re
 import statistics
 import time
@@ -22,8 +23,9 @@ from filelock import FileLock, Timeout
 from fw import pipeline, run, stages
 from fw.compare import rows_to_time
 from fw.compression import RECIPES
-from fw.errors import FwError
+from fw.errors import FwError, UnfitError
 from fw.pipeline import Place, Stage
+from fw.recipe import TAUGHT, read_recipe
 from fw.report import svg
 from fw.report.markup import table, tag
 from fw.report.page import document
@@ -176,6 +178,8 @@ class Found:
     def __str__(self) -> str:
         """A table of what no other beats, and what was chosen."""
         best = front(self.trials)
+        if not best:
+            return "nothing could be tried: no format is for this model"
         width = max(len(t.name) for t in best)
         lines = [f"{'':{width}}  latency     size  quality"]
         lines += [
@@ -192,6 +196,8 @@ class _Search:
     def __init__(self, folder: Path, target: Target, options: Mapping[str, Any], say: Callable):
         self.run, self.target, self.say = folder, target, say
         self.options = dict(options)
+        model = pipeline.model_digest(folder)
+        self.asked = {"target": asdict(target), **self.options, "model": model}
         self.work = folder / FOLDER / target.name
         self.recipe = self.work / f"{target.name}.toml"
         self.where = folder / pipeline.FOLDER / target.name
@@ -201,23 +207,32 @@ class _Search:
         self.seconds: list[float] = []
 
     def open(self) -> None:
-        """Reads what was tried, if it was with the same options."""
+        """Reads what was tried, if it was with the same options and model.
+
+        Raises:
+          FwError: the file is not one of these.
+        """
         path = self.work / TRIALS
         told = run.read_json(path) if path.exists() else {}
-        asked = {"target": asdict(self.target), **self.options}
-        if told.get("asked") == asked:
-            self.trials = [Trial(**fields) for fields in told["trials"]]
-            self.state = told["dense"]
-            return
+        try:
+            if path.exists() and told["asked"] == self.asked:
+                self.trials = [Trial(**fields) for fields in told["trials"]]
+                numbers = (n for t in self.trials for n in (t.latency, t.size, t.quality))
+                if not all(isinstance(n, int | float) for n in numbers):
+                    raise TypeError("a figure is no number")
+                self.state = {key: told["dense"][key] for key in ("metric", "quality", "bytes")}
+                return
+        except (TypeError, KeyError) as error:
+            raise FwError(f"{path}: not what a search writes ({error}); remove it") from error
         summary = stages.evaluate_run(self.run, self.options["split"], data=self.options["data"])
-        self.state = {"metric": summary.metric, "quality": summary.value, "bytes": self._bytes(
-            Place(self.run))}  # fmt: skip
+        size = self._bytes(Place(self.run))
+        self.state = {"metric": summary.metric, "quality": summary.value, "bytes": size}
 
     def keep(self) -> None:
         """Writes what was tried."""
         told = [asdict(trial) for trial in self.trials]
-        asked = {"target": asdict(self.target), **self.options}
-        run.write_json(self.work / TRIALS, {"asked": asked, "dense": self.state, "trials": told})
+        told = {"asked": self.asked, "dense": self.state, "trials": told}
+        run.write_json(self.work / TRIALS, told)
         run.write_text(self.work / PICTURE, report(self.run.name, self.trials, self.target))
 
     def try_formats(self, level: int, listed: Sequence[Stage], names: Sequence[str]) -> None:
@@ -233,7 +248,7 @@ class _Search:
             self.say(f"level {level}: {name} ({number + 1} of {len(left)}){eta}")
             try:
                 trial = self._try(level, len(listed), folder, name)
-            except FwError as error:  # a format that is not for this model
+            except UnfitError as error:  # a format that is not for this model
                 self.say(f"  {name}: {error}")
                 continue
             self.trials.append(trial)
@@ -253,6 +268,8 @@ class _Search:
         if name not in stages.PLAIN:
             stages.compress_run(folder, name, split=split, data=data)
         quality = stages.evaluate_run(folder, split, name=name, data=data).value
+        if not math.isfinite(quality):
+            raise UnfitError(f"its {self.state['metric']} is {quality}")
         faster = times_faster(self.dense, stages.open_run(folder), name)
         smaller = self.state["bytes"] / self._bytes(Place(folder, name))
         return Trial(level, count, name, faster, smaller, 100 * (quality - self.state["quality"]))
@@ -260,7 +277,7 @@ class _Search:
     def _bytes(self, place: Place) -> int:
         made = Path(COMPRESSED, place.variant)
         folder = place.folder / (run.MODEL if place.variant in stages.PLAIN else made)
-        return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        return sum(file.stat().st_size for file in folder.glob(pipeline.MODEL_FILES))
 
     def learn(self, level: int, listed: Sequence[Stage]) -> None:
         """Runs the stages of a level that were not run, and says what is left."""
@@ -300,39 +317,47 @@ def search(
     """
     folder = Path(folder).resolve()
     options = {"split": split, "data": data, "epochs": float(epochs)}
+    lesson = Stage("distil", {"epochs": float(epochs)})
+    base = read_recipe(folder)
+    if not (0 < epochs < math.inf):
+        raise FwError(f"epochs is {epochs}; expected more than 0")
+    if base.task in TAUGHT:  # refuses now what the first lesson would
+        pipeline.KINDS["distil"].check(base, lesson)
     one = _Search(folder, target, options, say)
     one.work.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(one.work / ".lock").acquire(timeout=0):
-            return _search(one, epochs)
+            return _search(one, lesson, LEVELS if base.task in TAUGHT else 0)
     except Timeout as error:
         raise FwError(f"{one.work}: another process searches it; wait for it") from error
 
 
-def _search(one: _Search, epochs: float) -> Found:
+def _search(one: _Search, lesson: Stage, levels: int) -> Found:
+    """Where it was killed, or had ended, it comes again by what was tried."""
     one.open()
-    listed: list[Stage] = []
-    one.try_formats(0, listed, FORMATS)
-    lost = [t.variant for t in one.trials if t.level == 0 and t.quality < one.target.quality]
-    names = ("f32", *(name for name in FORMATS if name not in lost))
     prune = Stage("prune", {"flops": STEP, "multiple": MULTIPLE})
-    lesson = Stage("distil", {"epochs": float(epochs)})
-    level, more = 0, [prune, lesson]
-    while not any(t.meets(one.target) for t in one.trials) and level + (prune in more) <= LEVELS:
-        level += prune in more
-        try:
-            one.learn(level, [*listed, *more])
-        except FwError as error:  # such as units that cannot go
-            one.say(f"level {level}: {error}")
-            break
-        listed += more
+    listed: list[Stage] = []
+    names: Sequence[str] = FORMATS
+    while True:
+        level = listed.count(prune)
         one.try_formats(level, listed, names)
+        if not listed:
+            tried = [t for t in one.trials if t.level == 0]
+            names = ("f32", *(t.variant for t in tried if t.quality >= one.target.quality))
         own = [t for t in one.trials if t.stages == len(listed)]
-        near = any(t.meets(one.target, but="quality") for t in own)
-        if near and prune not in more:
+        if any(t.meets(one.target) for t in own):
             break
         # Fast and small enough, but not good enough: it learns once more.
+        near = bool(listed) and any(t.meets(one.target, but="quality") for t in own)
         more = [lesson] if near else [prune, lesson]
+        if (near and listed[-2] == lesson) or (not near and level == levels):
+            break
+        try:
+            one.learn(level + (not near), [*listed, *more])
+        except UnfitError as error:  # units that cannot go
+            one.say(f"level {level + 1}: {error}")
+            break
+        listed += more
     good = [t for t in one.trials if t.meets(one.target)]
     chosen = max(good, key=lambda t: (t.quality, t.latency)) if good else None
     if chosen is not None:

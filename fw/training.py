@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from compress.transform import Report, Transform
@@ -24,8 +25,11 @@ from fw.data.rows import AnyRows
 from fw.distillation import ANSWERS, Loss, Taught, distilled
 from fw.errors import FwError
 from fw.evaluate import forward
+from fw.json_files import is_writer
+from fw.labels import IGNORE, TAUGHT
 from fw.lessons import SOFT
 from fw.model import Model
+from fw.models.stack_layout import stages_of
 from fw.processors import Change, Processor, Text
 from fw.qat import learned
 from fw.recipe import Finetune
@@ -33,6 +37,7 @@ from fw.step import Optimizer, make_step
 from fw.tasks import Task
 from fw.train import Progress
 from sharding import Rules, put, scope, shardings
+from sharding.parallel.pipeline import PIPE
 
 CALIBRATION = 24
 """Batches of training that show an adapter what its kernel meets, if it asks."""
@@ -156,17 +161,23 @@ def _student(
     rules: Rules,
 ) -> Training:  # fmt: skip
     """What is trained anyhow, beside a teacher."""
+    whole = recipe.computed(mesh)["microbatches"] == stages_of(mesh) == 1
+    if (recipe.teacher_hidden or recipe.teacher_attention) and not whole:
+        raise FwError(
+            "teacher_hidden and teacher_attention are of layers that see a batch whole; leave "
+            f"microbatches, {PIPE} in the mesh, or them away"
+        )
     batches, told = own.batches, None
     if recipe.offline:
         told = _answered(recipe, processor, rows, task.labels, mesh, rules)
         batches = replace(batches, arrays={**batches.arrays, ANSWERS: told})
         frozen, asked = own.frozen, own.model
     else:
-        teacher = _teacher(recipe, processor, task.labels, mesh, rules)
+        teacher = _teacher(recipe, processor, rows, task.labels, mesh, rules)
         frozen, asked = teacher.variables, processor.adapt(teacher.model)
     taught = distilled(
         own.model, asked, task.loss, recipe.lessons, soft=SOFT.get(recipe.task),
-        causal=recipe.task == "lm", example=own.batches.example,
+        causal=recipe.task == "lm", heard=_heard(rows), example=own.batches.example,
     )  # fmt: skip
     codes = own.codes
     return replace(
@@ -176,6 +187,14 @@ def _student(
         tuned=lambda variables: own.tuned(taught.student(variables)),
         codes=codes and (lambda variables: codes(taught.student(variables))),
     )  # fmt: skip
+
+
+def _heard(rows: AnyRows) -> float:
+    """How often a teacher is heard for each label."""
+    taught = rows.arrays.get(TAUGHT)
+    if taught is None:
+        return 1.0
+    return float(np.sum(taught)) / max(int(np.sum(rows.arrays["labels"] != IGNORE)), 1)
 
 
 def _projected(taught: Taught, variables: Any, seed: int, mesh: Mesh, rules: Rules) -> Any:
@@ -192,8 +211,9 @@ def _projected(taught: Taught, variables: Any, seed: int, mesh: Mesh, rules: Rul
 
 
 def _teacher(
-    recipe: Finetune, own: Processor, labels: tuple[str, ...], mesh: Mesh, rules: Rules
-) -> hub.Loaded:
+    recipe: Finetune, own: Processor, rows: AnyRows, labels: tuple[str, ...], mesh: Mesh,
+    rules: Rules,
+) -> hub.Loaded:  # fmt: skip
     """The model that teaches, beside the student, whose processor is `own`."""
     folder = Path(recipe.teacher)
     folder = folder / run.MODEL if (folder / run.MODEL).is_dir() else assets.fetch(recipe.teacher)
@@ -204,22 +224,31 @@ def _teacher(
             f"{folder}: its classes are {shown(teacher.labels)}, those of the data "
             f"{shown(labels)}; a teacher knows the same, in this order"
         )
-    if not _alike(own.load(folder, asdict(recipe)), own):
+    if not _alike(folder, own.load(folder, asdict(recipe)), own):
         what = "tokens" if isinstance(own, Text) else "inputs"
         raise FwError(f"{folder}: its {what} are others than the model's; both read the same")
+    try:
+        own.check(recipe, {"train": rows}, teacher.model.config)
+    except FwError as error:
+        raise FwError(f"the teacher, {folder}, does not fit: {error}") from error
     return teacher
 
 
-def _alike(theirs: Processor, ours: Processor) -> bool:
-    """Whether two make the same arrays of the same things."""
+def _alike(folder: Path, theirs: Processor, ours: Processor) -> bool:
+    """Whether two make the same arrays of the same things; theirs is in a folder."""
     if isinstance(theirs, Text) and isinstance(ours, Text):
         return theirs.tokenizer.fast.get_vocab() == ours.tokenizer.fast.get_vocab()
     if theirs.notes() != ours.notes():
         return False
-    with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as two:
-        for processor, folder in ((theirs, one), (ours, two)):
-            processor.save(Path(folder))
-        return all((Path(one) / f).read_bytes() == (Path(two) / f).read_bytes() for f in ours.files)
+    same = True
+    with tempfile.TemporaryDirectory() as own:
+        ours.save(Path(own))
+        if is_writer():  # no other process saves
+            files = [(folder / name, Path(own) / name) for name in ours.files]
+            same = all(a.is_file() and a.read_bytes() == b.read_bytes() for a, b in files)
+    if jax.process_count() > 1:
+        same = bool(multihost_utils.broadcast_one_to_all(np.int32(same)))
+    return same
 
 
 def _answered(
@@ -232,7 +261,7 @@ def _answered(
     kept = Path(recipe.run) / answers.FILE
     if kept.exists():  # of the same run: it goes on
         return answers.read(kept, rows, labels)
-    loaded, progress = _teacher(recipe, processor, labels, mesh, rules), Progress(rows.rows)
+    loaded, progress = _teacher(recipe, processor, rows, labels, mesh, rules), Progress(rows.rows)
     model = processor.adapt(loaded.model)
     try:
         return answers.ask(

@@ -9,7 +9,8 @@ import numpy as np
 import optax
 import pytest
 from jax import lax
-from scipy.special import expit, log_softmax, softmax
+from PIL import Image
+from scipy.special import expit, log_softmax
 
 from fw import answers, lessons, run
 from fw.cli import main
@@ -28,6 +29,7 @@ from fw.recipe import Finetune
 from fw.step import initial_state, make_step
 from fw.taps import taken, tap
 from fw.tasks import cross_entropy, word_loss
+from fw.tensors import write_tensors
 from sharding import make_mesh, put, rules, shardings
 from tests import tiny
 from tests.marks import fast_are
@@ -35,11 +37,11 @@ from tests.marks import fast_are
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 
-def encoder(n, task="token_classification", **more):
+def encoder(n, task="token_classification", hidden=0.1):
     return bert(
         BertConfig(
-            16, 8 * n, n, 2, 16, 3, task, hidden_dropout_prob=0.1,
-            attention_probs_dropout_prob=0.0, initializer_range=0.5, **more,
+            16, 8 * n, n, 2, 16, 3, task, hidden_dropout_prob=hidden,
+            attention_probs_dropout_prob=0.0, initializer_range=0.5,
         )
     )  # fmt: skip
 
@@ -223,7 +225,6 @@ def test_attention_is_compared_in_heads_formed_anew(causal):
                     found.append(kl(p, q))
     got = lessons.relations(ours, theirs, {"segment_ids": SEGMENTS}, causal=causal)
     np.testing.assert_allclose(got, np.mean(found), rtol=1e-4)
-    np.testing.assert_allclose(softmax([0.0, 0.0]), 0.5)
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -332,11 +333,9 @@ def test_a_teachers_answers_in_the_batch_are_as_good_as_the_teacher():
 
 def test_where_there_is_no_label_the_teacher_alone_is_heard():
     """Half of the places are unlabelled: labels weigh as before, and the teacher on all."""
-    taught = distilled(STUDENT, TEACHER, cross_entropy, Lessons(weight=0.5))
+    taught = distilled(STUDENT, TEACHER, cross_entropy, Lessons(weight=0.5), heard=2.0)
     variables = STUDENT.init(jax.random.key(0)) | {"frozen": TEACHER.init(jax.random.key(1))}
-    given = batch(0)
-    heard = given["labels"] != IGNORE
-    given = {**given, TAUGHT: heard, "labels": np.where(np.arange(6) < 2, given["labels"], IGNORE)}
+    given = half_labelled(np.arange(6) < 2)
     outputs, _ = taught.model.apply(variables, given)
     said, taught_by = outputs[0], TEACHER.apply(variables["frozen"], batch(0))[0]
     hard, labelled = cross_entropy(said, given)
@@ -344,6 +343,30 @@ def test_where_there_is_no_label_the_teacher_alone_is_heard():
     total, count = taught.loss(outputs, given)
     np.testing.assert_allclose(total / count, (hard / labelled + soft / places) / 2, rtol=1e-5)
     assert count == places == 2 * labelled
+
+
+def half_labelled(where):
+    """A batch whose labels are where it says alone."""
+    given = batch(0)
+    heard = given["labels"] != IGNORE
+    return {**given, TAUGHT: heard, "labels": np.where(where, given["labels"], IGNORE)}
+
+
+def test_a_batch_in_parts_is_the_batch_where_one_part_has_all_labels():
+    student, teacher = encoder(1, hidden=0.0), encoder(2)
+    taught = distilled(student, teacher, cross_entropy, Lessons(weight=0.5), heard=4.0)
+    given = half_labelled(np.arange(8)[:, None] % 4 == 1)  # of four parts, the second's rows
+    mesh, own, known = make_mesh("data=1"), rules(), teacher.init(jax.random.key(1))
+    found = []
+    for parts in (1, 4):
+        tx = optax.sgd(0.1)
+        state = initial_state(student.init(jax.random.key(0)), tx, mesh)
+        step = make_step(taught.model, taught.loss, tx, mesh=mesh, rules=own, precision="f32",
+                         accumulate=parts)  # fmt: skip
+        state, metrics = step(state, put(given, mesh, own), known)
+        found.append((metrics["loss"], state.variables["params"]))
+    for a, b in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6)
 
 
 def test_what_does_not_fit_is_told():
@@ -379,6 +402,10 @@ REFUSED = {
     "changing rows": (
         {"teacher": "runs/a", "teacher_offline": True, "task": "mlm"},
         "teacher_offline is for ner, .*, not mlm",
+    ),
+    "unlabelled, unheard": (
+        {"teacher": "runs/a", "unlabelled": "more", "teacher_weight": 0.0},
+        "unlabelled is for a teacher that is heard",
     ),
     "unlabelled numbers": (
         {"teacher": "runs/a", "unlabelled": "more", "task": "regress"},
@@ -496,6 +523,47 @@ def test_lessons_of_states_resume_to_the_same_bits(world, tmp_path):
     assert main(["eval", str(tmp_path / "one")]) == 0
 
 
+def images(folder):
+    """Grey squares, bright ones and dark ones, in folders of their classes."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 24), ("dev", 8)):
+        for name, level in (("bright", 200), ("dark", 50)):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                grey = np.clip(rng.normal(level, 20, (8, 8)), 0, 255).astype(np.uint8)
+                Image.fromarray(grey).save(folder / split / name / f"{i}.png")
+    return folder
+
+
+SMALL = "patch_size=4,hidden_size=16,num_hidden_layers=2,num_attention_heads=2,intermediate_size=16"
+
+
+@pytest.mark.slow
+def test_images_and_rows_of_tables_are_taught(tmp_path, capsys):
+    """A teacher that reads its things otherwise is told; a stage's pipe is, too."""
+    (tmp_path / "table.csv").write_text(
+        "a,b,target\n" + "".join(f"{i % 7},{i % 3},{'yn'[i % 7 > 3]}\n" for i in range(200))
+    )
+    common = ("--steps", "4", "--precision", "f32", "--evaluate-every", "2")
+    kinds = {
+        "image": (("--task", "image", "--model", "vit", "--data", images(tmp_path / "images"),
+                   "--config", SMALL), ("--teacher-hidden", "1")),
+        "tabular": (("--task", "tabular", "--data", tmp_path / "table.csv"),
+                    ("--teacher-offline",)),
+    }  # fmt: skip
+    for name, (words, more) in kinds.items():
+        first = ["finetune", *words, *common, "--run", tmp_path / f"{name}-a"]
+        assert main([str(w) for w in first]) == 0
+        again = ["finetune", *words, *common, "--run", tmp_path / f"{name}-b", "--teacher",
+                 tmp_path / f"{name}-a", *more]  # fmt: skip
+        assert main([str(w) for w in again]) == 0
+    capsys.readouterr()
+    other = ["finetune", *kinds["image"][0], *common, "--size", "12", "--run", tmp_path / "c",
+             "--teacher", tmp_path / "image-a"]  # fmt: skip
+    assert main([str(w) for w in other]) == 1
+    assert "its inputs are others than the model's" in capsys.readouterr().err
+
+
 FILES = {
     "a.conll": "Ada\tB-per\nsang\tO\n",
     "b.csv": 'text,other\n"Ada, hi",1\n',
@@ -530,6 +598,14 @@ def test_answers_of_other_rows_are_refused(tmp_path):
         other = Rows({**rows.arrays, name: rows.arrays[name] + 1}, {})
         with pytest.raises(FwError, match="rows are not the 3 of this run"):
             answers.read(path, other, ("a", "b"))
+    flat = {
+        "outputs": np.float32(1),
+        "rows": np.zeros(32, np.uint8),
+        "labels": np.zeros(1, np.uint8),
+    }
+    write_tensors(path, flat)
+    with pytest.raises(FwError, match="holds no teacher's answers"):
+        answers.read(path, rows, ("a", "b"))
     path.write_bytes(b"torn")
     with pytest.raises(FwError, match="not tensors that can be read"):
         answers.read(path, rows, ("a", "b"))

@@ -125,14 +125,14 @@ def test_a_run_learns_codes_and_resumes_to_the_same_bits(tmp_path, capsys):
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     shutil.rmtree(tmp_path / "two/checkpoints/6")
     fw(*words, "--run", tmp_path / "two", *more, "--resume")
-    for name in ("model/model.safetensors", "compressed/int8/model.safetensors"):
+    for name in ("model/model.safetensors", "compressed/int8-learned/model.safetensors"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     capsys.readouterr()
-    fw("eval", tmp_path / "one", "--variant", "int8", "--split", "dev")
-    fw("export", tmp_path / "one", "--variant", "int8")
+    fw("eval", tmp_path / "one", "--variant", "int8-learned", "--split", "dev")
+    fw("export", tmp_path / "one", "--variant", "int8-learned")
     manifest = json.loads((tmp_path / "one/artifact/manifest.json").read_text())
     assert "int8" in json.dumps(manifest)
-    report = run.read_json(tmp_path / "one/compressed/int8/report.json")["leaves"]
+    report = run.read_json(tmp_path / "one/compressed/int8-learned/report.json")["leaves"]
     applied = {leaf["path"]: leaf["applied"] for leaf in report}
     assert any(
         path.endswith("kernel") and said.startswith("int8") for path, said in applied.items()

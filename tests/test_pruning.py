@@ -232,6 +232,36 @@ def world(tmp_path_factory):
     return root
 
 
+def test_a_run_is_pruned_by_the_time_that_it_takes(world, tmp_path, capsys):
+    """On a clock that tells FLOPs; of states' width too, which a pooler's must follow."""
+    opened = stages.open_run(world / "run", scan=True)
+    size = sum(x.size for x in jax.tree.leaves(opened.loaded.variables["params"]))
+
+    def clock(loaded, adapt, found, batch, kept):
+        small = shrunk(loaded, compress.shrink(found, kept))
+        assert adapt(small.model).apply(small.variables, batch)[0].shape[-1] == 2
+        return sum(x.size for x in jax.tree.leaves(small.variables["params"])) / size
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pruning, "part_of_time", clock)
+        fw("prune", world / "run", tmp_path / "small", "--latency", "0.8", "--among", "**",
+           "--by", "magnitude")  # fmt: skip
+    capsys.readouterr()
+    small = hub.load(tmp_path / "small", mesh=make_mesh("data=1"), rules=rules())
+    left = sum(x.size for x in jax.tree.leaves(small.variables["params"])) / size
+    assert 0.6 < left <= 0.8
+
+
+def test_time_is_measured_of_the_model_as_its_rows_want_it(world):
+    """A part of it for fewer units; a model of images is given pixels by its processor."""
+    opened = stages.open_run(world / "run", scan=True)
+    batch = next(stages._training(opened, ""))
+    found = compress.couplings(outputs(opened.model), opened.loaded.variables, batch)
+    kept = pruning.fewer_layers(found, 1)
+    part = pruning.part_of_time(opened.loaded, opened.processor.adapt, found, batch, kept)
+    assert 0 < part < 3
+
+
 @pytest.mark.parametrize("by", stages.SCORES)
 def test_a_run_is_pruned(world, tmp_path, capsys, by):
     fw("prune", world / "run", tmp_path / "small", "--flops", "0.75", "--by", by)

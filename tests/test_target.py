@@ -3,6 +3,8 @@
 import json
 import shutil
 
+import jax
+import numpy as np
 import pytest
 
 from fw import pipeline, stages, target
@@ -90,6 +92,11 @@ def test_a_search_prunes_where_formats_are_not_enough_and_goes_on(
     assert [(t["size"], t["quality"]) for t in again] == [(t["size"], t["quality"]) for t in told]
     after = (tmp_path / "run/pipelines" / work.name / "2-distil/config.json").stat().st_mtime_ns
     assert after == began
+    # It had ended: the same is chosen and exported again.
+    made = (work / "artifact/model.safetensors").read_bytes()
+    shutil.rmtree(work / "artifact")
+    search(tmp_path, "size 2.1x, quality -100")
+    assert (work / "artifact/model.safetensors").read_bytes() == made
     # By the recipe alone, in another run of the same model.
     shutil.copytree(world / "run", tmp_path / "other/run")
     made = pipeline.pipeline(tmp_path / "other/run", work / "recipe.toml")
@@ -107,6 +114,47 @@ def test_what_nothing_meets_is_told(world, tmp_path, capsys, monkeypatch):
     assert "expected each of" in capsys.readouterr().err
 
 
-def test_times_are_measured_in_turns(world):
+def test_times_are_of_the_variant_beside_the_run(world, monkeypatch):
+    """Of a clock that a call of the run moves by three, and one of the variant by one."""
     opened = stages.open_run(world / "run")
-    assert 0.2 < target.times_faster(opened, opened, "f32") < 5
+    of = stages.variant(opened, "f32")[1]
+    now = [0.0]
+    monkeypatch.setattr(target.time, "perf_counter", lambda: now[0])
+
+    def taking(seconds):
+        def tick(x):
+            now[0] += seconds
+            return np.asarray(x)
+
+        def forward(variables, batch):
+            y = of(variables, batch)
+            return jax.pure_callback(tick, jax.ShapeDtypeStruct(y.shape, y.dtype), y)
+
+        return opened.loaded.variables, forward
+
+    variants = {"f32": taking(3.0), "int8": taking(1.0)}
+    monkeypatch.setattr(stages, "variant", lambda opened, name: variants[name])
+    assert target.times_faster(opened, opened, "int8") == pytest.approx(3.0)
+
+
+HOSTILE = {"a list": "[]", "nothing": "null", "no trials": '{"asked": 1}', "torn": '{"asked": '}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_damaged_file_of_trials_is_told(world, tmp_path, capsys, case):
+    shutil.copytree(world / "run", tmp_path / "run")
+    work = tmp_path / "run/targets/size-9x-quality-1"
+    work.mkdir(parents=True)
+    (work / "trials.json").write_text(HOSTILE[case])
+    search(tmp_path, "size 9x, quality -1", status=1)
+    assert "trials.json" in capsys.readouterr().err
+
+
+def test_options_that_do_not_go_together(world, capsys):
+    for words, said in (
+        (("--target", "size 2x", "--recipe", "int4"), "leave --recipe and --mesh away"),
+        (("--epochs", "3"), "epochs is for --target"),
+        (("--target", "size 2x", "--epochs", "0"), "epochs is 0.0; expected more than 0"),
+    ):
+        assert main(["compress", str(world / "run"), *words]) == 1
+        assert said in capsys.readouterr().err

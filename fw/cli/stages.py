@@ -6,6 +6,7 @@ from typing import Any
 from fw import pipeline, stages, target
 from fw.compression import RECIPES
 from fw.data import SPLITS
+from fw.errors import FwError
 
 
 def add_eval(subparsers: Any) -> argparse.ArgumentParser:
@@ -44,28 +45,30 @@ def add_compress(subparsers: Any) -> argparse.ArgumentParser:
     )  # fmt: skip
     _options(parser, "dev")
     parser.add_argument(
-        "--recipe", default="int8", metavar="NAME|FILE",
+        "--recipe", metavar="NAME|FILE",
         help=f"{', '.join(RECIPES)}, or a .toml or .json file; one with [[stages]] runs all of "
-        "them in RUN/pipelines/NAME/, or goes on where it was (default: %(default)s)",
+        "them in RUN/pipelines/NAME/, or goes on where it was (default: int8)",
     )  # fmt: skip
-
     parser.add_argument(
         "--target", metavar="TEXT",
         help='instead of a recipe, look for one: "latency 2x, size 4x, quality -1" is twice as '
         "fast and a quarter of the bytes for a point at most; kept in RUN/targets/",
     )  # fmt: skip
     parser.add_argument(
-        "--epochs", type=float, default=4.0,
-        help="with a target: what is left learns for, where units went (default: %(default)s)",
+        "--epochs", type=float,
+        help="with a target: what is left learns for, where units went (default: 4)",
     )  # fmt: skip
 
     def run(arguments: argparse.Namespace) -> int:
         if arguments.target is not None:
             return _search(arguments)
-        if pipeline.is_pipeline(arguments.recipe):
+        if arguments.epochs is not None:
+            raise FwError("epochs is for --target; a recipe's stages have their own")
+        recipe = arguments.recipe or "int8"
+        if pipeline.is_pipeline(recipe):
             folder = pipeline.pipeline(
                 arguments.folder,
-                arguments.recipe,
+                recipe,
                 split=arguments.split,
                 mesh=arguments.mesh,
                 data=arguments.data,
@@ -74,7 +77,7 @@ def add_compress(subparsers: Any) -> argparse.ArgumentParser:
             return 0
         text = stages.compress_run(
             arguments.folder,
-            arguments.recipe,
+            recipe,
             split=arguments.split,
             mesh=arguments.mesh,
             data=arguments.data,
@@ -88,9 +91,12 @@ def add_compress(subparsers: Any) -> argparse.ArgumentParser:
 
 def _search(arguments: argparse.Namespace) -> int:
     """0 if something meets the target."""
+    if arguments.recipe is not None or arguments.mesh != "data=1":
+        raise FwError("target looks for a recipe, on one device; leave --recipe and --mesh away")
+    epochs = 4.0 if arguments.epochs is None else arguments.epochs
     found = target.search(
         arguments.folder, target.Target.of(arguments.target), split=arguments.split,
-        data=arguments.data, epochs=arguments.epochs,
+        data=arguments.data, epochs=epochs,
     )  # fmt: skip
     print(found)
     if found.chosen is None:
