@@ -293,12 +293,22 @@ def test_what_is_left_learns_from_what_it_was(world, tmp_path, capsys):
         ((), "give parameters, flops or latency"),
         (("--flops", "0.5", "--layers", "1"), "give parameters, flops or latency"),
         (("--layers", "3"), "layers is 3; expected 1 to 2"),
-        (("--latency", "2"), "latency is 2.0; expected the part that may stay"),
-        (("--parameters", "0.001"), "is the least part that can stay"),
-        (("--parameters", "0.5", "--among", "nothing"), "matches no dimension; nearest are"),
+        (
+            ("--layers", "1", "--by", "magnitude"),
+            "by, among and multiple are for the other budgets",
+        ),
+        (
+            ("--by", "magnitude", "--latency", "2"),
+            "latency is 2.0; expected the part that may stay",
+        ),
+        (("--by", "magnitude", "--parameters", "0.001"), "is the least part that can stay"),
+        (
+            ("--by", "magnitude", "--parameters", "0.5", "--among", "nothing"),
+            "matches no dimension; nearest are",
+        ),
     ],
 )
 def test_what_cannot_be_pruned_is_told(world, tmp_path, capsys, options, said):
-    fw("prune", world / "run", tmp_path / "small", "--by", "magnitude", *options, status=1)
+    fw("prune", world / "run", tmp_path / "small", *options, status=1)
     assert said in capsys.readouterr().err
     assert not (tmp_path / "small").exists()
