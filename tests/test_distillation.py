@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -194,9 +195,9 @@ def test_words_are_compared_without_all_logits(monkeypatch):
 
 def test_states_are_compared_relative_to_the_teachers():
     rng = np.random.default_rng(4)
-    ours = [rng.standard_normal((2, 6, 4)).astype(np.float32) for _ in range(2)]
-    theirs = [rng.standard_normal((2, 6, 3)).astype(np.float32) * 10**i for i in range(4)]
-    w = {str(i): rng.standard_normal((4, 3)).astype(np.float32) for i in range(2)}
+    ours: Any = [rng.standard_normal((2, 6, 4)).astype(np.float32) for _ in range(2)]
+    theirs: Any = [rng.standard_normal((2, 6, 3)).astype(np.float32) * 10**i for i in range(4)]
+    w: Any = {str(i): rng.standard_normal((4, 3)).astype(np.float32) for i in range(2)}
     real = SEGMENTS > 0
     want = np.mean([
         np.sum((x @ w[str(i)] - y)[real] ** 2) / np.sum(y[real] ** 2)
@@ -210,8 +211,8 @@ def test_states_are_compared_relative_to_the_teachers():
 def test_attention_is_compared_in_heads_formed_anew(causal):
     """Of three heads of 4 numbers and two of 3: twelve and six numbers, in two heads each."""
     rng = np.random.default_rng(5)
-    ours = [rng.standard_normal((2, 6, 3, 4)).astype(np.float32) for _ in range(3)]
-    theirs = [rng.standard_normal((2, 6, 2, 3)).astype(np.float32) for _ in range(3)]
+    ours: Any = [rng.standard_normal((2, 6, 3, 4)).astype(np.float32) for _ in range(3)]
+    theirs: Any = [rng.standard_normal((2, 6, 2, 3)).astype(np.float32) for _ in range(3)]
     found = []
     for x, y in zip(ours, theirs, strict=True):
         for row, segments in enumerate(SEGMENTS):

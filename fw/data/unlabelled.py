@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -38,7 +39,7 @@ def words_of(text: str) -> tuple[str, ...]:
 
 def read_unlabelled(
     path: str | Path, task: str, *, column: str = "text", on_bad_row: OnBadRow = None
-) -> list[Tagged] | list[Labelled]:
+) -> list[Any]:
     """Reads texts; labels that the files have are not heeded.
 
     Args:
