@@ -350,7 +350,8 @@ def _search(one: _Search, lesson: Stage, levels: int) -> Found:
         # Fast and small enough, but not good enough: it learns once more.
         near = bool(listed) and any(t.meets(one.target, but="quality") for t in own)
         more = [lesson] if near else [prune, lesson]
-        if (near and listed[-2] == lesson) or (not near and level == levels):
+        lost = bool(listed) and all(t.quality < one.target.quality for t in own)
+        if (near and listed[-2] == lesson) or (not near and (lost or level == levels)):
             break
         try:
             one.learn(level + (not near), [*listed, *more])
