@@ -134,7 +134,7 @@ WRONG = {
     "kind": ('[[stages]]\nstage = "shrink"', "stage 1: expected stage = one of prune"),
     "option": ('[[stages]]\nstage = "prune"\nflop = 0.5', "unknown option 'flop'"),
     "type": ('[[stages]]\nstage = "prune"\nflops = "half"', "flops is 'half'; expected float"),
-    "budget": ('[[stages]]\nstage = "prune"', "give parameters or flops"),
+    "budget": ('[[stages]]\nstage = "prune"', "give parameters, flops or latency"),
     "own": ('[[stages]]\nstage = "distil"\nmodel = "x"', "unknown option 'model'"),
     "value": ('[[stages]]\nstage = "distil"\ntemperature = 0.0', "temperature is 0.0"),
     "recipe": ('[[stages]]\nstage = "compress"\nrecipe = "int3"', "int3': expected one of int8"),
