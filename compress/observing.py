@@ -214,7 +214,7 @@ def _zeros(shapes: Any) -> Any:
 
 def _scan(eqn: Any, values: Sequence[Any], links: Links, walk: Walk) -> Result:
     """The same loop, which adds up what constants met and stacks what entries of a stack met."""
-    consts, carried = _sizes(eqn.params)
+    consts, carried = scan_sizes(eqn.params)
     program = _closed(eqn.params["jaxpr"])
     unchanged = [
         program.jaxpr.outvars[i] is program.jaxpr.invars[consts + i] for i in range(carried)
@@ -261,7 +261,7 @@ def _scan(eqn: Any, values: Sequence[Any], links: Links, walk: Walk) -> Result:
     return [*state, *ys], [*kept, *[None] * len(ys)], found
 
 
-def _sizes(params: Any) -> tuple[int, int]:
+def scan_sizes(params: Any) -> tuple[int, int]:
     """How many operands of a scan are constants, and how many are carried."""
     if "num_consts" in params:  # jax 0.11
         return params["num_consts"], params["num_carry"]

@@ -29,14 +29,14 @@ from fw.table_optimizer import at, nest
 
 WEIGHT, SCALE = "weight", "log_scale"
 
-FORMATS: Mapping[str, Callable[[Any], Mapping[str, Scheme] | Scheme]] = MappingProxyType(
+FORMATS: Mapping[str, Callable[[Any], Any]] = MappingProxyType(
     {
         "int8": lambda params: Scheme("int8"),
         "int8-weights": lambda params: Scheme("int8", activations="float"),
         "int4": lambda params: grouped(params, lambda per: Scheme("int4", per=per)),
     }
 )
-"""What kernels become, as the recipes of these names have it."""
+"""Rules of `compress.qat` for some parameters, as the recipes of these names have it."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def learned(model: Model, params: Any, format: str) -> Learning:
             f"qat: tables that are trained by rows, {sorted(model.tables)}, are not for it"
         )
     try:
-        small, _ = compress.qat(FORMATS[format](params))(params)  # type: ignore[arg-type]
+        small, _ = compress.qat(FORMATS[format](params))(params)
         found = {path: x for path, x in named_leaves(small)[0] if isinstance(x, Learned)}
         if not found:
             raise ValueError(f"the model has no kernel that {format} fits")
@@ -128,7 +128,7 @@ def learned(model: Model, params: Any, format: str) -> Learning:
 
     def init(key: jax.Array) -> Variables:
         variables = model.init(key)
-        new, _ = compress.qat(FORMATS[format](variables["params"]))(variables["params"])  # type: ignore[arg-type]
+        new, _ = compress.qat(FORMATS[format](variables["params"]))(variables["params"])
         return {**variables, "params": _split(new)}
 
     def axes_of(path: str) -> Any:

@@ -22,6 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.core import eval_jaxpr
 from jax.extend import core
 
+from compress.observing import scan_sizes
 from fw.errors import FwError
 
 # Since jax 0.12 the same as core.Jaxpr, which 0.11 still tells apart.
@@ -164,7 +165,7 @@ def _again(eqn: Any, values: Sequence[Any], most: dict[str, bool]) -> tuple[list
 def _scan(eqn: Any, values: Sequence[Any], most: dict[str, bool]) -> tuple[list[Any], Seen]:
     """The same loop, which returns what is named in every iteration, or in the last one."""
     params, names = eqn.params, list[str]()
-    consts, carried = sizes(params)
+    consts, carried = scan_sizes(params)
     body, start = _closed(params["jaxpr"]), list(values[consts : consts + carried])
 
     def seen_of(*args: Any) -> tuple[list[Any], list[Any]]:
@@ -193,14 +194,6 @@ def _scan(eqn: Any, values: Sequence[Any], most: dict[str, bool]) -> tuple[list[
     found = [(name, x[i]) for i, (name, x) in itertools.product(order, pairs)]
     single = [name for name, o in zip(names, once, strict=True) if o]
     return [*state, *ys], [*found, *zip(single, kept, strict=True)]
-
-
-def sizes(params: Any) -> tuple[int, int]:
-    """How many operands of a scan are constants, and how many are carried."""
-    if "num_consts" in params:  # jax 0.11
-        return params["num_consts"], params["num_carry"]
-    consts, carried, _ = params["ft_in"].unpack()
-    return len(consts), len(carried)
 
 
 _CONTROL: dict[str, Callable[..., tuple[list[Any], Seen]]] = {
