@@ -17,8 +17,8 @@ import numpy as np
 from jax.core import Tracer
 
 from compress.adapters import LoRA, Trained
-from compress.arrays import Quantized, describe, is_compressed
-from compress.transform import named_leaves, sharding_of
+from compress.arrays import Quantized, describe, is_compressed, sharding_of
+from compress.transform import named_leaves
 
 
 @functools.partial(

@@ -21,7 +21,7 @@ from jax import lax
 from compress import products
 from compress.arrays import Compressed, Quantized, describe, is_compressed, place_part
 from compress.backends import Dims
-from compress.parted import Parted, einsum, letters, lie
+from compress.parted import Parted, einsum, floats, letters, lie
 
 TINY = np.float32(1e-30)
 """The least squared norm: a column of zeros stays one, and is not divided by zero."""
@@ -201,13 +201,6 @@ class LoRA(Parted):
             raise NotImplementedError(
                 f"a slice of {describe(self)} cuts the axis that its norms are of; merge it before"
             )
-
-
-def floats(array: Any) -> jax.Array:
-    """What an array stands for, float32 at least; codes are not rounded to a narrower dtype."""
-    if isinstance(array, Quantized):
-        array = dataclasses.replace(array, as_dtype=np.dtype("float32")).dense()
-    return array.astype(np.promote_types(array.dtype, np.float32))
 
 
 # --- products ---------------------------------------------------------------------------------

@@ -43,6 +43,11 @@ class Compressed(quax.ArrayValue):
             spec: that of the array it stands for.
         """
 
+    def lies(self) -> NamedSharding | None:
+        """Where the array that it stands for lies on a mesh, if it does: the reverse of `place`."""
+        where = getattr(jax.tree.leaves(self)[0], "sharding", None)  # of the values, or the base
+        return where if isinstance(where, NamedSharding) else None
+
     def materialise(self) -> NoReturn:
         """Refuse: compressed arrays become floats only where `compress.dequantize` is written.
 
@@ -240,6 +245,12 @@ def describe(array: Compressed) -> str:
 def is_compressed(x: object) -> bool:
     """Whether a tree walk should stop at `x`: the `is_leaf` of every walk over parameters."""
     return isinstance(x, Compressed)
+
+
+def sharding_of(leaf: Any) -> NamedSharding | None:
+    """Where a leaf lies on a mesh, if it does."""
+    where = leaf.lies() if is_compressed(leaf) else getattr(leaf, "sharding", None)
+    return where if isinstance(where, NamedSharding) else None
 
 
 def dequantize(params: Any) -> Any:

@@ -1,31 +1,34 @@
-"""Arrays as a product of two thin ones: fewer numbers and fewer operations, floats throughout.
+"""Arrays as a product of two thin ones: fewer numbers and fewer operations.
 
     x · W ≈ (x · A) · B          A [*stack, *space, in, r], B [*stack, 1 …, r, out]
 
 A convolution becomes one with r channels and one without a window. `compress.lowrank` makes them of
-a tree's leaves; both factors are ordinary floats, which train.
+a tree's leaves; both factors are ordinary floats, which train, and `compress.quantize` makes codes
+of them.
 """
 
 import dataclasses
 from collections.abc import Callable
 from dataclasses import field
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import quax
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
-from compress.arrays import describe
+from compress.arrays import Quantized, describe, sharding_of
 from compress.backends import Conv
-from compress.parted import Parted, einsum, letters, lie
+from compress.parted import Parted, einsum, floats, kind, letters, lie
 
 
 class Factored(Parted):
     """An array W = A · B, of any orientation.
 
     Attributes:
-        a: A, floats, with the array's rank and r entries along its output axis.
+        a: A, floats or `Quantized`, with the array's rank and r entries along its output axis.
         b: B, with r entries along the input axis, and one along axes of a window.
         input, output: the array's axes, negative.
 
@@ -34,8 +37,9 @@ class Factored(Parted):
     ((3, 2), Array([1., 2.], dtype=float32))
     """
 
-    a: jax.Array
-    b: jax.Array
+    a: jax.Array | Quantized
+    b: jax.Array | Quantized
+    coded: ClassVar[tuple[str, ...]] = ("a", "b")
     input: int = field(default=-2, metadata={"static": True})
     output: int = field(default=-1, metadata={"static": True})
 
@@ -48,14 +52,12 @@ class Factored(Parted):
         """See `quax.Value`."""
         shape = list(self.a.shape)
         shape[self.output] = self.b.shape[self.output]
-        return jax.typeof(self.a).update(shape=tuple(shape))
+        return kind(self.a).update(shape=tuple(shape))
 
     def dense(self) -> jax.Array:
         """A · B, computed in float32 at least."""
-        wide = np.promote_types(self.a.dtype, np.float32)
         a, b = (
-            jnp.moveaxis(x.astype(wide), (self.input, self.output), (-2, -1))
-            for x in (self.a, self.b)
+            jnp.moveaxis(floats(x), (self.input, self.output), (-2, -1)) for x in (self.a, self.b)
         )
         w = jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
         return jnp.moveaxis(w, (-2, -1), (self.input, self.output)).astype(self.a.dtype)
@@ -67,7 +69,7 @@ class Factored(Parted):
     def map(
         self,
         base: Callable[[Any], Any],
-        part: Callable[[jax.Array, tuple[int, ...]], Any],
+        part: Callable[[Any, tuple[int, ...]], Any],
         **static: Any,
     ) -> "Factored":
         """See `Parted.map`; there is no base."""
@@ -84,10 +86,19 @@ class Factored(Parted):
         """See `Compressed.place`: A lies with the array's inputs, B with its outputs."""
         return self.map(lambda none: none, lie(self.aval().shape, spec))
 
+    def lies(self) -> NamedSharding | None:
+        """See `Compressed.lies`: along its inputs with A, along its outputs with B."""
+        a, b = sharding_of(self.a), sharding_of(self.b)
+        if a is None or b is None:
+            return None
+        spec, other = ([*s.spec, *[None] * (self.ndim - len(s.spec))] for s in (a, b))
+        spec[self.output] = other[self.output]
+        return NamedSharding(a.mesh, PartitionSpec(*spec))
+
     def cast(self, base: Callable[[Any], Any], dtype: Any) -> "Factored":
         """See `Parted.cast`."""
-        del base
-        return dataclasses.replace(self, a=self.a.astype(dtype), b=self.b.astype(dtype))
+        del dtype
+        return dataclasses.replace(self, a=base(self.a), b=base(self.b))
 
     def dot(self, x: jax.Array, dims: Any, *, dtype: Any, precision: Any) -> jax.Array:
         """See `Parted.dot`; whichever factor shares more with x comes first."""
@@ -102,7 +113,8 @@ class Factored(Parted):
             # Along a window B has one entry for all.
             one = [k for k, n in enumerate(array.shape) if n == 1 != self.shape[k] and k != ranks]
             names = [name for k, name in enumerate(names) if k not in one]
-            sides.append((lax.squeeze(array, one).astype(x.dtype), names))
+            thin = quax.quaxify(lambda array, one=one: lax.squeeze(array, one))(array)
+            sides.append((thin, names))
         if self.ndim + self.output in summed and self.ndim + self.input not in summed:
             sides.reverse()
         (first, of_first), (second, of_second) = sides
@@ -126,14 +138,15 @@ class Factored(Parted):
         result = dtype or np.promote_types(x.dtype, self.a.dtype)
         wide = np.promote_types(x.dtype, np.float32)
         kinds: Any = {"precision": precision, "preferred_element_type": wide}
-        u = lax.conv_general_dilated(x, self.a.astype(x.dtype), **how._asdict(), **kinds)
         space = len(how.window_strides)
-        y = lax.conv_general_dilated(
-            u.astype(x.dtype),
-            self.b.astype(x.dtype),
-            (1,) * space,
-            ((0, 0),) * space,
-            dimension_numbers=how.dimension_numbers,
-            **kinds,
-        )
-        return y.astype(result)
+        point: Any = {
+            "window_strides": (1,) * space,
+            "padding": ((0, 0),) * space,
+            "dimension_numbers": how.dimension_numbers,
+        }
+
+        def both(a: Any, b: Any) -> jax.Array:
+            u = lax.conv_general_dilated(x, a.astype(x.dtype), **how._asdict(), **kinds)
+            return lax.conv_general_dilated(u.astype(x.dtype), b.astype(x.dtype), **point, **kinds)
+
+        return quax.quaxify(both)(self.a, self.b).astype(result)

@@ -21,13 +21,13 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
-from compress.arrays import describe, is_compressed
+from compress.arrays import describe, is_compressed, sharding_of
 from compress.calibrated import matrices, met, unweighed
 from compress.factored import Factored
 from compress.nearest import USUAL
 from compress.ranks import Spectrum, by_budget, by_energy
 from compress.scheme import SPATIAL, core, inputs, role_of
-from compress.transform import KEEP, Leafwise, Report, Rules, named_leaves, sharding_of
+from compress.transform import KEEP, Leafwise, Report, Rules, named_leaves
 
 AUTO = "auto"
 """What a rule says of leaves among which a budget chooses."""

@@ -7,13 +7,13 @@ import jax
 
 from compress.adapter_trees import Adapters, attach
 from compress.adapters import LoRA, Trained
-from compress.arrays import Quantized, is_compressed
+from compress.arrays import Quantized, is_compressed, sharding_of
 from compress.blocks import spread
 from compress.factored import Factored
 from compress.formats import FLOAT, FORMATS
 from compress.hadamard import rotate
 from compress.scheme import Scheme, assemble, coded, grid, inputs
-from compress.transform import named_leaves, sharding_of
+from compress.transform import named_leaves
 
 
 def merge(params: Any, *, requantize: bool = False) -> Any:

@@ -13,6 +13,7 @@ from compress.arrays import Quantized
 from compress.calibrated import met, not_enough, unknown_scale
 from compress.formats import FORMATS, bounds
 from compress.histogram import threshold
+from compress.parted import Parted
 from compress.scheme import TINY, Scheme, as_scheme, core, fit, role_of, unfit
 from compress.transform import KEEP, Leafwise, Rules
 
@@ -44,7 +45,14 @@ class Quantize(ByScheme):
         return all(option == KEEP or option.clip == "absmax" for _, option in self.rules)
 
     def unfit(self, leaf: Any, option: Scheme) -> str:
-        """See `Leafwise.unfit`."""
+        """See `Leafwise.unfit`: of the parts that become codes, where the leaf has such."""
+        for name, part in _parts(leaf).items():
+            if why := unfit(part, option, option.role):
+                return f"its part {name} {list(part.shape)}: {why}"
+            if option.activations == "static":
+                return f"what meets its part {name} was not observed; leave activations 'dynamic'"
+        if _parts(leaf):
+            return ""
         return unfit(leaf, option, option.role) or unknown_scale(leaf, option)
 
     def needs(self, option: Scheme) -> bool:
@@ -59,9 +67,12 @@ class Quantize(ByScheme):
             raise ValueError(f"{path}: {self.name}: {why}")
         return observed
 
-    def leaf(self, leaf: Any, option: Scheme, observed: Any) -> Quantized:
+    def leaf(self, leaf: Any, option: Scheme, observed: Any) -> Quantized | Parted:
         """See `Leafwise.leaf`."""
         assert option.role is not None
+        if parts := _parts(leaf):
+            codes = {name: fit(part, option, option.role) for name, part in parts.items()}
+            return dataclasses.replace(leaf, **codes)
         return finished(fit(leaf, option, option.role), option, observed)
 
 
@@ -70,7 +81,8 @@ def quantize(rules: Rules | Scheme | str = "int8") -> Quantize:
 
     Args:
         rules: glob pattern -> scheme, its format's name, or "keep"; first match wins. A scheme
-            alone is for every leaf whose path ends in "kernel" and that it fits.
+            alone is for every leaf whose path ends in "kernel" and that it fits. Of what `lowrank`
+            made, both factors become codes; of what `prune` packed, what stays.
 
     Returns:
         The transform; its call raises as `Transform` says.
@@ -88,6 +100,11 @@ def quantize(rules: Rules | Scheme | str = "int8") -> Quantize:
     if isinstance(rules, str | Scheme):
         return Quantize(((USUAL, rules),), strict=False)
     return Quantize(rules)  # type: ignore[arg-type] # becomes pairs
+
+
+def _parts(leaf: Any) -> dict[str, Any]:
+    """The parts of an array of parts that may become codes."""
+    return {name: getattr(leaf, name) for name in leaf.coded} if isinstance(leaf, Parted) else {}
 
 
 def with_role(path: str, leaf: Any, scheme: Scheme) -> Scheme:

@@ -9,16 +9,19 @@ array is written out, zeros and all.
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import field
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import quax
 from jax import lax
 
-from compress.arrays import describe, place_part
+from compress.arrays import Quantized, describe, place_part
 from compress.backends import Conv
-from compress.parted import Parted
+from compress.blocks import spread
+from compress.formats import FLOAT
+from compress.parted import Parted, kind, placed
 
 
 def bits_of(m: int) -> int:
@@ -34,7 +37,7 @@ class Packed(Parted):
     """An array with N of M.
 
     Attributes:
-        values: what stays, in order.
+        values: what stays, in order: floats or `Quantized`.
         index: places of `values` in their groups, several to a byte along the input axis, the first
             in the lowest bits.
         group: (N, M).
@@ -45,8 +48,9 @@ class Packed(Parted):
     ([3.0, 5.0, 3.0, 5.0], [221], [0.0, 3.0, 0.0, 5.0])
     """
 
-    values: jax.Array
+    values: jax.Array | Quantized
     index: jax.Array
+    coded: ClassVar[tuple[str, ...]] = ("values",)
     group: tuple[int, int] = field(default=(2, 4), metadata={"static": True})
     input: int = field(default=-2, metadata={"static": True})
     output: int = field(default=-1, metadata={"static": True})
@@ -84,10 +88,32 @@ class Packed(Parted):
         n, m = self.group
         shape = list(self.values.shape)
         shape[self.input] = shape[self.input] // n * m
-        return jax.typeof(self.values).update(shape=tuple(shape))
+        return kind(self.values).update(shape=tuple(shape))
 
     def dense(self) -> jax.Array:
         """See `Compressed.dense`."""
+        kept = self.values
+        if isinstance(kept, Quantized):
+            kept = kept.dense()
+        return self.spaced(kept, jnp.zeros((), kept.dtype))
+
+    def whole(self) -> jax.Array | Quantized:
+        """What products are made with: codes, zeros among them, where activations are rounded.
+
+        Neighbours that share a scale still do, M / N times as many.
+        """
+        kept = self.values
+        if not isinstance(kept, Quantized) or kept.activations == FLOAT:
+            return self.dense()
+        codes = kept.codes()
+        zero = jnp.zeros((), codes.dtype)
+        if kept.zero is not None:  # the code of 0, of every scale its own
+            shape = self.aval().shape
+            zero = jnp.broadcast_to(spread(kept.zero, shape), shape).astype(codes.dtype)
+        return dataclasses.replace(kept, values=self.spaced(codes, zero))
+
+    def spaced(self, kept: jax.Array, gone: jax.Array) -> jax.Array:
+        """The whole array of `kept` at their places, with `gone`, one or as many, elsewhere."""
         n, m = self.group
         shape = self.aval().shape
         at = len(shape) + self.input
@@ -97,13 +123,13 @@ class Packed(Parted):
         shift = (jnp.arange(per, dtype=jnp.uint8) * np.uint8(bits)).reshape(-1, *one)
         places = (jnp.expand_dims(self.index, at + 1) >> shift) & np.uint8(2**bits - 1)
         groups = (*shape[:at], shape[at] // m, n, *shape[at + 1 :])
-        places, values = places.reshape(groups), self.values.reshape(groups)
+        places, kept = places.reshape(groups), kept.reshape(groups)
         every = jnp.arange(m, dtype=jnp.uint8).reshape(-1, *one)
-        whole = jnp.zeros((), values.dtype)
-        for k in range(n):  # one of them at most is not 0
+        split = (*shape[:at], shape[at] // m, m, *shape[at + 1 :])
+        whole = gone.reshape(split) if gone.ndim else gone
+        for k in range(n):
             here = lax.slice_in_dim(places, k, k + 1, axis=at + 1) == every
-            value = lax.slice_in_dim(values, k, k + 1, axis=at + 1)
-            whole = whole + jnp.where(here, value, jnp.zeros((), values.dtype))
+            whole = jnp.where(here, lax.slice_in_dim(kept, k, k + 1, axis=at + 1), whole)
         return whole.reshape(shape)
 
     def ends(self) -> tuple[int, int]:
@@ -113,7 +139,7 @@ class Packed(Parted):
     def map(
         self,
         base: Callable[[Any], Any],
-        part: Callable[[jax.Array, tuple[int, ...]], Any],
+        part: Callable[[Any, tuple[int, ...]], Any],
         **static: Any,
     ) -> "Packed":
         """See `Parted.map`; there is no base."""
@@ -125,15 +151,17 @@ class Packed(Parted):
 
     def place(self, spec: Any) -> "Packed":
         """See `Compressed.place`: cut along the input axis where the mesh divides it."""
-        shape = self.aval().shape
-        parts = {name: place_part(getattr(self, name), shape, spec, "values")
-                 for name in ("values", "index")}  # fmt: skip
+        shape, parts = self.aval().shape, {}
+        for name in ("values", "index"):
+            part = getattr(self, name)
+            where = place_part(jax.ShapeDtypeStruct(part.shape, part.dtype), shape, spec, "values")
+            parts[name] = placed(part, where)
         return dataclasses.replace(self, **parts)
 
     def cast(self, base: Callable[[Any], Any], dtype: Any) -> "Packed":
         """See `Parted.cast`."""
-        del base
-        return dataclasses.replace(self, values=self.values.astype(dtype))
+        del dtype
+        return dataclasses.replace(self, values=base(self.values))
 
     def check_cut(self, sizes: Sequence[int]) -> None:
         """See `Parted.check_cut`."""
@@ -145,11 +173,11 @@ class Packed(Parted):
 
     def dot(self, x: jax.Array, dims: Any, *, dtype: Any, precision: Any) -> jax.Array:
         """See `Parted.dot`; the whole is made."""
-        return lax.dot_general(
-            x, self.dense(), dims, precision=precision, preferred_element_type=dtype
-        )
+        kinds: Any = {"precision": precision, "preferred_element_type": dtype}
+        return quax.quaxify(lambda w: lax.dot_general(x, w, dims, **kinds))(self.whole())
 
     def convolve(self, x: jax.Array, how: Conv, *, dtype: Any, precision: Any) -> jax.Array:
         """`lax.conv_general_dilated(x, self)`; the whole is made."""
         kinds: Any = {"precision": precision, "preferred_element_type": dtype}
-        return lax.conv_general_dilated(x, self.dense(), **how._asdict(), **kinds)
+        conv = quax.quaxify(lambda w: lax.conv_general_dilated(x, w, **how._asdict(), **kinds))
+        return conv(self.whole())

@@ -5,19 +5,25 @@ axis, where a part may have another; so whatever moves, cuts or shards the array
 `compress.parted_rules` says what primitives do with them.
 """
 
+import dataclasses
 import string
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import quax
 
-from compress.arrays import Compressed, place_part
+from compress.arrays import Compressed, Quantized, is_compressed, place_part
 
 
 class Parted(Compressed):
     """An array [*stack, in, out], of any orientation, in parts."""
+
+    coded: ClassVar[tuple[str, ...]] = ()
+    """Names of parts that may be quantised; they have the axes of a leaf of the whole's role."""
 
     @abstractmethod
     def ends(self) -> tuple[int, int]:
@@ -54,11 +60,27 @@ def lie(shape: Sequence[int], spec: Any) -> Callable[[Any, tuple[int, ...]], Any
     """Where a part lies, by the axes along which it is cut as the whole is: for `Parted.map`."""
 
     def at(part: Any, axes: tuple[int, ...]) -> Any:
-        del part
         kept = [n if k in axes else 1 for k, n in enumerate(shape)]
-        return place_part(jax.ShapeDtypeStruct(kept, jnp.float32), shape, spec)
+        return placed(part, place_part(jax.ShapeDtypeStruct(kept, jnp.float32), shape, spec))
 
     return at
+
+
+def placed(part: Any, spec: Any) -> Any:
+    """Where a part lies, compressed or not, from where its floats would."""
+    return part.place(spec) if is_compressed(part) else spec
+
+
+def kind(part: Any) -> Any:
+    """What JAX sees of a part, compressed or not."""
+    return part.aval() if is_compressed(part) else jax.typeof(part)
+
+
+def floats(part: Any) -> jax.Array:
+    """What a part stands for, float32 at least; codes are not rounded to a narrower dtype."""
+    if isinstance(part, Quantized):
+        part = dataclasses.replace(part, as_dtype=np.dtype("float32")).dense()
+    return part.astype(np.promote_types(part.dtype, np.float32))
 
 
 def letters(w: Parted, x: jax.Array, dims: Any) -> tuple[list[str], list[str], list[str]]:
@@ -74,9 +96,10 @@ def letters(w: Parted, x: jax.Array, dims: Any) -> tuple[list[str], list[str], l
 
 
 def einsum(
-    x: jax.Array, of_x: Sequence[str], w: jax.Array, of_w: Sequence[str], out: Sequence[str],
+    x: jax.Array, of_x: Sequence[str], w: Any, of_w: Sequence[str], out: Sequence[str],
     dtype: Any, precision: Any,
 ) -> jax.Array:  # fmt: skip
-    """A product by the letters of its axes."""
+    """A product with a part, compressed or not, by the letters of their axes."""
     how = f"{''.join(of_x)},{''.join(of_w)}->{''.join(out)}"
-    return jnp.einsum(how, x, w, precision=precision, preferred_element_type=dtype)
+    more: Any = {"precision": precision, "preferred_element_type": dtype}
+    return quax.quaxify(lambda w: jnp.einsum(how, x, w.astype(x.dtype), **more))(w)

@@ -84,6 +84,11 @@ def _by_rule(primitive: Any, **params: Any) -> Callable[[Any], Any]:
     return quax.quaxify(lambda base: primitive.bind(base, **params))
 
 
+def _each(change: Callable[[Any, tuple[int, ...]], Any]) -> Callable[[Any, tuple[int, ...]], Any]:
+    """What `Parted.map` does to a part, compressed or not."""
+    return lambda part, axes: quax.quaxify(lambda part: change(part, axes))(part)
+
+
 @quax.register(lax.convert_element_type_p)
 def _cast(w: Parted, *, new_dtype: Any, **params: Any) -> Parted:
     """Scales and magnitudes stay float32."""
@@ -117,7 +122,7 @@ def _transpose(w: Parted, *, permutation: Sequence[int]) -> Parted:
     where = [tuple(permutation).index(w.ndim + k) - w.ndim for k in w.ends()]
     return w.map(
         _by_rule(lax.transpose_p, permutation=permutation),
-        lambda part, _: lax.transpose(part, permutation),
+        _each(lambda part, _: lax.transpose(part, permutation)),
         input=where[0],
         output=where[1],
     )
@@ -131,7 +136,7 @@ def _squeeze(w: Parted, *, dimensions: Sequence[int]) -> Parted:
         raise NotImplementedError(f"squeeze of {describe(w)} removes its input or output axis")
     return w.map(
         _by_rule(lax.squeeze_p, dimensions=dimensions),
-        lambda part, _: lax.squeeze(part, dimensions),
+        _each(lambda part, _: lax.squeeze(part, dimensions)),
         input=kept.index(core[0]) - len(kept),
         output=kept.index(core[1]) - len(kept),
     )
@@ -156,7 +161,7 @@ def _broadcast(
         lax.broadcast_in_dim_p, shape=shape, broadcast_dimensions=broadcast_dimensions, **params
     )
     places = [at[w.ndim + k] - len(shape) for k in w.ends()]
-    return w.map(base, wider, input=places[0], output=places[1])
+    return w.map(base, _each(wider), input=places[0], output=places[1])
 
 
 @quax.register(lax.reshape_p)
@@ -175,7 +180,7 @@ def _reshape(w: Parted, *, new_sizes: Sequence[int], **params: Any) -> Parted:
             )
         return lax.reshape(part, (*new_sizes[:-2], *part.shape[-2:]))
 
-    return w.map(_by_rule(lax.reshape_p, new_sizes=new_sizes, **params), joined)
+    return w.map(_by_rule(lax.reshape_p, new_sizes=new_sizes, **params), _each(joined))
 
 
 @quax.register(lax.slice_p)
@@ -191,7 +196,7 @@ def _slice(w: Parted, *, start_indices: Any, limit_indices: Any, strides: Any) -
     base = _by_rule(
         lax.slice_p, start_indices=start_indices, limit_indices=limit_indices, strides=strides
     )
-    return w.map(base, cut)
+    return w.map(base, _each(cut))
 
 
 @quax.register(lax.split_p)
@@ -217,4 +222,4 @@ def _dynamic_slice(w: Parted, *starts: ArrayLike, slice_sizes: Sequence[int]) ->
         return lax.dynamic_slice(part, own, sizes)
 
     base = quax.quaxify(lambda base: lax.dynamic_slice(base, starts, slice_sizes))
-    return w.map(base, cut)
+    return w.map(base, _each(cut))

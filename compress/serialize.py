@@ -6,13 +6,14 @@ quantised one becomes a tensor for each of its parts,
     encoder/query/kernel:int8:float32:activations=int8    codes, and what they stand for
     encoder/query/kernel:scale                            float32 scales
 
-and factored and packed ones two,
+and one of parts, plain or quantised, each of them under a name of its own,
 
-    encoder/query/kernel:factored:float32                 A
-    encoder/query/kernel:b                                B
+    encoder/query/kernel:factored.a                       A
+    encoder/query/kernel:factored.b:int8:float32          codes of B
+    encoder/query/kernel:factored.b:scale
 
-    encoder/query/kernel:packed:float32:group=2,4         what stays of N of M
-    encoder/query/kernel:index                            where it was
+    encoder/query/kernel:packed=2,4.values                what stays of 2 of 4
+    encoder/query/kernel:packed=2,4.index                 where it was
 
 so a file needs no side channel, and a reader needs only `codes * scale` or `A @ B`: parts have the
 array's rank. What comes back from a file is checked before it is used;
@@ -26,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from compress.arrays import PARTS, Quantized, is_compressed
+from compress.arrays import PARTS, Quantized, describe, is_compressed
 from compress.factored import Factored
 from compress.formats import FLOAT, FORMATS
 from compress.packed import Packed, bits_of
@@ -35,8 +36,11 @@ from compress.transform import named_leaves
 FACTORED, PACKED = "factored", "packed"
 """The forms of arrays of parts other than codes and scales."""
 
-BESIDE = (*PARTS[1:], "b", "index")
-"""Parts that come with another."""
+BESIDE = PARTS[1:]
+"""Parts that come with codes."""
+
+PLAIN = {"values", "scale", "zero", "outer"}
+"""Parts of codes that were not prepared for what meets them, nor saw it."""
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 """The dtypes that a compressed array may stand for."""
@@ -75,20 +79,15 @@ def to_arrays(tree: Any) -> dict[str, Any]:
         if ":" in name or name.count("/") != len(path) - 1:
             raise ValueError(f"{name!r}: a key holds ':' or '/'; rename it before saving")
         if isinstance(leaf, Quantized):
-            for part, array in leaf.parts():
-                arrays[f"{name}:{_form(leaf) if part == 'values' else part}"] = array
-        elif isinstance(leaf, Factored) and (leaf.input, leaf.output) == (-2, -1):
-            if leaf.a.dtype != leaf.b.dtype or str(leaf.a.dtype) not in DTYPES:
-                kinds = f"{leaf.a.dtype} and {leaf.b.dtype}"
-                raise TypeError(f"{name}: factors of {kinds}; expected one of {', '.join(DTYPES)}")
-            arrays[f"{name}:{FACTORED}:{leaf.a.dtype}"] = leaf.a
-            arrays[f"{name}:b"] = leaf.b
-        elif isinstance(leaf, Packed) and (leaf.input, leaf.output) == (-2, -1):
-            if str(leaf.values.dtype) not in DTYPES:
-                raise TypeError(f"{name}: {leaf.values.dtype}; expected {', '.join(DTYPES)}")
-            group = ",".join(map(str, leaf.group))
-            arrays[f"{name}:{PACKED}:{leaf.values.dtype}:group={group}"] = leaf.values
-            arrays[f"{name}:index"] = leaf.index
+            arrays |= _coded(name, leaf)
+        elif isinstance(leaf, Factored | Packed) and (leaf.input, leaf.output) == (-2, -1):
+            kinds = {str(getattr(leaf, part).dtype) for part in leaf.coded}
+            if len(kinds) > 1 or not kinds <= {*DTYPES}:
+                expected = f"expected one of {', '.join(DTYPES)}"
+                raise TypeError(f"{name}: parts of {' and '.join(sorted(kinds))}; {expected}")
+            for part, array in _parts(leaf).items():
+                coded = isinstance(array, Quantized)
+                arrays |= _coded(f"{name}:{part}", array) if coded else {f"{name}:{part}": array}
         elif is_compressed(leaf):
             raise TypeError(
                 f"{name}: a {type(leaf).__name__} is no plain array; merge it, or save its own"
@@ -96,6 +95,19 @@ def to_arrays(tree: Any) -> dict[str, Any]:
         else:
             arrays[name] = leaf
     return arrays
+
+
+def _coded(name: str, leaf: Quantized) -> dict[str, Any]:
+    return {
+        f"{name}:{_form(leaf) if part == 'values' else part}": array for part, array in leaf.parts()
+    }
+
+
+def _parts(leaf: Factored | Packed) -> dict[str, Any]:
+    if isinstance(leaf, Factored):
+        return {f"{FACTORED}.a": leaf.a, f"{FACTORED}.b": leaf.b}
+    form = f"{PACKED}={leaf.group[0]},{leaf.group[1]}"
+    return {f"{form}.values": leaf.values, f"{form}.index": leaf.index}
 
 
 def _form(leaf: Quantized) -> str:
@@ -148,7 +160,30 @@ def from_arrays(arrays: Mapping[str, Any], like: Any = None) -> Any:
 
 
 def _leaves(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """Join values with their parts; path -> leaf."""
+    """Join arrays with their parts; path -> leaf."""
+    whole: dict[str, Any] = {}
+    parted: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, array in arrays.items():
+        path, _, form = name.partition(":")
+        kind, dot, part = form.partition(".")
+        if dot and ":" not in kind:
+            parted.setdefault(path, {}).setdefault(kind, {})[part] = array
+        else:
+            whole[name] = array
+    leaves = _joined(whole)
+    for path, kinds in parted.items():
+        kind, parts = next(iter(kinds.items()))
+        if path in leaves or len(kinds) > 1:
+            raise ValueError(f"{path}: given twice, one time as '{path}:{kind}.…'")
+        try:
+            leaves[path] = _of_parts(kind, _joined(parts))
+        except ValueError as error:
+            raise ValueError(f"{path}:{kind}: {error}") from None
+    return leaves
+
+
+def _joined(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Join codes with their scales; path -> leaf."""
     parts: dict[str, dict[str, Any]] = {}
     for name, array in arrays.items():
         path, *form = name.split(":")
@@ -161,51 +196,60 @@ def _leaves(arrays: Mapping[str, Any]) -> dict[str, Any]:
             continue
         if path in leaves:
             raise ValueError(f"{path}: given twice, the second time as {name!r}")
-        make = {FACTORED: _factored, PACKED: _packed}.get(form[0] if form else "", _quantized)
-        leaves[path] = make(name, array, parts.pop(path, {})) if form else array
+        leaves[path] = _quantized(name, array, parts.pop(path, {})) if form else array
     if parts:
         raise ValueError(f"scales without values: {', '.join(sorted(parts))}")
     return leaves
 
 
-def _factored(name: str, a: Any, parts: Mapping[str, Any]) -> Factored:
-    path, *form = name.split(":")
-    if len(form) != 2 or form[1] not in DTYPES or set(parts) != {"b"}:
-        raise ValueError(
-            f"{name!r}: expected '<path>:{FACTORED}:<dtype>' with a dtype of {', '.join(DTYPES)}, "
-            "and '<path>:b' beside it"
-        )
-    b, ndim = parts["b"], a.ndim
+def _of_parts(kind: str, parts: Mapping[str, Any]) -> Factored | Packed:
+    word, _, group = kind.partition("=")
+    numbers = group.split(",")
+    if kind == FACTORED and set(parts) == {"a", "b"}:
+        return _factored(**parts)
+    if (
+        word == PACKED
+        and set(parts) == {"values", "index"}
+        and len(numbers) == 2
+        and all(map(_whole, numbers))
+    ):
+        return _packed((int(numbers[0]), int(numbers[1])), **parts)
+    raise ValueError(
+        f"parts {', '.join(sorted(parts))}: expected '<path>:{FACTORED}.a' and "
+        f"'<path>:{FACTORED}.b', or '<path>:{PACKED}=N,M.values' and '<path>:{PACKED}=N,M.index'"
+    )
+
+
+def _factored(a: Any, b: Any) -> Factored:
+    ndim = a.ndim
     fits = ndim >= 2 and b.ndim == ndim and a.shape[-1] == b.shape[-2] and all(a.shape + b.shape)
     one = fits and [m in (1, n) for n, m in zip(a.shape[:-2], b.shape[:-2], strict=True)]
-    if not fits or not all(one or ()) or str(a.dtype) != form[1] or a.dtype != b.dtype:
+    if not fits or not all(one or ()) or str(a.dtype) not in DTYPES or a.dtype != b.dtype:
         raise ValueError(
-            f"{path}: factors {a.dtype}{list(a.shape)} and {b.dtype}{list(b.shape)}: expected "
-            f"{form[1]} [..., in, r] and [..., r, out]"
+            f"factors {a.dtype}{list(a.shape)} and {b.dtype}{list(b.shape)}: expected "
+            f"[..., in, r] and [..., r, out] of one dtype of {', '.join(DTYPES)}"
         )
     return Factored(a, b)
 
 
-def _packed(name: str, values: Any, parts: Mapping[str, Any]) -> Packed:
-    path, *form = name.split(":")
-    group = form[2].removeprefix("group=").split(",") if len(form) == 3 else []
-    if len(group) != 2 or not all(map(_whole, group)) or set(parts) != {"index"}:
-        raise ValueError(
-            f"{name!r}: expected '<path>:{PACKED}:<dtype>:group=N,M' and '<path>:index' beside it"
-        )
-    n, m = int(group[0]), int(group[1])
-    index, ndim, per = parts["index"], values.ndim, 8 // bits_of(m)
+def _packed(group: tuple[int, int], values: Any, index: Any) -> Packed:
+    (n, m), ndim = group, values.ndim
+    per = 8 // bits_of(m)
     fits = 0 < n < m <= 256 and ndim >= 2 and index.ndim == ndim and all(values.shape)
     if fits:
         wanted = (*values.shape[:-2], values.shape[-2] // per, values.shape[-1])
         fits = values.shape[-2] % n == 0 and values.shape[-2] % per == 0 and index.shape == wanted
-    dtypes = form[1] in DTYPES and str(values.dtype) == form[1] and str(index.dtype) == "uint8"
-    if not fits or not dtypes:
+    if not fits or str(values.dtype) not in DTYPES or str(index.dtype) != "uint8":
         raise ValueError(
-            f"{path}: {values.dtype}{list(values.shape)} with places {index.dtype}"
-            f"{list(index.shape)}: expected {n} of {m} of {form[1]}, and uint8 of {per} places each"
+            f"{values.dtype}{list(values.shape)} with places {index.dtype}{list(index.shape)}: "
+            f"expected {n} of {m} of one of {', '.join(DTYPES)}, and uint8 of {per} places each"
         )
-    return Packed(values, index, (n, m))
+    prepared = isinstance(values, Quantized) and (
+        values.hadamard or {name for name, _ in values.parts()} - PLAIN
+    )
+    if prepared:
+        raise ValueError(f"{describe(values)}: expected codes with scales, and nothing else")
+    return Packed(values, index, group)
 
 
 def _quantized(name: str, values: Any, parts: Mapping[str, Any]) -> Quantized:

@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from compress.arrays import describe, is_compressed, place_part
+from compress.arrays import describe, is_compressed, place_part, sharding_of
 from compress.coupling import Couplings, Dimension, Place, Trace, couplings
-from compress.transform import Record, Report, Transform, named_leaves, sharding_of, size
+from compress.transform import Record, Report, Transform, named_leaves, size
 
 Kept = Mapping[str, np.ndarray]
 """By a dimension's name, int [layers, kept]: the units that stay, ascending."""

@@ -22,7 +22,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
-from compress.arrays import is_compressed
+from compress.arrays import is_compressed, sharding_of
 
 KEEP = "keep"
 """What a rule says of leaves that stay as they are."""
@@ -278,13 +278,6 @@ class Leafwise(Transform):
         if where is not None:
             new = jax.device_put(new, new.place(where) if is_compressed(new) else where)
         return new, error
-
-
-def sharding_of(leaf: Any) -> NamedSharding | None:
-    """Where a leaf lies on a mesh, if it does."""
-    array = jax.tree.leaves(leaf)[0]  # a compressed array's values come first
-    where = getattr(array, "sharding", None)
-    return where if isinstance(where, NamedSharding) else None
 
 
 def _leaf(transform: Leafwise, option: Any, leaf: Any, observed: Any) -> tuple[Any, jax.Array]:

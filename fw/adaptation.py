@@ -24,11 +24,12 @@ import jax.numpy as jnp
 
 import compress
 from compress import adapter_trees
+from compress.arrays import sharding_of
 from compress.formats import FORMATS
 from compress.nearest import USUAL, with_role
 from compress.scheme import Scheme, core, fit, role_of, unfit
 from compress.trainable import INITS, Lora
-from compress.transform import Report, match, named_leaves, sharding_of
+from compress.transform import Report, match, named_leaves
 from fw.errors import FwError
 from fw.hub.folder import Loaded
 from fw.model import FROZEN, Model, Variables

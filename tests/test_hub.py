@@ -532,7 +532,7 @@ def test_a_folder_is_whole_or_not_there(tmp_path):
 
 OF_OUR_OWN = {
     "unet": {"num_labels": 2, "num_channels": 3, "width": 4, "depth": 2, "norm": "none",
-             "dropout": 0.2},
+             "dropout": 0.2, "channels": ((3, 4, 2, 5, 4), (6, 8, 7, 5, 8), (9, 12))},
     "mlp": {"numbers": 2, "categories": (3, 4), "num_labels": 2, "hidden_size": 8,
             "num_hidden_layers": 3, "dropout": 0.2, "category_size": 5},
     "ft_transformer": {"numbers": 2, "categories": (3, 4), "num_labels": 2, "hidden_size": 8,

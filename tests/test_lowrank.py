@@ -214,14 +214,22 @@ def test_a_report_says_why_a_leaf_is_kept():
 def test_factors_go_through_files():
     small, _ = compress.lowrank({"up/kernel": 3})(KINDS["dense"][1])
     arrays = compress.to_arrays(small)
-    assert list(arrays) == ["up/bias", "up/kernel:factored:float32", "up/kernel:b"]
+    assert list(arrays) == ["up/bias", "up/kernel:factored.a", "up/kernel:factored.b"]
     back = compress.from_arrays(arrays, like=KINDS["dense"][1])
     assert isinstance(back["up"]["kernel"], Factored)
+    a, b, index = np.ones((4, 2), "f"), np.ones((2, 3), "f"), np.ones((1, 2), np.uint8)
     for damaged, message in [
-        ({"w:factored:float32": np.ones((4, 2), "f")}, "'<path>:b' beside it"),
-        ({"w:factored:int8": np.ones((4, 2), "f"), "w:b": np.ones((2, 3), "f")}, "dtype of"),
-        ({"w:factored:float32": np.ones((4, 2), "f"), "w:b": np.ones((3, 3), "f")}, r"\[4, 2\]"),
-        ({"w:factored:float32": np.ones((4, 2), "f"), "w:b": np.ones((2, 3))}, "float64"),
+        ({"w:factored.a": a}, r"w:factored: parts a: expected '<path>:factored.a' and"),
+        ({"w:factored.a": a, "w:factored.c": b}, "parts a, c"),
+        ({"w:factored.a": a, "w:factored.b": b, "w:factored.b:scale": b}, "scales without|given"),
+        ({"w:factored.a": a.astype("i1"), "w:factored.b": b}, "of one dtype of float32"),
+        ({"w:factored.a": a, "w:factored.b": a}, r"\[4, 2\] and float32\[4, 2\]"),
+        ({"w:factored.a": a, "w:factored.b": np.ones((2, 3))}, "float64"),
+        ({"w:factored.a": a, "w:packed=2,4.values": a}, "w: given twice"),
+        ({"w": a, "w:factored.a": a, "w:factored.b": b}, "w: given twice"),
+        ({"w:factored.a:factored.a": a, "w:factored.b": b}, "expected '<path>'"),
+        ({"w:packed=2,4.values": a, "w:packed=2,4.index": b}, "uint8 of 4 places"),
+        ({"w:packed=2.values": a, "w:packed=2.index": index}, "packed=N,M"),
     ]:
         with pytest.raises(ValueError, match=message):
             compress.from_arrays(damaged)

@@ -107,12 +107,31 @@ MEMBERS: dict[str, tuple[Any, float]] = {  # transform for a kind, largest relat
     "lowrank aware": (lambda k: compress.lowrank(rules(k, 7), aware=True), 1.0),
     "pruned": (lambda k: compress.prune(rules(k, 0.5)), 0.6),
     "2:4": (lambda k: compress.prune(rules(k, "2:4")), 0.6),
+    "lowrank, int8": (
+        lambda k: compress.chain(
+            compress.lowrank(rules(k, 8)), compress.quantize(rules(k, "int8"))
+        ),
+        1.0,
+    ),
+    "2:4, int8": (
+        lambda k: compress.chain(
+            compress.prune(rules(k, "2:4")),
+            compress.quantize(rules(k, Scheme(symmetric=k == "scanned"))),
+        ),
+        0.6,
+    ),
+    "2:4, int4": (
+        lambda k: compress.chain(
+            compress.prune(rules(k, "2:4")), compress.quantize(rules(k, Scheme("int4", per=8)))
+        ),
+        0.6,
+    ),
     "wanda": (lambda k: compress.prune(rules(k, 0.5), by="wanda"), 0.6),
     "sparsegpt 2:4": (lambda k: compress.prune(rules(k, "2:4"), by="sparsegpt"), 0.8),
     "qat": (lambda k: compress.qat(rules(k, "int8")), 0.02),
 }
 FOR_TABLES = ("int8", "int8 asymmetric", "int4", "int4 clipped", "e4m3", "mxfp8", "mxfp4", "nvfp4",
-              "nf4", "qat", "pruned", "2:4")  # fmt: skip
+              "nf4", "qat", "pruned", "2:4", "2:4, int8")  # fmt: skip
 FOR_CONVOLUTIONS = [m for m in MEMBERS if m not in ("mxfp8", "mxfp4", "lora", "lora eva", "qlora")]
 PAIRS = [
     (member, kind)
@@ -125,6 +144,7 @@ FAST = [
     *(("int4", "scanned"), ("gptq", "scanned"), ("qlora", "scanned")),
     *(("smooth, int8", "dense"), ("nvfp4", "dense"), ("int8 static", "conv")),
     *(("lowrank", "scanned"), ("lowrank aware", "conv"), ("2:4", "scanned"), ("wanda", "conv")),
+    *(("lowrank, int8", "scanned"), ("lowrank, int8", "conv"), ("2:4, int8", "dense")),
 ]
 
 

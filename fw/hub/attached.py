@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from compress import adapter_trees
-from compress.adapters import LoRA, floats
+from compress.adapters import LoRA
 from compress.merging import merge as merged
+from compress.parted import floats
 from compress.transform import named_leaves
 from fw.errors import FwError
 from fw.hub.adapter import (
