@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.core import eval_jaxpr
 from jax.extend import core
@@ -25,12 +24,10 @@ from compress.follow import Link, Loop, follow
 from compress.histogram import threshold
 from compress.observed import Observed, Stats, check, merge, preparation
 from compress.places import Found, Place, add, agree, assembled, size_of, spread
+from compress.programs import Values, as_closed, run, scan_sizes, traced
 from compress.transform import match, named_leaves
 
 __all__ = ["Observed", "Stats", "check", "merge", "observe", "threshold"]
-
-# Since jax 0.12 the same as core.Jaxpr, which 0.11 still tells apart.
-ClosedJaxpr = core.ClosedJaxpr  # pyright: ignore[reportPrivateImportUsage]
 
 
 def observe[R](
@@ -93,22 +90,12 @@ def observe[R](
     @functools.wraps(fn)
     def observing(params: Any, *args: Any, **kwargs: Any) -> tuple[R, Stats]:
         params = bare(params)  # what is marked as trained is a leaf like any other
-        leaves, tree = jax.tree.flatten((params, args, kwargs))
-        dynamic = [isinstance(x, jax.Array | np.ndarray) for x in leaves]
-        arrays = [x for x, d in zip(leaves, dynamic, strict=True) if d]
+        program = traced(fn, (params, *args), kwargs)
         links = _links(params)
-        links = [*links, *[None] * (len(leaves) - len(links))]
-
-        def of_arrays(*arrays: Any) -> R:
-            given = iter(arrays)
-            filled = [next(given) if d else x for x, d in zip(leaves, dynamic, strict=True)]
-            p, a, k = jax.tree.unflatten(tree, filled)
-            return fn(p, *a, **k)
-
-        closed, shape = jax.make_jaxpr(of_arrays, return_shape=True)(*arrays)
+        links = [*links, *[None] * (len(program.dynamic) - len(links))]
         walk = Walk(lambda path: any(match(pattern, path) for pattern in hessians))
-        followed = [link for link, d in zip(links, dynamic, strict=True) if d]
-        out, _, found = _evaluate(closed, arrays, followed, walk)
+        followed = [link for link, d in zip(links, program.dynamic, strict=True) if d]
+        out, _, found = _evaluate(program.closed, program.arrays, followed, walk)
         after = {path: preparation(leaf) for path, leaf in named_leaves(params)[0]}
         stats = {p: replace(s, prepared=after[p]) for p, s in assembled(found).items()}
         for pattern in hessians:
@@ -119,7 +106,7 @@ def observe[R](
                     f"hessians: {pattern!r} matches no leaf that met activations; nearest are "
                     f"{', '.join(near) or 'none: the function multiplies none of its parameters'}"
                 )
-        return jax.tree.unflatten(jax.tree.structure(shape), out), stats
+        return program.result(out), stats
 
     return observing
 
@@ -140,37 +127,28 @@ def _evaluate(
     closed: Any, args: Sequence[Any], links: Links, walk: Walk
 ) -> tuple[list[Any], list[Link | None], Found]:
     """Run a program; its results, which of them are parameters, and what was seen."""
-    jaxpr, found = closed.jaxpr, {}
-    env: dict[Any, Any] = dict(zip(jaxpr.constvars, closed.consts, strict=True))
-    env.update(zip(jaxpr.invars, args, strict=True))
+    jaxpr, found, held = closed.jaxpr, {}, Values(closed, args)
     linked: dict[Any, Link | None] = dict(zip(jaxpr.invars, links, strict=True))
-
-    def read(atom: Any) -> Any:
-        return atom.val if isinstance(atom, core.Literal) else env[atom]
 
     def link_of(atom: Any) -> Link | None:
         return None if isinstance(atom, core.Literal) else linked.get(atom)
 
     for eqn in jaxpr.eqns:
-        values, own = [*map(read, eqn.invars)], [*map(link_of, eqn.invars)]
+        values, own = held.read(eqn.invars), [*map(link_of, eqn.invars)]
         control = _CONTROL.get(eqn.primitive.name) if any(own) else None
         if control is not None:
             out, after, more = control(eqn, values, own, walk)
             for place, seen in more.items():
                 add(found, place, seen)
         else:
-            # As a program of one equation, JAX itself binds it, with its source line.
-            used = list(dict.fromkeys(v for v in eqn.invars if not isinstance(v, core.Literal)))
-            names = jaxpr.debug_info.with_unknown_names()
-            one = core.Jaxpr((), used, eqn.outvars, [eqn], eqn.effects, names)
-            out = eval_jaxpr(one, (), *map(read, used))
+            out = run(eqn, held)
             after = [None] * len(out)
             if any(own):
                 record(eqn, values, own, walk, found)
                 after = follow(eqn, values, own)
-        env.update(zip(eqn.outvars, out, strict=True))
+        held.write(eqn, out)
         linked.update(zip(eqn.outvars, after, strict=True))
-    return [*map(read, jaxpr.outvars)], [*map(link_of, jaxpr.outvars)], found
+    return held.results(), [*map(link_of, jaxpr.outvars)], found
 
 
 Result = tuple[Sequence[Any], Links, Found]
@@ -179,27 +157,23 @@ Result = tuple[Sequence[Any], Links, Found]
 def _call(eqn: Any, values: Sequence[Any], links: Links, walk: Walk) -> Result:
     """A program that is only called: in place."""
     inner = next(eqn.params[k] for k in ("jaxpr", "call_jaxpr", "call") if k in eqn.params)
-    return _evaluate(_closed(inner), values, links, walk)
-
-
-def _closed(jaxpr: Any) -> Any:
-    return jaxpr if hasattr(jaxpr, "consts") else ClosedJaxpr(jaxpr, ())
+    return _evaluate(as_closed(inner), values, links, walk)
 
 
 class _Traced:
     """A program that was traced with its statistics, to be run where they are rebuilt into."""
 
     def __init__(self, inner: Any, links: Links, walk: Walk):
-        inner = _closed(inner)
+        inner = as_closed(inner)
 
-        def run(*args: Any) -> tuple[list[Any], list[Observed]]:
+        def seeing(*args: Any) -> tuple[list[Any], list[Observed]]:
             out, self.links, found = _evaluate(inner, args, links, Walk(walk.wants))
             self.places = list(found)
             return out, list(found.values())
 
         self.links: Links = ()
         self.places: list[Place] = []
-        self.closed, shapes = jax.make_jaxpr(run, return_shape=True)(*inner.in_avals)
+        self.closed, shapes = jax.make_jaxpr(seeing, return_shape=True)(*inner.in_avals)
         self.shapes: list[Observed] = shapes[1]
         self.tree = jax.tree.structure(shapes)
 
@@ -215,7 +189,7 @@ def _zeros(shapes: Any) -> Any:
 def _scan(eqn: Any, values: Sequence[Any], links: Links, walk: Walk) -> Result:
     """The same loop, which adds up what constants met and stacks what entries of a stack met."""
     consts, carried = scan_sizes(eqn.params)
-    program = _closed(eqn.params["jaxpr"])
+    program = as_closed(eqn.params["jaxpr"])
     unchanged = [
         program.jaxpr.outvars[i] is program.jaxpr.invars[consts + i] for i in range(carried)
     ]
@@ -261,14 +235,6 @@ def _scan(eqn: Any, values: Sequence[Any], links: Links, walk: Walk) -> Result:
     return [*state, *ys], [*kept, *[None] * len(ys)], found
 
 
-def scan_sizes(params: Any) -> tuple[int, int]:
-    """How many operands of a scan are constants, and how many are carried."""
-    if "num_consts" in params:  # jax 0.11
-        return params["num_consts"], params["num_carry"]
-    consts, carried, _ = params["ft_in"].unpack()
-    return len(consts), len(carried)
-
-
 def _left(place: Place, seen: Observed, loops: set[Loop]) -> tuple[Place, Observed]:
     """Outside a loop, what an iteration has one of is an axis."""
     (parts, loop) = next(f for f in place.fixed if f[1] in loops)
@@ -289,12 +255,12 @@ def _cond(eqn: Any, values: Sequence[Any], links: Links, walk: Walk) -> Result:
             agree(place.path, shapes.setdefault(place, shape), shape)
 
     def returning(branch: _Traced) -> Callable[..., Any]:
-        def run(*args: Any) -> Any:
+        def returned(*args: Any) -> Any:
             out, seen = branch(*args)
             have = dict(zip(branch.places, seen, strict=True))
             return out, [have[p] if p in have else _zeros(s) for p, s in shapes.items()]
 
-        return run
+        return returned
 
     runs = [returning(branch) for branch in branches]
     platforms = eqn.params.get("branches_platforms")

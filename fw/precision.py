@@ -28,12 +28,10 @@ from jax.core import Tracer
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.extend import core, source_info_util
 
+from compress.programs import Values, as_closed, is_program, run, traced
 from fw.convolve import How, convolve
 from fw.errors import FwError
 from sharding.parallel.travel import moved
-
-# Since jax 0.12 the same as core.Jaxpr, which 0.11 still tells apart.
-ClosedJaxpr = core.ClosedJaxpr  # pyright: ignore[reportPrivateImportUsage]
 
 
 @dataclass(frozen=True)
@@ -98,22 +96,11 @@ def apply[R](fn: Callable[..., R], precision: str | Policy) -> Callable[..., R]:
 
     @functools.wraps(fn)
     def wrapped(*args: Any, **kwargs: Any) -> R:
-        leaves, tree = jax.tree.flatten((args, kwargs))
-        is_array = [isinstance(x, jax.Array | np.ndarray) for x in leaves]
-        arrays = [x for x, a in zip(leaves, is_array, strict=True) if a]
-
-        def of_arrays(*arrays):
-            it = iter(arrays)
-            a, k = jax.tree.unflatten(
-                tree, [next(it) if a else x for x, a in zip(leaves, is_array, strict=True)]
-            )
-            return fn(*a, **k)
-
         # For functions that bring their own derivative and ask JAX, such as ring attention.
         others = "highest" if chosen.precision == lax.Precision.HIGHEST else "default"
         with _applied(chosen), jax.default_matmul_precision(others):
-            closed, out = jax.make_jaxpr(of_arrays, return_shape=True)(*arrays)
-        return jax.tree.unflatten(jax.tree.structure(out), _evaluate(closed, chosen, arrays))
+            program = traced(fn, args, kwargs)
+        return program.result(_evaluate(program.closed, chosen, program.arrays))
 
     return wrapped
 
@@ -152,40 +139,31 @@ def operands() -> str | None:
 
 def _evaluate(closed: Any, chosen: Policy, args) -> list:
     """Runs a jaxpr equation by equation, with the dots replaced."""
-    env = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
-    env.update(zip(closed.jaxpr.invars, args, strict=True))
-
-    def read(atom: Any) -> Any:
-        return atom.val if isinstance(atom, core.Literal) else env[atom]
-
+    values = Values(closed, args)
     for eqn in closed.jaxpr.eqns:
         name = eqn.primitive.name
         # Replayed where it was written: tracebacks and compiled programs name the model's lines.
         stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
         with source_info_util.user_context(eqn.source_info.traceback, name_stack=stack):
             if name == "dot_general":
-                lhs, rhs = map(read, eqn.invars)
+                lhs, rhs = values.read(eqn.invars)
                 out = [_dot(lhs, rhs, eqn.params, chosen)]
             elif name == "conv_general_dilated":
-                lhs, rhs = map(read, eqn.invars)
+                lhs, rhs = values.read(eqn.invars)
                 out = [_convolution(lhs, rhs, eqn.params, chosen)]
             elif name == "all_gather" and _rounded_afterwards(eqn, closed.jaxpr, chosen):
-                out = [_gather(read(eqn.invars[0]), tuple(eqn.params.items()), chosen.weights)]
+                (x,) = values.read(eqn.invars)
+                out = [_gather(x, tuple(eqn.params.items()), chosen.weights)]
             elif name in ("jit", "pjit"):
-                out = _evaluate(eqn.params["jaxpr"], chosen, [*map(read, eqn.invars)])
+                out = _evaluate(eqn.params["jaxpr"], chosen, values.read(eqn.invars))
             elif name == "shard_map":
-                out = _shard_map(eqn.params, chosen)(*map(read, eqn.invars))
+                out = _shard_map(eqn.params, chosen)(*values.read(eqn.invars))
+            elif name in _CONTROL:
+                out = run(eqn.replace(params=_rebuild(eqn.params, chosen)), values)
             else:
-                again = (
-                    eqn.replace(params=_rebuild(eqn.params, chosen)) if name in _CONTROL else eqn
-                )
-                # As a program of one equation, JAX itself binds it, with its source line.
-                used = list(dict.fromkeys(v for v in eqn.invars if not isinstance(v, core.Literal)))
-                names = closed.jaxpr.debug_info.with_unknown_names()
-                one = core.Jaxpr((), used, eqn.outvars, [again], eqn.effects, names)
-                out = core.jaxpr_as_fun(ClosedJaxpr(one, ()))(*map(read, used))
-        env.update(zip(eqn.outvars, out, strict=True))
-    return [read(v) for v in closed.jaxpr.outvars]
+                out = run(eqn, values)
+        values.write(eqn, out)
+    return values.results()
 
 
 # The equations that hold programs of their own, and are rebuilt around the transformed program.
@@ -196,7 +174,7 @@ def _shard_map(params: Any, chosen: Policy) -> Callable:
     """The same `shard_map` of the transformed function: only there are its axes bound."""
     manual = "newly_manual_axes" if "newly_manual_axes" in params else "manual_axes"  # jax 0.11
     return jax.shard_map(
-        lambda *args: _evaluate(ClosedJaxpr(params["jaxpr"], ()), chosen, args),
+        lambda *args: _evaluate(as_closed(params["jaxpr"]), chosen, args),
         mesh=params["mesh"],
         in_specs=tuple(params["in_specs"]),
         out_specs=list(params["out_specs"]),
@@ -238,16 +216,13 @@ def _rebuild(value: Any, chosen: Policy) -> Any:
     """The parameters of an equation, or one of them, with the jaxprs in it transformed."""
     if isinstance(value, dict):
         return {k: _rebuild(v, chosen) for k, v in value.items()}
-    if isinstance(value, tuple | list) and any(
-        isinstance(v, ClosedJaxpr | core.Jaxpr) for v in value
-    ):
+    if isinstance(value, tuple | list) and any(map(is_program, value)):
         return type(value)(_rebuild(v, chosen) for v in value)
-    if isinstance(value, ClosedJaxpr):
-        return jax.make_jaxpr(lambda *a: _evaluate(value, chosen, a))(*value.in_avals)
-    if isinstance(value, core.Jaxpr):
-        closed = ClosedJaxpr(value, ())
-        return _rebuild(closed, chosen).jaxpr
-    return value
+    if not is_program(value):
+        return value
+    closed = as_closed(value)
+    new = jax.make_jaxpr(lambda *a: _evaluate(closed, chosen, a))(*closed.in_avals)
+    return new if closed is value else new.jaxpr
 
 
 def _dot(lhs, rhs, params, chosen: Policy):

@@ -16,17 +16,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.core import eval_jaxpr
-from jax.extend import core
 
-from compress.observing import scan_sizes
+from compress.programs import Values, as_closed, is_program, run, scan_sizes, traced
 from fw.errors import FwError
-
-# Since jax 0.12 the same as core.Jaxpr, which 0.11 still tells apart.
-ClosedJaxpr = core.ClosedJaxpr  # pyright: ignore[reportPrivateImportUsage]
 
 type Taken = dict[str, list[jax.Array]]
 """By name, values in the order in which they are computed."""
@@ -72,21 +66,11 @@ def taken[R](
 
     @functools.wraps(fn)
     def taking(*args: Any, **kwargs: Any) -> tuple[R, Taken]:
-        leaves, tree = jax.tree.flatten((args, kwargs))
-        is_array = [isinstance(x, jax.Array | np.ndarray) for x in leaves]
-        arrays = [x for x, a in zip(leaves, is_array, strict=True) if a]
-
-        def of_arrays(*arrays: Any) -> R:
-            given = iter(arrays)
-            own = [next(given) if a else x for x, a in zip(leaves, is_array, strict=True)]
-            a, k = jax.tree.unflatten(tree, own)
-            return fn(*a, **k)
-
-        closed, shape = jax.make_jaxpr(of_arrays, return_shape=True)(*arrays)
-        out, seen = _evaluate(closed, arrays, most)
+        program = traced(fn, args, kwargs)
+        out, seen = _evaluate(program.closed, program.arrays, most)
         found = {name: [x for n, x in seen if n == name] for name in most}
         found = {name: xs[-1:] if most[name] else xs for name, xs in found.items()}
-        return jax.tree.unflatten(jax.tree.structure(shape), out), found
+        return program.result(out), found
 
     return taking
 
@@ -96,69 +80,51 @@ Seen = list[tuple[str, Any]]
 
 def _evaluate(closed: Any, args: Sequence[Any], most: dict[str, bool]) -> tuple[list[Any], Seen]:
     """Runs a program equation by equation, and gathers what it names; `most`: only the last one."""
-    env = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
-    env.update(zip(closed.jaxpr.invars, args, strict=True))
-    seen: Seen = []
-
-    def read(atom: Any) -> Any:
-        return atom.val if isinstance(atom, core.Literal) else env[atom]
-
+    values, seen = Values(closed, args), list[tuple[str, Any]]()
     for eqn in closed.jaxpr.eqns:
-        values, kind = [*map(read, eqn.invars)], eqn.primitive.name
+        kind = eqn.primitive.name
         if kind == "name" and eqn.params["name"] in most:
-            seen.append((eqn.params["name"], values[0]))
+            seen.append((eqn.params["name"], values.read(eqn.invars)[0]))
         inside = _named(eqn, most)
         if inside and kind not in _CONTROL:
             raise FwError(f"{inside[0]!r} is named inside of {kind}, from where it cannot be taken")
         if inside:
-            out, more = _CONTROL[kind](eqn, values, most)
+            out, more = _CONTROL[kind](eqn, values.read(eqn.invars), most)
             seen += more
         else:
-            # As a program of one equation, JAX itself binds it, with its source line.
-            used = list(dict.fromkeys(v for v in eqn.invars if not isinstance(v, core.Literal)))
-            names = closed.jaxpr.debug_info.with_unknown_names()
-            one = core.Jaxpr((), used, eqn.outvars, [eqn], eqn.effects, names)
-            out = eval_jaxpr(one, (), *map(read, used))
-        env.update(zip(eqn.outvars, out, strict=True))
-    return [*map(read, closed.jaxpr.outvars)], seen
+            out = run(eqn, values)
+        values.write(eqn, out)
+    return values.results(), seen
 
 
 def _named(eqn: Any, most: dict[str, bool]) -> list[str]:
     """What the programs that an equation holds name, of what is wanted."""
     found = []
-    for value in jax.tree.leaves(dict(eqn.params), is_leaf=_is_program):
-        if _is_program(value):
+    for value in jax.tree.leaves(dict(eqn.params), is_leaf=is_program):
+        if is_program(value):
             for inner in getattr(value, "jaxpr", value).eqns:
                 own = inner.params["name"] if inner.primitive.name == "name" else None
                 found += [own] if own in most else _named(inner, most)
     return found
 
 
-def _is_program(value: Any) -> bool:
-    return isinstance(value, ClosedJaxpr | core.Jaxpr)
-
-
-def _closed(program: Any) -> Any:
-    return program if hasattr(program, "consts") else ClosedJaxpr(program, ())
-
-
 def _call(eqn: Any, values: Sequence[Any], most: dict[str, bool]) -> tuple[list[Any], Seen]:
     """A program that is only called: in place."""
     inner = next(eqn.params[k] for k in ("jaxpr", "call_jaxpr") if k in eqn.params)
-    return _evaluate(_closed(inner), values, most)
+    return _evaluate(as_closed(inner), values, most)
 
 
 def _again(eqn: Any, values: Sequence[Any], most: dict[str, bool]) -> tuple[list[Any], Seen]:
     """A program that the backward pass computes again, but for what is taken of it."""
     names: list[str] = []
 
-    def run(*args: Any) -> Any:
-        out, seen = _evaluate(_closed(eqn.params["jaxpr"]), args, most)
+    def inner(*args: Any) -> Any:
+        out, seen = _evaluate(as_closed(eqn.params["jaxpr"]), args, most)
         names[:] = [name for name, _ in seen]
         return out, [x for _, x in seen]
 
     keep = {k: eqn.params[k] for k in ("policy", "prevent_cse")}
-    out, seen = jax.checkpoint(run, **keep)(*values)
+    out, seen = jax.checkpoint(inner, **keep)(*values)
     return out, list(zip(names, seen, strict=True))
 
 
@@ -166,7 +132,7 @@ def _scan(eqn: Any, values: Sequence[Any], most: dict[str, bool]) -> tuple[list[
     """The same loop, which returns what is named in every iteration, or in the last one."""
     params, names = eqn.params, list[str]()
     consts, carried = scan_sizes(params)
-    body, start = _closed(params["jaxpr"]), list(values[consts : consts + carried])
+    body, start = as_closed(params["jaxpr"]), list(values[consts : consts + carried])
 
     def seen_of(*args: Any) -> tuple[list[Any], list[Any]]:
         out, seen = _evaluate(body, args, most)
