@@ -19,7 +19,6 @@ from jax import lax
 
 from compress.arrays import Quantized, describe, place_part
 from compress.backends import Conv
-from compress.blocks import spread
 from compress.formats import FLOAT
 from compress.parted import Parted, kind, placed
 
@@ -95,25 +94,22 @@ class Packed(Parted):
         kept = self.values
         if isinstance(kept, Quantized):
             kept = kept.dense()
-        return self.spaced(kept, jnp.zeros((), kept.dtype))
+        return self.spaced(kept)
 
     def whole(self) -> jax.Array | Quantized:
         """What products are made with: codes, zeros among them, where activations are rounded.
 
-        Neighbours that share a scale still do, M / N times as many.
+        That is where all inputs share a scale, and 0 is the code of 0; elsewhere floats.
         """
         kept = self.values
-        if not isinstance(kept, Quantized) or kept.activations == FLOAT:
+        if not isinstance(kept, Quantized) or kept.activations == FLOAT or kept.zero is not None:
             return self.dense()
-        codes = kept.codes()
-        zero = jnp.zeros((), codes.dtype)
-        if kept.zero is not None:  # the code of 0, of every scale its own
-            shape = self.aval().shape
-            zero = jnp.broadcast_to(spread(kept.zero, shape), shape).astype(codes.dtype)
-        return dataclasses.replace(kept, values=self.spaced(codes, zero))
+        if kept.scale is None or kept.scale.shape[self.input] != 1:
+            return self.dense()
+        return dataclasses.replace(kept, values=self.spaced(kept.codes()))
 
-    def spaced(self, kept: jax.Array, gone: jax.Array) -> jax.Array:
-        """The whole array of `kept` at their places, with `gone`, one or as many, elsewhere."""
+    def spaced(self, kept: jax.Array) -> jax.Array:
+        """The whole array of `kept` at their places, with zeros elsewhere."""
         n, m = self.group
         shape = self.aval().shape
         at = len(shape) + self.input
@@ -125,8 +121,7 @@ class Packed(Parted):
         groups = (*shape[:at], shape[at] // m, n, *shape[at + 1 :])
         places, kept = places.reshape(groups), kept.reshape(groups)
         every = jnp.arange(m, dtype=jnp.uint8).reshape(-1, *one)
-        split = (*shape[:at], shape[at] // m, m, *shape[at + 1 :])
-        whole = gone.reshape(split) if gone.ndim else gone
+        whole = jnp.zeros((), kept.dtype)
         for k in range(n):
             here = lax.slice_in_dim(places, k, k + 1, axis=at + 1) == every
             whole = jnp.where(here, lax.slice_in_dim(kept, k, k + 1, axis=at + 1), whole)

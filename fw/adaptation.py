@@ -35,7 +35,7 @@ from fw.hub.folder import Loaded
 from fw.model import FROZEN, Model, Variables
 from fw.options import parted
 from fw.table_optimizer import at, nest
-from sharding import shardings
+from sharding import shardings, undifferentiated
 from sharding.parallel.pipeline import PIPE
 
 LEARNING_RATE = 1e-3
@@ -317,7 +317,8 @@ def _adapted(model: Model, parts: _Parts) -> Model:
     ) -> tuple[Any, Variables]:
         params = parts.join(variables["params"], variables[FROZEN])
         inner = compress.apply(functools.partial(model.apply, train=train))
-        outputs, new = inner({"params": params, "state": variables["state"]}, batch, key=key)
+        with undifferentiated():
+            outputs, new = inner({"params": params, "state": variables["state"]}, batch, key=key)
         return outputs, {**variables, "state": new["state"]}
 
     def names(path: str) -> Any:

@@ -13,7 +13,7 @@ the student's states are projected by is trained beside its parameters, and left
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -36,6 +36,7 @@ from fw.model import FROZEN, ROWS, Batch, Model, Variables
 from fw.models.heads import BIAS, TABLE, WORDS
 from fw.models.layers import HEADS, HIDDEN
 from fw.taps import Taken, taken
+from sharding import undifferentiated
 
 Loss = Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
 
@@ -81,6 +82,11 @@ class Distil:
                 "teacher_hidden and teacher_attention are of a teacher that is asked in every "
                 "step; leave teacher_offline, or them, away"
             )
+        if self.teacher_offline and self.teacher.endswith(".safetensors"):
+            raise FwError(
+                f"teacher {self.teacher!r} is a file of answers; leave teacher_offline away, which "
+                "asks a model for them"
+            )
         self.lessons.check()
 
     @property
@@ -107,6 +113,9 @@ class Lessons:
       weight: w.
       hidden: a, of `fw.lessons.apart`, of what layers name `HIDDEN`.
       attention: b, of `fw.lessons.relations`, of what the last layer names `HEADS`.
+
+    The last two are means over the rows that are computed together: where a batch is cut, into
+    microbatches or by workers that exchange gradients, over each part's, weighted by its labels.
     """
 
     temperature: float = Distil.temperature
@@ -213,7 +222,8 @@ def distilled(
             answer, theirs = batch[ANSWERS], {}
         else:  # the rows of tables in a batch are the student's
             asked = {k: x for k, x in plain.items() if k != ROWS}
-            found = ask(teacher)(variables[FROZEN], asked)
+            with undifferentiated():
+                found = ask(teacher)(variables[FROZEN], asked)
             (answer, _), theirs = jax.lax.stop_gradient(found)
         far = _answers(said, answer, ours, theirs, batch, how, soft) if how.weight else None
         more = jnp.zeros(())
@@ -230,11 +240,14 @@ def distilled(
     def of_all(outputs: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         said, soft, more = outputs
         hard, count = loss(said, batch)
+        # What keeps experts in use is of no label, and no teacher has a say in it.
+        aux = said.get("aux", 0.0) * count if isinstance(said, Mapping) else 0.0
+        hard -= aux
         if TAUGHT in batch:
             count = jnp.sum(batch[TAUGHT], dtype=hard.dtype)
         # Sums over rows, by which batches may be cut: no part of one knows how many are labelled.
         w = jnp.asarray(how.weight, hard.dtype)
-        total = (1 - w) * hard * jnp.asarray(heard, hard.dtype)
+        total = (1 - w) * hard * jnp.asarray(heard, hard.dtype) + aux
         if soft is not None:
             total += w * soft
         return total + more.astype(hard.dtype) * count, count

@@ -69,7 +69,7 @@ class WithExchange(NamedTuple):
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(self.workers))
         each = jax.vmap(fn, in_axes=(None, None, None, 0, 0), spmd_axis_name=WORKERS)
         own = rules.without(WORKERS)
-        with scope(mesh, own, differentiate=fixed[1] is None, mapped=(WORKERS,)):
+        with scope(mesh, own, differentiate=True, mapped=(WORKERS,)):
             losses, weights, states, (grads, _) = each(learnt, fixed, state, parts, keys)
         # A worker's mean counts as much as its rows do.
         share = weights / jnp.maximum(jnp.sum(weights), jnp.ones((), weights.dtype))

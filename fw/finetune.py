@@ -8,7 +8,7 @@ file is also the example to copy where a recipe does not fit.
 import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -79,13 +79,14 @@ class Data:
     unlabelled: int = 0
 
 
-def finetune(recipe: Finetune, *, resume: bool = False) -> Path:
+def finetune(recipe: Finetune, *, resume: bool = False, moved: Collection[str] = ()) -> Path:
     """Runs a recipe and returns the run's folder.
 
     Args:
       recipe: what to do.
       resume: go on from the last checkpoint of `recipe.run`; the parameters become bit for bit
         those of a run that was never interrupted. The mesh may be another one.
+      moved: options that name what may be elsewhere now, the same as it was: such as "data".
 
     Raises:
       FwError: bad input; nothing that was there is lost.
@@ -117,12 +118,13 @@ def finetune(recipe: Finetune, *, resume: bool = False) -> Path:
         "steps": steps, "evaluate_every": every, "microbatches": computed["microbatches"],
         "new_parameters": list(loaded.fresh), "unused_tensors": list(loaded.unused),
         "skipped_rows": len(prepared.skipped), "cut_tokens": prepared.cut,
+        **({"unlabelled_texts": prepared.unlabelled} if recipe.unlabelled else {}),
         **({"trainable_share": training.share} if recipe.lora else {}),
     }  # fmt: skip
     tx = _optimizer(recipe, steps, training.model, training.variables["params"], mesh)
     step = training.step(tx, recipe, mesh, rules)
     with _alone(Path(recipe.run)):
-        folder = run.create(recipe.run, settings, resume=resume, may_change=MAY_CHANGE)
+        folder = run.create(recipe.run, settings, resume=resume, may_change=(*MAY_CHANGE, *moved))
         progress = Progress(steps)
         _announce(progress, prepared, loaded, batches.steps_per_epoch, recipe, training)
         if recipe.teacher_offline:

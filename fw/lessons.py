@@ -19,6 +19,8 @@ from fw.model import Batch
 from fw.models.layers import segment_bias
 from sharding import constrain
 
+_TINY = np.float32(1e-30)
+
 MOST_LOGITS = 2**24
 """Numbers of words' logits that are there at once."""
 
@@ -206,7 +208,7 @@ def apart(
             )
         weight = _real(batch, x)
         square = jnp.square(x @ projections[str(i)].astype(x.dtype) - y)
-        total += jnp.sum(square * weight) / jnp.sum(jnp.square(y) * weight)
+        total += jnp.sum(square * weight) / jnp.maximum(jnp.sum(jnp.square(y) * weight), _TINY)
     return total / len(ours)
 
 
@@ -245,7 +247,7 @@ def relations(
         count = _heads(math.prod(x.shape[2:]), math.prod(y.shape[2:]), y.shape[2])
         apart = _kl(*(_related(z.astype(x.dtype), count, bias) for z in (y, x)))
         weight = (segments > 0).astype(x.dtype)
-        total += jnp.sum(apart * weight[:, None]) / (count * jnp.sum(weight))
+        total += jnp.sum(apart * weight[:, None]) / (count * jnp.maximum(jnp.sum(weight), 1))
     return total / len(ours)
 
 

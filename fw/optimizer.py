@@ -98,8 +98,23 @@ def optimizer(config: AdamW, steps: int) -> optax.GradientTransformation:
 
 def _is_matrix(path: Any, x: Any) -> bool:
     """A stack's biases and norms have an axis of layers, too: they are told by their name."""
-    name = jax.tree_util.keystr(path[-1:], simple=True)
-    return x.ndim > 1 and name not in ("bias", "scale", "magnitude", "log_scale")
+    return x.ndim > 1 and _name(path) not in ("bias", "scale", "magnitude", "log_scale")
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path[-1:], simple=True)
+
+
+def gradient_norm(updates: Any) -> jax.Array:
+    """The global norm of gradients, but for those of the logarithms of scales.
+
+    These are no slopes of a loss (`compress.learned.fake_quantise`), and many times as large.
+
+    >>> gradient_norm({"weight": jnp.array([3.0, 4.0]), "log_scale": jnp.array([99.0])})
+    Array(5., dtype=float32)
+    """
+    pairs, _ = jax.tree_util.tree_flatten_with_path(updates)
+    return optax.tree.norm([x for path, x in pairs if _name(path) != "log_scale"])
 
 
 def clip_by_norm(largest: float) -> optax.GradientTransformation:
@@ -114,7 +129,7 @@ def clip_by_norm(largest: float) -> optax.GradientTransformation:
     """
 
     def scale(updates: Any, _: Any) -> Any:
-        norm = optax.tree.norm(updates)
+        norm = gradient_norm(updates)
         factor = jnp.minimum(1, largest / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny))
         return jax.tree.map(lambda g: g * factor.astype(g.dtype), updates)
 

@@ -61,6 +61,9 @@ COMPRESS = {"recipe": str}
 OWN = ("task", "model", "data", "run", "teacher")
 """Options of `Finetune` that a stage does not choose."""
 
+MOVED = ("data", "model", "teacher", "unlabelled")
+"""Options whose paths may change between two starts of a stage."""
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -204,17 +207,18 @@ def pipeline(
 
 
 def _run(work: Path, given: Given, listed: tuple[Stage, ...], say: Callable[[str], None]) -> Path:
-    start = {"stage": "start", "split": given.split, "model": model_digest(given.run)}
-    done = _done(work, start, listed)
-    place = Place(given.run)
+    start, place = {"stage": "start", "model": model_digest(given.run)}, Place(given.run)
+    done = _done(work, place, start, listed)
     if not done:
         done.append({"spec": start, "figures": _measured(place, given)})
         _write(work, done)
+    _measured_again(done[0], place, given)
     say(_line(done[0], done[0]))
     for number, stage in enumerate(listed, 1):
         where, kind = work / f"{number}-{stage.kind}", KINDS[stage.kind]
         if number < len(done):
             place = kind.place(place, where, stage)
+            _measured_again(done[number], place, given)
             say(f"{_line(done[number], done[0])}  (done before)")
             continue
         say(f"stage {number} of {len(listed)}: {stage.kind}")
@@ -224,36 +228,76 @@ def _run(work: Path, given: Given, listed: tuple[Stage, ...], say: Callable[[str
         place = kind.place(place, where, stage)
         figures = {} if stage.kind == "export" else _measured(place, given)
         seconds = time.perf_counter() - began
-        done.append({"spec": stage.spec(), "seconds": seconds, "figures": figures})
+        made = kind.made(place, where)
+        done.append({"spec": stage.spec(), "seconds": seconds, "figures": figures, "made": made})
         _write(work, done)
         say(_line(done[-1], done[0]))
+    _write(work, done)
     return work
 
 
 def model_digest(folder: Path) -> str:
     """What tells a run's model from others, such as what it was before it was trained again."""
-    digest = hashlib.blake2b(digest_size=16)
-    for file in sorted((folder / run.MODEL).glob(MODEL_FILES)):
+    return _digest(folder / run.MODEL)
+
+
+def _digest(folder: Path) -> str:
+    """Of the weights in a folder; "" if there are none."""
+    digest, files = hashlib.blake2b(digest_size=16), sorted(folder.glob(MODEL_FILES))
+    for file in files:
         with file.open("rb") as data:
             digest.update(hashlib.file_digest(data, "blake2b").digest())
-    return digest.hexdigest()
+    return digest.hexdigest() if files else ""
 
 
 def _write(work: Path, done: list[dict[str, Any]], **going: Any) -> None:
     run.write_json(work / STATE, {"stages": done, **going})
 
 
-def _done(work: Path, start: Mapping[str, Any], listed: tuple[Stage, ...]) -> list[dict[str, Any]]:
+def _told(path: Path) -> tuple[list[dict[str, Any]], Any]:
+    """What a pipeline's file says was done, and what was under way.
+
+    Raises:
+      FwError: it is not such a file.
+    """
+    if not path.exists():
+        return [], None
+    told = run.read_json(path)
+    stages = told.get("stages") if isinstance(told, dict) else None
+    if not isinstance(stages, list) or not all(_is_entry(entry) for entry in stages):
+        raise FwError(f"{path}: not what a pipeline writes; remove it")
+    return stages, told.get("going")
+
+
+def _is_entry(entry: Any) -> bool:
+    if not isinstance(entry, dict) or not {"spec", "figures"} <= entry.keys():
+        return False
+    figures, spec = entry["figures"], entry["spec"]
+    numbers = {"value", "bytes"}
+    return (
+        isinstance(spec, dict)
+        and isinstance(figures, dict)
+        and (not figures or {"metric", "split", *numbers} <= figures.keys())
+        and all(isinstance(figures[name], int | float) for name in numbers & figures.keys())
+        and isinstance(entry.get("seconds", 0), int | float)
+    )
+
+
+def _done(
+    work: Path, place: Place, start: Mapping[str, Any], listed: tuple[Stage, ...]
+) -> list[dict[str, Any]]:
     """What was done of these stages, in order; folders of other stages are removed.
 
-    A stage whose folder has gone was not done, nor what came after it.
+    A stage that left nothing, or in whose place another thing is now, was not done, nor what came
+    after it.
     """
-    told = run.read_json(work / STATE) if (work / STATE).exists() else {}
-    before, going = list(told.get("stages", [])), told.get("going")
-    done = [entry for entry in before[:1] if entry["spec"] == start]
+    before, going = _told(work / STATE)
+    done = [entry for entry in before[:1] if entry["spec"] == start and entry["figures"]]
     for number, (stage, entry) in enumerate(zip(listed, before[1:], strict=False), 1):
-        there = (work / f"{number}-{stage.kind}").is_dir() or stage.kind in ("compress", "export")
-        if not done or entry["spec"] != stage.spec() or not there:
+        where, kind = work / f"{number}-{stage.kind}", KINDS[stage.kind]
+        place = kind.place(place, where, stage)
+        made = kind.made(place, where)
+        if not done or entry["spec"] != stage.spec() or not made or entry.get("made") != made:
             break
         done.append(entry)
     # One more may be under way, if it follows these and is what the recipe still says.
@@ -262,9 +306,12 @@ def _done(work: Path, start: Mapping[str, Any], listed: tuple[Stage, ...]) -> li
     if len(done) < len(before):  # before anything of it goes
         _write(work, done)
     for old in work.iterdir():
-        number, _, kind = old.name.partition("-")
-        if number.isdecimal() and kind in KINDS and int(number) >= len(done) + under_way:
+        name, dot, _ = old.name.removeprefix(".").partition(".")  # .1-prune.5f0c: half of a stage
+        number, _, kind = name.partition("-")
+        if number.isdecimal() and kind in KINDS and (dot or int(number) >= len(done) + under_way):
             shutil.rmtree(old)
+    if not any(entry["spec"]["stage"] == "export" for entry in done):
+        shutil.rmtree(work / run.ARTIFACT, ignore_errors=True)
     return done
 
 
@@ -291,6 +338,12 @@ def _measured(place: Place, given: Given) -> dict[str, Any]:
     return {**figures, "split": given.split}
 
 
+def _measured_again(entry: dict[str, Any], place: Place, given: Given) -> None:
+    """On another split, what was done stays done."""
+    if entry["figures"] and entry["figures"]["split"] != given.split:
+        entry["figures"] = _measured(place, given)
+
+
 # --- the stages -------------------------------------------------------------------------------
 
 
@@ -299,13 +352,10 @@ def _no_check(base: Finetune, stage: Stage) -> None:
 
 
 def _check_prune(base: Finetune, stage: Stage) -> None:
-    budgets = ("parameters", "flops", "latency", "layers")
     try:
-        pruning.one_budget(*(stage.options.get(name) for name in budgets))
-    except ValueError as error:
+        pruning.check_budget(**stage.options)
+    except FwError as error:
         raise FwError(f"prune: {error}") from error
-    if stage.options.get("by", stages.SCORES[0]) not in stages.SCORES:
-        raise FwError(f"prune: by is {stage.options['by']!r}; expected {', '.join(stages.SCORES)}")
 
 
 def _prune(given: Given, place: Place, where: Path, stage: Stage) -> None:
@@ -370,7 +420,7 @@ def _train(given: Given, place: Place, where: Path, stage: Stage) -> None:
     going = (where / run.CONFIG).exists()
     if not going:
         shutil.rmtree(where, ignore_errors=True)
-    finetune(recipe, resume=going)
+    finetune(recipe, resume=going, moved=MOVED)
 
 
 def _with_texts(stage: Stage, folder: Path) -> Stage:
@@ -398,7 +448,7 @@ def _beside(stage: Stage, folder: Path) -> Stage:
 def _compress(given: Given, place: Place, where: Path, stage: Stage) -> None:
     name = stage.options.get("recipe", "int8")
     recipe = name if name in RECIPES else str(given.beside / name)
-    stages.compress_run(place.folder, recipe, split=given.split, mesh=given.mesh, data=given.data)
+    stages.make_variant(place.folder, recipe, split=given.split, mesh=given.mesh, data=given.data)
 
 
 def _compressed(place: Place, where: Path, stage: Stage) -> Place:
@@ -418,6 +468,20 @@ def _there(place: Place, where: Path, stage: Stage) -> Place:
     return Place(where)
 
 
+def _folder(place: Place, where: Path) -> str:
+    """Nothing but the stage itself writes there."""
+    return where.name if where.is_dir() else ""
+
+
+def _variant(place: Place, where: Path) -> str:
+    """Another recipe of the same name would write there, too."""
+    return _digest(place.folder / COMPRESSED / place.variant)
+
+
+def _artifact(place: Place, where: Path) -> str:
+    return run.ARTIFACT if (where.parent / run.ARTIFACT).is_dir() else ""
+
+
 @dataclass(frozen=True)
 class _Kind:
     """What a kind of stage takes and does.
@@ -428,6 +492,8 @@ class _Kind:
       do: `do(given, place, folder of the stage, stage)`.
       place: where the pipeline is after it.
       settle: the stage, with what lies in files beside the recipe.
+      made: `made(place after it, folder of the stage)`: what tells what it left from another
+        thing in its place; "" if nothing is there.
     """
 
     options: Mapping[str, type]
@@ -435,6 +501,7 @@ class _Kind:
     do: Callable[[Given, Place, Path, Stage], None]
     place: Callable[[Place, Path, Stage], Place]
     settle: Callable[[Stage, Path], Stage] = _as_it_is
+    made: Callable[[Place, Path], str] = _folder
 
 
 _OPTIONS: Mapping[str, type] = {
@@ -454,7 +521,7 @@ KINDS: Mapping[str, _Kind] = {
         _with_texts,
     ),
     "finetune": _Kind(_OPTIONS, _check_finetune, _train, _there),
-    "compress": _Kind(COMPRESS, _no_check, _compress, _compressed, _beside),
-    "export": _Kind({}, _no_check, _export, lambda place, *_: place),
+    "compress": _Kind(COMPRESS, _no_check, _compress, _compressed, _beside, _variant),
+    "export": _Kind({}, _no_check, _export, lambda place, *_: place, made=_artifact),
 }
 """What a stage may be."""

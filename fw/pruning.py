@@ -21,7 +21,7 @@ import numpy as np
 
 import compress
 from compress.transform import named_leaves
-from fw.errors import UnfitError
+from fw.errors import FwError, UnfitError
 from fw.hub.families import FAMILIES
 from fw.hub.folder import Loaded
 from fw.lessons import partner
@@ -42,6 +42,9 @@ ROUNDS = 15
 
 TRIES = 7
 """Choices of units that are timed to meet a latency."""
+
+SCORES = ("taylor", "activation", "magnitude")
+"""What units can be judged by."""
 
 LAYERS = "params/stack/layers"
 """Where the layers of a stack are."""
@@ -101,10 +104,32 @@ def shrunk(loaded: Loaded, transform: compress.Shrink) -> Loaded:
     return dataclasses.replace(loaded, model=model, variables=variables)
 
 
-def one_budget(*budgets: float | None) -> None:
-    """Refuses none, or more than one: of parameters, FLOPs, latency, layers."""
-    if sum(budget is not None for budget in budgets) != 1:
-        raise ValueError("give parameters, flops or latency, the part that may stay, or layers")
+def check_budget(
+    *,
+    parameters: float | None = None,
+    flops: float | None = None,
+    latency: float | None = None,
+    layers: int | None = None,
+    by: str = SCORES[0],
+    among: str = "",
+    multiple: int = 1,
+) -> None:
+    """Refuses what `fw.stages.prune_run` cannot be asked for, before any model is read."""
+    parts = {"parameters": parameters, "flops": flops, "latency": latency}
+    given = {name: part for name, part in parts.items() if part is not None}
+    if len(given) + (layers is not None) != 1:
+        raise FwError("give parameters, flops or latency, the part that may stay, or layers")
+    for name, part in given.items():
+        if not 0 < part <= 1:
+            raise FwError(f"{name} is {part}; expected the part that may stay, 0 to 1")
+    if layers is not None and layers < 1:
+        raise FwError(f"layers is {layers}; expected 1 or more")
+    if by not in SCORES:
+        raise FwError(f"by is {by!r}; expected one of {', '.join(SCORES)}")
+    if multiple < 1:
+        raise FwError(f"multiple is {multiple}; expected 1 or more")
+    if layers is not None and (by != SCORES[0] or among or multiple != 1):
+        raise FwError("layers stay evenly: by, among and multiple are for the other budgets")
 
 
 def usual(found: compress.Couplings) -> str:

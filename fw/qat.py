@@ -24,8 +24,9 @@ from compress.scheme import Scheme
 from compress.transform import Report, Transform, named_leaves
 from fw.compression import grouped, tables
 from fw.errors import FwError
-from fw.model import FROZEN, Model, Variables
+from fw.model import Model, Variables
 from fw.table_optimizer import at, nest
+from sharding import undifferentiated
 
 WEIGHT, SCALE = "weight", "log_scale"
 
@@ -118,12 +119,12 @@ def learned(model: Model, params: Any, format: str) -> Learning:
         variables: Variables, batch: Any, *, key: jax.Array | None = None, train: bool = False
     ) -> tuple[Any, Variables]:
         own = {**variables, "params": _join(variables["params"], schemes)}
-        own.pop(FROZEN, None)
 
         def inner(own: Variables, batch: Any, key: Any) -> Any:
             return model.apply(own, batch, key=key, train=train)
 
-        outputs, new = compress.apply(inner)(own, batch, key)
+        with undifferentiated():
+            outputs, new = compress.apply(inner)(own, batch, key)
         return outputs, {**variables, **new, "params": variables["params"]}
 
     def init(key: jax.Array) -> Variables:

@@ -18,7 +18,7 @@ from fw.data.readers import SCHEMES
 from fw.data.targets import SEPARATOR
 from fw.distillation import Distil
 from fw.errors import FwError
-from fw.lessons import SOFT
+from fw.lessons import SOFT, difference
 from fw.models.stack_layout import default_microbatches
 from fw.optimizer import AdamW
 from fw.options import check_choices
@@ -60,6 +60,9 @@ NEW: Mapping[str, tuple[str, ...]] = {
 
 _TEXTS = ("ner", "classify", "multilabel", "regress", "qa", "mlm", "lm")
 _IMAGES, _EVENTS = ("image", "segment"), ("rank", "retrieve")
+TAUGHT = (*SOFT, "mlm", "lm")
+"""Tasks that a teacher is for."""
+
 _ONLY: Mapping[tuple[str, ...], tuple[str, ...]] = {
     ("length", "packed", "texts", "scheme", "separator"): _TEXTS,
     ("columns",): (*_TEXTS, "image"),
@@ -69,11 +72,10 @@ _ONLY: Mapping[tuple[str, ...], tuple[str, ...]] = {
     ("ignore",): ("segment",),
     ("smoothing",): ("image",),
     ("threshold", "history", "split", "table_optimizer", "table_learning_rate"): _EVENTS,
+    ("unlabelled",): ("ner", "classify"),
+    ("temperature",): tuple(task for task in TAUGHT if SOFT.get(task) is not difference),
 }
 """Options that only some tasks heed."""
-
-TAUGHT = (*SOFT, "mlm", "lm")
-"""Tasks that a teacher is for."""
 
 _UNCHANGED = ("ner", "classify", "multilabel", "regress", "qa", "tabular", "estimate")
 """Tasks whose rows are the same in every epoch, so that a teacher may be asked once."""
@@ -287,9 +289,8 @@ class Finetune(AdamW, TableOptions, LoraOptions, Distil, Sparse, QatOptions):
             raise FwError(f"a teacher is for {', '.join(TAUGHT)}, not {self.task}")
         if self.offline and self.task not in _UNCHANGED:
             raise FwError(f"teacher_offline is for {', '.join(_UNCHANGED)}, not {self.task}")
-        if self.unlabelled and self.task not in ("ner", "classify"):
-            raise FwError(f"unlabelled is for ner, classify, not {self.task}")
-        if self.unlabelled and not (self.teacher_weight or self.teacher_hidden):
+        heard = self.teacher_weight or self.teacher_hidden or self.teacher_attention
+        if self.unlabelled and not heard:
             raise FwError("unlabelled is for a teacher that is heard; give it teacher_weight")
         if self.teacher and self.lora:
             raise FwError("a teacher is for models that are trained whole; leave lora or it away")

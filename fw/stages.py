@@ -289,9 +289,51 @@ def compress_run(
     """
     _one_process("compress")
     opened = open_run(folder, mesh)
+    rows_by_domain = _rows_by_domain(opened, split, data)
+    line, arrays = _make(opened, recipe, rows_by_domain, data)
+    lines, variants = [line], []
+    for name, tensors in arrays.items():
+        summary = _evaluate(opened, split, name, rows_by_domain)
+        lines.append(f"{name:<5} {split} {summary.metric} {summary.value:.4f}")
+        variants.append({"name": name, **sizes(tensors), **_quality(summary), "split": split})
+    record(opened.folder, {"variants": variants})
+    return "\n".join(lines)
+
+
+def make_variant(
+    folder: str | Path,
+    recipe: str = "int8",
+    *,
+    split: str = "dev",
+    mesh: str = "data=1",
+    data: str = "",
+) -> str:
+    """Makes a smaller variant of a run, as `compress_run` does, for whoever evaluates it.
+
+    Args:
+      folder: the run.
+      recipe: as there.
+      split: whose rows it must be able to take.
+      mesh: devices by axis.
+      data: where the run's data is now, if it has moved.
+
+    Returns:
+      A line for the terminal: bytes and error.
+
+    Raises:
+      FwError: as `compress_run` does.
+    """
+    _one_process("compress")
+    opened = open_run(folder, mesh)
+    return _make(opened, recipe, _rows_by_domain(opened, split, data), data)[0]
+
+
+def _make(
+    opened: Opened, recipe: str, rows_by_domain: Mapping[str, AnyRows], data: str
+) -> tuple[str, dict[str, dict[str, Any]]]:
+    """What `make_variant` says; and the arrays of the model and of what was made of it, by name."""
     params = opened.loaded.variables["params"]
     variant_name, transform = named_recipe(recipe, params)
-    rows_by_domain = _rows_by_domain(opened, split, data)
     stats = calibrated(transform, _outputs(opened), params, _examples(opened, transform, data))
     with replacing(opened.folder / COMPRESSED / variant_name) as part:
         try:
@@ -309,14 +351,7 @@ def compress_run(
     before, after = (sum(getattr(r, f"bytes_{k}") for r in changed) for k in ("before", "after"))
     worst = max(float(leaf.error) for leaf in changed)
     shrunk = f"{before / 1e6:.2f} MB → {after / 1e6:.2f} MB ({after / before:.3f})"
-    lines = [f"{len(changed)} arrays: {shrunk}, largest relative error {worst:.4f}"]
-    variants = []
-    for name, tensors in arrays.items():
-        summary = _evaluate(opened, split, name, rows_by_domain)
-        lines.append(f"{name:<5} {split} {summary.metric} {summary.value:.4f}")
-        variants.append({"name": name, **sizes(tensors), **_quality(summary), "split": split})
-    record(opened.folder, {"variants": variants})
-    return "\n".join(lines)
+    return f"{len(changed)} arrays: {shrunk}, largest relative error {worst:.4f}", arrays
 
 
 def _outputs(opened: Opened) -> Callable[[Any, Any], Any]:
@@ -356,10 +391,6 @@ def _training(opened: Opened, data: str) -> Iterator[Any]:
                     yield put(batch, opened.mesh, opened.rules)
 
 
-SCORES = ("taylor", "activation", "magnitude")
-"""What `prune_run` can judge units by."""
-
-
 def prune_run(
     folder: str | Path,
     output: str | Path,
@@ -383,7 +414,7 @@ def prune_run(
       flops: part of the products' operations that may stay; instead of `parameters`.
       latency: part of the time of a batch that may stay, measured here; instead.
       layers: how many layers stay, evenly; instead.
-      by: how units are judged, one of `SCORES`; the first two look at training examples.
+      by: how units are judged, one of `fw.pruning.SCORES`; the first two look at training examples.
       among: pattern of dimensions that may shrink, as `compress.couplings` names them; nothing for
         those of layers where the model has a stack of them, else for all.
       multiple: entries of an axis that go at once; see `compress.choose_units`.
@@ -398,15 +429,11 @@ def prune_run(
         would be left; `output` exists.
     """
     _one_process("prune")
-    if by not in SCORES:
-        raise FwError(f"by is {by!r}; expected one of {', '.join(SCORES)}")
+    pruning.check_budget(
+        parameters=parameters, flops=flops, latency=latency, layers=layers, by=by, among=among,
+        multiple=multiple,
+    )  # fmt: skip
     opened = open_run(folder, mesh, scan=True)
-    if layers is not None and (by != SCORES[0] or among or multiple != 1):
-        raise FwError("layers stay evenly: by, among and multiple are for the other budgets")
-    try:
-        pruning.one_budget(parameters, flops, latency, layers)
-    except ValueError as error:
-        raise FwError(str(error)) from error
     outputs, variables = pruning.outputs(opened.model), opened.loaded.variables
     batches = list(_training(opened, data))
 

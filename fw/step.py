@@ -18,6 +18,7 @@ from fw import precision as precision_
 from fw.errors import FwError
 from fw.exchange import APART, WithExchange
 from fw.model import FROZEN, ROWS, Batch, Model, Variables
+from fw.optimizer import gradient_norm
 from fw.table_optimizer import Optimizer, WithTables, at, join, nest, optimizer_shardings, split
 from sharding import Rules, constrain, scope, shardings, tables
 from sharding.layout import is_names
@@ -138,9 +139,8 @@ def make_step(
     gradients = _gradients(model, loss, precision, accumulate)
 
     def step(state: TrainState, batch: Batch, frozen: Any = None):
-        # While tracing: `constrain` in the model means this mesh. Frozen kernels have no gradients,
-        # whose communication `sharding.linear` would write out.
-        with scope(mesh, rules, differentiate=frozen is None):
+        # While tracing: `constrain` in the model means this mesh.
+        with scope(mesh, rules, differentiate=True):
             return _step(state, batch, frozen)
 
     def _step(state: TrainState, batch: Batch, frozen: Any):
@@ -162,7 +162,7 @@ def make_step(
             kept = None
         metrics = {
             "loss": value,
-            "grad_norm": optax.tree.norm(grads),
+            "grad_norm": gradient_norm(grads),
             "tokens": jnp.sum(batch.get("segment_ids", jnp.zeros((), jnp.int32)) > 0),
         }
         with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an i32 power

@@ -237,9 +237,7 @@ class _Search:
 
     def try_formats(self, level: int, listed: Sequence[Stage], names: Sequence[str]) -> None:
         """Every format of a level, but those that were tried."""
-        folder = self.run
-        if listed:
-            folder = self.where / f"{len(listed)}-{listed[-1].kind}"
+        folder = self.folder(listed)
         done = {(t.stages, t.variant) for t in self.trials}
         left = [name for name in names if (len(listed), name) not in done]
         for number, name in enumerate(left):
@@ -266,7 +264,7 @@ class _Search:
     def _try(self, level: int, count: int, folder: Path, name: str) -> Trial:
         split, data = self.options["split"], self.options["data"]
         if name not in stages.PLAIN:
-            stages.compress_run(folder, name, split=split, data=data)
+            self.compress(folder, name)
         quality = stages.evaluate_run(folder, split, name=name, data=data).value
         if not math.isfinite(quality):
             raise UnfitError(f"its {self.state['metric']} is {quality}")
@@ -274,13 +272,23 @@ class _Search:
         smaller = self.state["bytes"] / self._bytes(Place(folder, name))
         return Trial(level, count, name, faster, smaller, 100 * (quality - self.state["quality"]))
 
+    def compress(self, folder: Path, name: str) -> None:
+        """Makes a variant of a run."""
+        stages.make_variant(folder, name, split=self.options["split"], data=self.options["data"])
+
     def _bytes(self, place: Place) -> int:
         made = Path(COMPRESSED, place.variant)
         folder = place.folder / (run.MODEL if place.variant in stages.PLAIN else made)
         return sum(file.stat().st_size for file in folder.glob(pipeline.MODEL_FILES))
 
+    def folder(self, listed: Sequence[Stage]) -> Path:
+        """The run that some stages end with."""
+        return self.where / f"{len(listed)}-{listed[-1].kind}" if listed else self.run
+
     def learn(self, level: int, listed: Sequence[Stage]) -> None:
         """Runs the stages of a level that were not run, and says what is left."""
+        if self.folder(listed).is_dir() and any(t.stages >= len(listed) for t in self.trials):
+            return  # A shorter recipe would remove what comes after these.
         self.say(f"level {level}: units go, and what is left learns; at most {LEVELS - level} more")
         run.write_text(self.recipe, toml(listed))
         pipeline.pipeline(
@@ -336,21 +344,21 @@ def _search(one: _Search, lesson: Stage, levels: int) -> Found:
     """Where it was killed, or had ended, it comes again by what was tried."""
     one.open()
     prune = Stage("prune", {"flops": STEP, "multiple": MULTIPLE})
-    listed: list[Stage] = []
+    enough, listed = Target(quality=one.target.quality), list[Stage]()
     names: Sequence[str] = FORMATS
     while True:
         level = listed.count(prune)
         one.try_formats(level, listed, names)
         if not listed:
             tried = [t for t in one.trials if t.level == 0]
-            names = ("f32", *(t.variant for t in tried if t.quality >= one.target.quality))
+            names = ("f32", *(t.variant for t in tried if t.meets(enough)))
         own = [t for t in one.trials if t.stages == len(listed)]
         if any(t.meets(one.target) for t in own):
             break
         # Fast and small enough, but not good enough: it learns once more.
         near = bool(listed) and any(t.meets(one.target, but="quality") for t in own)
         more = [lesson] if near else [prune, lesson]
-        lost = bool(listed) and all(t.quality < one.target.quality for t in own)
+        lost = bool(listed) and not any(t.meets(enough) for t in own)
         if (near and listed[-2] == lesson) or (not near and (lost or level == levels)):
             break
         try:
@@ -367,7 +375,9 @@ def _search(one: _Search, lesson: Stage, levels: int) -> Found:
 
 
 def _export(one: _Search, chosen: Trial, listed: Sequence[Stage]) -> None:
-    folder = one.where / f"{len(listed)}-{listed[-1].kind}" if listed else one.run
+    folder, made = one.folder(listed), Path(COMPRESSED, chosen.variant)
+    if chosen.variant not in stages.PLAIN and not (folder / made).is_dir():
+        one.compress(folder, chosen.variant)
     compress = [] if chosen.variant in stages.PLAIN else [
         Stage("compress", {"recipe": chosen.variant})
     ]  # fmt: skip

@@ -12,11 +12,11 @@ from reprlib import repr as shown
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+import compress
 from compress.transform import Report, Transform
 from fw import answers, assets, data, hub, run
 from fw.adaptation import Adapted, adapt, transform
@@ -28,7 +28,7 @@ from fw.evaluate import forward
 from fw.json_files import is_writer
 from fw.labels import IGNORE, TAUGHT
 from fw.lessons import SOFT
-from fw.model import Model
+from fw.model import FROZEN, Model
 from fw.models.stack_layout import stages_of
 from fw.processors import Change, Processor, Text
 from fw.qat import learned
@@ -125,20 +125,19 @@ def _rounded(
     recipe: Finetune, loaded: hub.Loaded, task: Task, processor: Processor, batches: data.Batches,
     mesh: Mesh, rules: Rules,
 ) -> Training:  # fmt: skip
-    learning = learned(processor.adapt(loaded.model), loaded.variables["params"], recipe.qat)
-    model, params = learning.model, learning.params
-    where = shardings(model.axes["params"], params, mesh, rules)
-    # Copies: a step is donated its state.
-    variables = {
-        **loaded.variables,
-        "params": jax.device_put(jax.tree.map(jnp.copy, params), where),
-    }
+    plain = processor.adapt(loaded.model)
+    learning = learned(plain, loaded.variables["params"], recipe.qat)
+    where = shardings(learning.model.axes["params"], learning.params, mesh, rules)
+    variables = {**loaded.variables, "params": jax.device_put(learning.params, where)}
+    # Neither holds the floats that it began with: a step is donated them.
+    bare, learning = replace(loaded, variables={}), replace(learning, params={})
 
-    def tuned(own: Any) -> hub.Loaded:
-        return replace(loaded, variables={**own, "params": learning.harden(own["params"])[0]})
+    def hard(own: Any) -> Any:
+        return {**own, "params": learning.harden(own["params"])[0]}
 
     return Training(
-        model, task.loss, variables, model, lambda own: own, tuned, batches, frozen={},
+        learning.model, task.loss, variables, replace(plain, apply=compress.apply(plain.apply)),
+        hard, lambda own: replace(bare, variables=hard(own)), batches,
         codes=lambda own: (*learning.harden(own["params"]), learning.harder),
     )  # fmt: skip
 
@@ -179,10 +178,14 @@ def _student(
         own.model, asked, task.loss, recipe.lessons, soft=SOFT.get(recipe.task),
         causal=recipe.task == "lm", heard=_heard(rows), example=own.batches.example,
     )  # fmt: skip
-    codes = own.codes
+    codes, variables = own.codes, _projected(taught, own.variables, recipe.seed, mesh, rules)
+    # Refuses now what the first step would, after the run's folder is made.
+    batch, asked_of = put(batches(0), mesh, rules), {} if told is not None else {FROZEN: frozen}
+    with scope(mesh, rules):
+        jax.eval_shape(taught.model.apply, {**variables, **asked_of}, batch)
     return replace(
         own, model=taught.model, loss=taught.loss, batches=batches, frozen=frozen, answers=told,
-        variables=_projected(taught, own.variables, recipe.seed, mesh, rules),
+        variables=variables,
         plain=lambda variables: own.plain(taught.student(variables)),
         tuned=lambda variables: own.tuned(taught.student(variables)),
         codes=codes and (lambda variables: codes(taught.student(variables))),
@@ -204,9 +207,11 @@ def _projected(taught: Taught, variables: Any, seed: int, mesh: Mesh, rules: Rul
         return taught.variables({"params": {}}, key)["params"]
 
     key = jax.random.fold_in(jax.random.key(seed), 1)
-    shapes = jax.eval_shape(new, key)
-    names = {name: taught.model.axes["params"][name] for name in shapes}
-    made = jax.jit(new, out_shardings=shardings(names, shapes, mesh, rules))(key)
+    if not (shapes := jax.eval_shape(new, key)):
+        return variables
+    whole = {**variables["params"], **shapes}
+    where = shardings(taught.model.axes["params"], whole, mesh, rules)
+    made = jax.jit(new, out_shardings={name: where[name] for name in shapes})(key)
     return {**variables, "params": {**variables["params"], **made}}
 
 
@@ -218,7 +223,10 @@ def _teacher(
     folder = Path(recipe.teacher)
     folder = folder / run.MODEL if (folder / run.MODEL).is_dir() else assets.fetch(recipe.teacher)
     where = {"mesh": mesh, "rules": rules, **recipe.computed(mesh)}
-    teacher = hub.load(folder, task=recipe.long_task, **where)
+    try:
+        teacher = hub.load(folder, task=recipe.long_task, **where)
+    except FwError as error:
+        raise FwError(f"{error}: as a teacher, a finished run of this task or its model") from error
     if teacher.fresh or teacher.labels != labels:
         raise FwError(
             f"{folder}: its classes are {shown(teacher.labels)}, those of the data "

@@ -1,6 +1,6 @@
 """Where arrays live: meshes, rules, placement. Useful with any JAX program; see README.md."""
 
-from sharding.context import constrain, current, cutting, scope
+from sharding.context import constrain, current, cutting, scope, undifferentiated
 from sharding.errors import ShardingError
 from sharding.layout import paths, shardings, specs
 from sharding.mesh import AXES, format_mesh, make_mesh
@@ -67,6 +67,7 @@ __all__ = [
     "tables",
     "top_k",
     "unboxed",
+    "undifferentiated",
     "usage",
     "visualize",
     "windowed",

@@ -56,6 +56,24 @@ def scope(
         yield
 
 
+@contextmanager
+def undifferentiated() -> Iterator[None]:
+    """Within a scope, where kernels are not trained as they are: frozen, or made of what is.
+
+    These have no gradients whose communication `linear` would write out.
+
+    >>> from sharding import make_mesh, rules
+    >>> with scope(make_mesh("data=1"), rules(), differentiate=True), undifferentiated():
+    ...     print(differentiated())
+    None
+    """
+    if _scope.value is None:
+        yield
+        return
+    with _scope(_scope.value._replace(differentiate=False)):
+        yield
+
+
 def current() -> tuple[Mesh, Rules] | None:
     """The mesh and rules of the scope that surrounds the trace; None outside.
 

@@ -346,6 +346,40 @@ def test_where_there_is_no_label_the_teacher_alone_is_heard():
     assert count == places == 2 * labelled
 
 
+def test_experts_are_kept_in_use_whatever_a_teacher_weighs():
+    """Their auxiliary loss is of no label: it counts whole."""
+    given = words(0)
+    counted = given["targets"] != IGNORE
+    losses = np.where(counted, 1.5, 0.0).astype(np.float32)
+    outputs = {"losses": losses, "aux": jnp.float32(0.25)}, jnp.float32(3.0), jnp.zeros(())
+    for weight in (0.0, 0.9, 1.0):
+        taught = distilled(decoder(1), decoder(2), word_loss, Lessons(weight=weight), soft=None)
+        total, count = taught.loss(outputs, given)
+        want = (1 - weight) * 1.5 + weight * 3.0 / counted.sum() + 0.25
+        np.testing.assert_allclose(total / count, want, rtol=1e-5)
+
+
+def test_a_students_communication_is_written_out_beside_its_teacher():
+    """As without one: its gradients are scattered as they are summed."""
+    mesh, own = make_mesh("fsdp=2,tensor=2,data=2"), rules()
+    taught, tx = distilled(encoder(1), encoder(2), cross_entropy), optax.adam(1e-2)
+
+    def placed(model):
+        variables = model.init(jax.random.key(0))
+        return jax.device_put(variables, shardings(model.axes, variables, mesh, own))
+
+    scattered, teacher = [], placed(encoder(2))
+    for model, loss, more in (
+        (encoder(1), cross_entropy, ()),
+        (taught.model, taught.loss, (teacher,)),
+    ):
+        step = make_step(model, loss, tx, mesh=mesh, rules=own, precision="f32")
+        state = initial_state(placed(encoder(1)), tx, mesh)
+        program = step.lower(state, put(batch(0), mesh, own), *more).compile().as_text()
+        scattered.append(program.count(" reduce-scatter("))
+    assert scattered[0] == scattered[1] > 0
+
+
 def half_labelled(where):
     """A batch whose labels are where it says alone."""
     given = batch(0)
@@ -407,6 +441,14 @@ REFUSED = {
     "unlabelled, unheard": (
         {"teacher": "runs/a", "unlabelled": "more", "teacher_weight": 0.0},
         "unlabelled is for a teacher that is heard",
+    ),
+    "a file, asked": (
+        {"teacher": "kept/teacher.safetensors", "teacher_offline": True},
+        "is a file of answers; leave teacher_offline away",
+    ),
+    "warm numbers": (
+        {"teacher": "runs/a", "temperature": 3.0, "task": "regress"},
+        "temperature is for ner, .*, not regress",
     ),
     "unlabelled numbers": (
         {"teacher": "runs/a", "unlabelled": "more", "task": "regress"},
@@ -509,6 +551,8 @@ def test_a_teacher_is_asked_once_and_its_answers_are_kept(world, tmp_path, capsy
     assert "rows are not the" in capsys.readouterr().err
     ner(world, tmp_path / "other", "--teacher", tmp_path / "no.safetensors", status=1)
     assert "there is no such file" in capsys.readouterr().err
+    ner(world, tmp_path / "other", "--teacher", world / "model", status=1)
+    assert "as a teacher, a finished run of this task or its model" in capsys.readouterr().err
 
 
 def test_lessons_of_states_resume_to_the_same_bits(world, tmp_path):
@@ -522,6 +566,18 @@ def test_lessons_of_states_resume_to_the_same_bits(world, tmp_path):
     for name in ("model/model.safetensors", "model/config.json"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     assert main(["eval", str(tmp_path / "one")]) == 0
+
+
+@pytest.mark.parametrize("mesh", ["tensor=2", "pipe=2"])
+def test_a_mesh_that_cuts_layers_has_a_teacher_too(mesh, world, tmp_path, capsys):
+    """Of lessons that it cannot give, it says so before anything is there."""
+    hidden = ("--teacher-hidden", "1")
+    more = ("--teacher", world / "teacher", "--mesh", mesh)
+    ner(world, tmp_path / "one", *more, *(hidden if mesh == "tensor=2" else ()))
+    if mesh == "pipe=2":
+        ner(world, tmp_path / "two", *more, *hidden, status=1)
+        assert "are of layers that see a batch whole" in capsys.readouterr().err
+        assert not (tmp_path / "two").exists()
 
 
 def images(folder):
@@ -566,7 +622,7 @@ def test_images_and_rows_of_tables_are_taught(tmp_path, capsys):
 
 
 FILES = {
-    "a.conll": "Ada\tB-per\nsang\tO\n",
+    "a.conll": "-DOCSTART-\n\nAda\tNNP\nsang\n",
     "b.csv": 'text,other\n"Ada, hi",1\n',
     "c.jsonl": '{"tokens": ["Ada", "sang"]}\n{"text": "Hi."}\n',
     "d.txt": "Ada sang.\n\nHi\n",

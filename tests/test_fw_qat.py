@@ -11,7 +11,7 @@ import pytest
 
 import compress
 from compress.transform import named_leaves
-from fw import qat, run
+from fw import qat, run, stages
 from fw.cli import main
 from fw.errors import FwError
 from fw.models.bert import BertConfig, bert
@@ -129,6 +129,11 @@ def test_a_run_learns_codes_and_resumes_to_the_same_bits(tmp_path, capsys):
     for name in ("model/model.safetensors", "compressed/int8-learned/model.safetensors"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     capsys.readouterr()
+    # What it says of itself is of these codes.
+    told = run.read_json(tmp_path / "one/result.json")["splits"]["dev"]
+    assert told["loss"] == pytest.approx(
+        stages.evaluate_run(tmp_path / "one", "dev", name="int8-learned").figures["loss"], rel=1e-5
+    )
     fw("eval", tmp_path / "one", "--variant", "int8-learned", "--split", "dev")
     fw("export", tmp_path / "one", "--variant", "int8-learned")
     manifest = json.loads((tmp_path / "one/artifact/manifest.json").read_text())

@@ -262,7 +262,7 @@ def test_time_is_measured_of_the_model_as_its_rows_want_it(world):
     assert 0 < part < 3
 
 
-@pytest.mark.parametrize("by", stages.SCORES)
+@pytest.mark.parametrize("by", pruning.SCORES)
 def test_a_run_is_pruned(world, tmp_path, capsys, by):
     fw("prune", world / "run", tmp_path / "small", "--flops", "0.75", "--by", by)
     said = capsys.readouterr().out.splitlines()

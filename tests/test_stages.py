@@ -51,8 +51,8 @@ def small(world, tmp_path):
     return tmp_path
 
 
-def compress(folder, status=0):
-    words = ("compress", folder / "run", "--recipe", folder / "small.toml")
+def compress(folder, status=0, more=()):
+    words = ("compress", folder / "run", "--recipe", folder / "small.toml", *more)
     assert main([str(w) for w in words]) == status
 
 
@@ -72,8 +72,11 @@ def weights(folder):
 def test_stages_run_in_order_and_resume_to_the_same_bits(
     small, world, tmp_path_factory, capsys, monkeypatch
 ):
-    compress(small)
-    said = capsys.readouterr().out
+    def ran(folder, *more):
+        compress(folder, more=more)
+        return capsys.readouterr().out
+
+    said = ran(small)
     told = json.loads((small / "run/pipelines/small/pipeline.json").read_text())["stages"]
     assert [entry["spec"]["stage"] for entry in told] == [
         "start",
@@ -102,18 +105,27 @@ def test_stages_run_in_order_and_resume_to_the_same_bits(
     monkeypatch.undo()
     assert not (other / "run/pipelines/small/2-distil/model").exists()
     capsys.readouterr()
-    compress(other)
-    said = capsys.readouterr().out
+    said = ran(other)
     assert "(done before)" in said
     assert "stage 1 of 4" not in said
     assert weights(other) == weights(small)
 
-    # All is done: nothing is done again. Another last stage: only that.
-    compress(other)
-    assert "stage " not in capsys.readouterr().out
+    # All is done: nothing is done again, on another split neither.
+    assert "stage " not in ran(other)
+    said = ran(other, "--split", "test")
+    assert "stage " not in said
+    assert "distil    test macro_f1" in said
+    # What has gone, or has another recipe's model in its place, is made again.
+    made = other / "run/pipelines/small/2-distil/compressed/int8/model.safetensors"
+    made.write_bytes(made.read_bytes()[:-1] + b"\x01")
+    said = ran(other)
+    assert "stage 2 of 4" not in said
+    assert "stage 3 of 4: compress" in said
+    assert "stage 4 of 4: export" in said
+    assert weights(other) == weights(small)
+    # Another last stage: only that.
     (other / "small.toml").write_text(RECIPE.replace('"int8"', '"int8-weights"'))
-    compress(other)
-    said = capsys.readouterr().out
+    said = ran(other)
     assert "stage 2 of 4" not in said
     assert "stage 3 of 4: compress" in said
     # A stage whose folder has gone, and what follows, is done again; the rest is not lost.
@@ -121,12 +133,23 @@ def test_stages_run_in_order_and_resume_to_the_same_bits(
     (other / "small.toml").write_text(RECIPE.partition('[[stages]]\nstage = "compress"')[0])
     moved = other.with_name("moved")
     other.rename(moved)
-    compress(moved)
-    said = capsys.readouterr().out
+    said = ran(moved)
     assert "stage 1 of 2" not in said
     assert "stage 2 of 2: distil" in said
     files = "run/pipelines/small/2-distil/model/model.safetensors"
     assert (moved / files).read_bytes() == (small / files).read_bytes()
+
+
+TORN = ("[]", "null", "{}", '{"stages": 3}', '{"stages": [1]}', '{"stages": [{"spec": {}}]}')
+
+
+@pytest.mark.parametrize("text", TORN)
+def test_a_damaged_file_of_what_was_done_is_refused(text, small, capsys):
+    work = small / "run/pipelines/small"
+    work.mkdir(parents=True)
+    (work / "pipeline.json").write_text(text)
+    compress(small, status=1)
+    assert "pipeline.json: not what a pipeline writes; remove it" in capsys.readouterr().err
 
 
 WRONG = {
@@ -134,6 +157,12 @@ WRONG = {
     "kind": ('[[stages]]\nstage = "shrink"', "stage 1: expected stage = one of prune"),
     "option": ('[[stages]]\nstage = "prune"\nflop = 0.5', "unknown option 'flop'"),
     "type": ('[[stages]]\nstage = "prune"\nflops = "half"', "flops is 'half'; expected float"),
+    "part": (
+        '[[stages]]\nstage = "prune"\nflops = nan',
+        "flops is nan; expected the part",
+    ),
+    "multiple": ('[[stages]]\nstage = "prune"\nflops = 0.5\nmultiple = 0', "multiple is 0"),
+    "layers": ('[[stages]]\nstage = "prune"\nlayers = 1\nmultiple = 2', "layers stay evenly"),
     "budget": ('[[stages]]\nstage = "prune"', "give parameters, flops or latency"),
     "own": ('[[stages]]\nstage = "distil"\nmodel = "x"', "unknown option 'model'"),
     "value": ('[[stages]]\nstage = "distil"\ntemperature = 0.0', "temperature is 0.0"),

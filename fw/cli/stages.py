@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from fw import pipeline, stages, target
+from fw import pipeline, pruning, stages, target
 from fw.compression import RECIPES
 from fw.data import SPLITS
 from fw.errors import FwError
@@ -123,7 +123,7 @@ def add_prune(subparsers: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("--layers", type=int, help="layers that stay, evenly; instead")
     parser.add_argument(
-        "--by", choices=stages.SCORES, default=stages.SCORES[0],
+        "--by", choices=pruning.SCORES, default=pruning.SCORES[0],
         help="how units are judged (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(

@@ -52,13 +52,12 @@ def read_conll(
     rows: list[tuple[str, str, int]] = []
     problem, columns, columns_line = "", 0, 0
     for number, line in enumerate([*read_text(path).split("\n"), ""], 1):
-        row = line.rstrip(" \t\r")
-        if row and not row.startswith("-DOCSTART-"):
-            # Not str.split(): a word may be, or hold, a no-break space.
-            cells = re.split(" *\t *" if "\t" in row else " +", row.lstrip(" "))
+        if cells := cells_of(row := line.rstrip(" \t\r")):
             rows.append((cells[0], cells[-1], number))
             if len(cells) < 2 or not cells[0]:
-                fault = f"expected a word and a tag, parted by a tab or spaces; got {row!r}"
+                fault = (
+                    f"expected a word and a tag, parted by a tab or spaces; got {line.rstrip()!r}"
+                )
             elif columns and len(cells) != columns:
                 fault = f"expected {columns} columns as in line {columns_line}; got {row!r}"
             elif not _TAG.fullmatch(cells[-1]):
@@ -74,6 +73,19 @@ def read_conll(
                 sentences.append(_Sentence(*zip(*rows, strict=True)))
             rows, problem = [], ""
     return _in_bio(path, sentences, scheme, on_bad_row)
+
+
+def cells_of(line: str) -> list[str]:
+    """The cells of a line of CoNLL columns; none where a sentence ends.
+
+    >>> cells_of("Ada NNP B-PER"), cells_of("-DOCSTART- O")
+    (['Ada', 'NNP', 'B-PER'], [])
+    """
+    row = line.rstrip(" \t\r")
+    if not row or row.startswith("-DOCSTART-"):
+        return []
+    # Not str.split(): a word may be, or hold, a no-break space.
+    return re.split(" *\t *" if "\t" in row else " +", row.lstrip(" "))
 
 
 def read_table(

@@ -10,7 +10,7 @@ import numpy as np
 
 from fw.data.files import OnBadRow, json_lines, read_text, refuse, separated_rows
 from fw.data.pack import Packed
-from fw.data.readers import read_conll
+from fw.data.readers import cells_of
 from fw.data.records import Labelled, Tagged
 from fw.data.vader import is_vader, read_vader
 from fw.errors import FwError
@@ -43,8 +43,9 @@ def read_unlabelled(
     """Reads texts; labels that the files have are not heeded.
 
     Args:
-      path: CoNLL columns (`.conll`, …), a table with a column of texts, JSON lines with "text" or
-        "tokens", a text a line (`.txt`, `.md`); or a folder of these, or of `read_vader`.
+      path: CoNLL columns (`.conll`, …), of which the first has the words; a table with a column of
+        texts, JSON lines with "text" or "tokens", a text a line (`.txt`, `.md`); or a folder of
+        these, or of `read_vader`.
       task: one of `TASKS`.
       column: of a table's texts.
       on_bad_row: gets the message of each row left out; None raises instead.
@@ -84,7 +85,7 @@ def read_unlabelled(
 def _texts(file: Path, column: str, bad: OnBadRow) -> Iterator[str | tuple[str, ...]]:
     suffix = file.suffix.lower()
     if suffix in _COLUMNS:
-        yield from (sentence.words for sentence in read_conll(file, on_bad_row=bad))
+        yield from _columns(file)
     elif suffix in _TABLES:
         rows = separated_rows(file, bad)
         _, header = next(rows, (1, []))
@@ -106,6 +107,16 @@ def _texts(file: Path, column: str, bad: OnBadRow) -> Iterator[str | tuple[str, 
                 refuse(f'{file}:{number}: expected {{"{column}": …}} or {{"tokens": […]}}', bad)
     else:
         yield from (line for line in read_text(file).split("\n") if line.strip())
+
+
+def _columns(file: Path) -> Iterator[tuple[str, ...]]:
+    words: list[str] = []
+    for line in [*read_text(file).split("\n"), ""]:
+        if cells := cells_of(line):
+            words.append(cells[0])
+        elif words:
+            yield tuple(words)
+            words = []
 
 
 def heard(rows: Packed, labels: Sequence[str]) -> Packed:

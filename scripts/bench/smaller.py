@@ -26,13 +26,13 @@ def side(name: str, folder: Path, split: str) -> dict[str, Any]:
     variant = variant or "f32"
     made = Path(of) / stages.COMPRESSED / variant
     if variant not in stages.PLAIN and not made.is_dir():
-        stages.compress_run(of, variant)
+        stages.make_variant(of, variant)
     summary = stages.evaluate_run(of, split, name=variant)
     opened = stages.open_run(of)
     left = {"all": 0, "layers": 0}
     for path, leaf in named_leaves(stages.variant(opened, variant)[0]["params"])[0]:
         factors = isinstance(leaf, compress.Factored)
-        parts = (leaf.a, leaf.b) if factors else (compress.dequantize(leaf),)
+        parts = compress.dequantize((leaf.a, leaf.b) if factors else (leaf,))
         count = sum(int(np.count_nonzero(np.asarray(part))) for part in parts)
         left["all"] += count
         left["layers"] += count * ("layers" in path.split("/"))
