@@ -302,13 +302,13 @@ def _answers(
             Words(seen[WORDS][-1], seen[TABLE][-1], seen[BIAS][-1] if seen[BIAS] else None)
             for seen in (ours, theirs)
         )
-        return word_divergence(own, other, batch, how.temperature)[0]
+        return word_divergence(own, other, batch, how.temperature)
     if jnp.shape(said) != jnp.shape(taught):
         raise FwError(
             f"the student's outputs are {list(jnp.shape(said))}, the teacher's "
             f"{list(jnp.shape(taught))}; expected the same classes"
         )
-    return soft(said, taught, batch, how.temperature)[0]
+    return soft(said, taught, batch, how.temperature)
 
 
 def _sizes(

@@ -1,7 +1,7 @@
 """What a student can learn of a teacher: how far its answers, states and attention are apart.
 
-Every lesson is a function of what both computed for the same batch. Answers give (sum, count), as
-losses do; states and attention, that are of no unit, a mean.
+Every lesson is a function of what both computed for the same batch. Answers give a sum over labels;
+states and attention, that are of no unit, a mean.
 """
 
 import math
@@ -24,14 +24,12 @@ _TINY = np.float32(1e-30)
 MOST_LOGITS = 2**24
 """Numbers of words' logits that are there at once."""
 
-Soft = Callable[[jax.Array, jax.Array, Batch, float], tuple[jax.Array, jax.Array]]
-"""`(student's outputs, teacher's, batch, temperature) -> (sum, count)`."""
+Soft = Callable[[jax.Array, jax.Array, Batch, float], jax.Array]
+"""`(student's outputs, teacher's, batch, temperature) -> sum`, over labels that count."""
 
 
-def divergence(
-    logits: jax.Array, taught: jax.Array, batch: Batch, temperature: float
-) -> tuple[jax.Array, jax.Array]:
-    """T² · Σ KL(softmax(taught / T) ‖ softmax(logits / T)) where labels count, and how many do.
+def divergence(logits: jax.Array, taught: jax.Array, batch: Batch, temperature: float) -> jax.Array:
+    """T² · Σ KL(softmax(taught / T) ‖ softmax(logits / T)) where labels count.
 
     T² keeps the gradients as large as those of labels, whatever T is.
 
@@ -45,9 +43,8 @@ def divergence(
 
     >>> logits = jnp.log(jnp.array([[0.5, 0.5], [0.9, 0.1]]))
     >>> batch = {"labels": jnp.array([0, IGNORE])}
-    >>> total, count = divergence(logits, logits[::-1], batch, temperature=1.0)
-    >>> f"{total:.4f} of {count:.0f}"
-    '0.3681 of 1'
+    >>> f"{divergence(logits, logits[::-1], batch, temperature=1.0):.4f}"
+    '0.3681'
     """
     t = jnp.asarray(temperature, logits.dtype)
     apart = _kl(taught.astype(logits.dtype) / t, logits / t)
@@ -56,7 +53,7 @@ def divergence(
 
 def binary_divergence(
     logits: jax.Array, taught: jax.Array, batch: Batch, temperature: float
-) -> tuple[jax.Array, jax.Array]:
+) -> jax.Array:
     """`divergence` of labels that are each by itself: σ(x / T) beside 1 - σ(x / T).
 
     Args:
@@ -65,9 +62,8 @@ def binary_divergence(
       temperature: T.
 
     >>> logits = jnp.log(jnp.array([[1.0, 9.0]]))
-    >>> total, count = binary_divergence(logits, 0 * logits, {"labels": jnp.array([[1, 0]])}, 1.0)
-    >>> f"{total:.4f} of {count:.0f}"
-    '0.5108 of 2'
+    >>> f"{binary_divergence(logits, 0 * logits, {'labels': jnp.array([[1, 0]])}, 1.0):.4f}"
+    '0.5108'
     """
     t = jnp.asarray(temperature, logits.dtype)
     x, y = logits / t, taught.astype(logits.dtype) / t
@@ -80,7 +76,7 @@ def binary_divergence(
 
 def difference(
     numbers: jax.Array, taught: jax.Array, batch: Batch, temperature: float
-) -> tuple[jax.Array, jax.Array]:
+) -> jax.Array:
     """Σ (student - teacher)² of numbers that count; a temperature is not for them.
 
     Args:
@@ -88,7 +84,7 @@ def difference(
       batch: holds `labels` like them, NaN where there is none.
       temperature: unheeded.
 
-    >>> difference(jnp.ones((1, 1)), jnp.zeros((1, 1)), {"labels": jnp.zeros((1, 1))}, 2.0)[0]
+    >>> difference(jnp.ones((1, 1)), jnp.zeros((1, 1)), {"labels": jnp.zeros((1, 1))}, 2.0)
     Array(1., dtype=float32)
     """
     apart = jnp.square(numbers - taught.astype(numbers.dtype))
@@ -97,7 +93,7 @@ def difference(
 
 def span_divergence(
     logits: jax.Array, taught: jax.Array, batch: Batch, temperature: float
-) -> tuple[jax.Array, jax.Array]:
+) -> jax.Array:
     """`divergence` of an answer's first and last piece, among the pieces of each text.
 
     Args:
@@ -107,16 +103,15 @@ def span_divergence(
 
     >>> logits = jnp.zeros((1, 3, 2)).at[0, 2].set(9.0)  # the third piece is another text's
     >>> batch = {"segment_ids": jnp.array([[1, 1, 2]]), "labels": jnp.array([[[0, 1]]])}
-    >>> [float(x) for x in span_divergence(logits, 0 * logits, batch, 1.0)]
-    [0.0, 1.0]
+    >>> float(span_divergence(logits, 0 * logits, batch, 1.0))
+    0.0
     """
     number = jnp.arange(1, batch["labels"].shape[1] + 1, dtype=batch["segment_ids"].dtype)
     own = batch["segment_ids"][:, None, None, :] == number[:, None, None]  # [B, S, 1, L]
     t = jnp.asarray(temperature, logits.dtype)
     bias = jnp.where(own, jnp.zeros((), t.dtype), _least(t.dtype))
     x, y = (jnp.swapaxes(z, 1, 2)[:, None].astype(t.dtype) / t + bias for z in (logits, taught))
-    total, count = _summed(_kl(y, x) * (t * t), batch["labels"] != IGNORE)
-    return total / 2, count / 2
+    return _summed(_kl(y, x) * (t * t), batch["labels"] != IGNORE) / 2
 
 
 class Words(NamedTuple):
@@ -133,9 +128,7 @@ class Words(NamedTuple):
     bias: jax.Array | None
 
 
-def word_divergence(
-    ours: Words, theirs: Words, batch: Batch, temperature: float
-) -> tuple[jax.Array, jax.Array]:
+def word_divergence(ours: Words, theirs: Words, batch: Batch, temperature: float) -> jax.Array:
     """`divergence` of words; their logits are made some places of a text at a time.
 
     Args:
@@ -148,8 +141,8 @@ def word_divergence(
 
     >>> x, table = jnp.ones((1, 2, 3)), jnp.arange(12.0).reshape(4, 3)
     >>> words, batch = Words(x, table, None), {"targets": jnp.array([[1, IGNORE]])}
-    >>> [float(x) for x in word_divergence(words, words, batch, 1.0)]
-    [0.0, 1.0]
+    >>> float(word_divergence(words, words, batch, 1.0))
+    0.0
     """
     sizes = [len(words.table) for words in (ours, theirs)]
     if sizes[0] != sizes[1]:
@@ -159,7 +152,6 @@ def word_divergence(
         n for n in range(1, length + 1) if length % n == 0 and rows * n * sizes[0] <= MOST_LOGITS
     ]
     size = max(fits, default=1)
-    counted = batch["targets"] != IGNORE
 
     def logits(words: Words, start: jax.Array) -> jax.Array:
         x = jax.lax.dynamic_slice_in_dim(words.x, start, size, 1)
@@ -169,10 +161,10 @@ def word_divergence(
     @jax.checkpoint
     def part(start: jax.Array) -> jax.Array:
         here = {"labels": jax.lax.dynamic_slice_in_dim(batch["targets"], start, size, 1)}
-        return divergence(logits(ours, start), logits(theirs, start), here, temperature)[0]
+        return divergence(logits(ours, start), logits(theirs, start), here, temperature)
 
     starts = jnp.arange(0, length, size, dtype=jnp.int32)
-    return jnp.sum(jax.lax.map(part, starts)), jnp.sum(counted, dtype=ours.x.dtype)
+    return jnp.sum(jax.lax.map(part, starts))
 
 
 def apart(
@@ -268,9 +260,8 @@ def _kl(taught: jax.Array, said: jax.Array) -> jax.Array:
     return jnp.sum(jnp.exp(theirs) * (theirs - ours), axis=-1)
 
 
-def _summed(apart: jax.Array, counted: jax.Array) -> tuple[jax.Array, jax.Array]:
-    total = jnp.sum(jnp.where(counted, apart, jnp.zeros((), apart.dtype)))
-    return total, jnp.sum(counted, dtype=apart.dtype)
+def _summed(apart: jax.Array, counted: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.where(counted, apart, jnp.zeros((), apart.dtype)))
 
 
 def _least(dtype: jax.typing.DTypeLike) -> jax.Array:
