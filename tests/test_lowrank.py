@@ -108,7 +108,8 @@ PRODUCTS: dict[str, Any] = {  # function of x and W [6, 8, 10], shape of x
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_products_and_their_derivatives_are_those_of_the_whole(name, seed=7):
     fn, shape = PRODUCTS[name]
-    w = Factored(jnp.asarray(normal(seed, 6, 8, 3)), jnp.asarray(normal(seed + 1, 6, 3, 10)))
+    a, b = jnp.asarray(normal(seed, 6, 8, 3)), jnp.asarray(normal(seed + 1, 6, 3, 10))
+    w = Factored(a, b)
     x, whole = jnp.asarray(normal(seed + 2, *shape)), w.dense()
     np.testing.assert_allclose(whole, np.asarray(w.a) @ np.asarray(w.b), rtol=1e-5, atol=1e-5)
     want, pull = jax.vjp(fn, x, whole)
@@ -117,10 +118,10 @@ def test_products_and_their_derivatives_are_those_of_the_whole(name, seed=7):
     bound = 3e-2 if name == "cast" else 1e-5
     cotangent = jnp.cos(jnp.arange(want.size, dtype=want.dtype)).reshape(want.shape)
     (dx, dw), (my_dx, my_dw) = pull(cotangent), mine(cotangent)
-    across = jnp.swapaxes(w.b, -1, -2), jnp.swapaxes(w.a, -1, -2)
+    across = jnp.swapaxes(b, -1, -2), jnp.swapaxes(a, -1, -2)
     pairs = [(got, want), (my_dx, dx), (my_dw.a, dw @ across[0]), (my_dw.b, across[1] @ dw)]
-    for a, b in jax.tree.map(lambda x: np.asarray(x, np.float32), pairs):
-        np.testing.assert_allclose(a, b, rtol=0, atol=bound * np.abs(b).max())
+    for mine, plain in jax.tree.map(lambda x: np.asarray(x, np.float32), pairs):
+        np.testing.assert_allclose(mine, plain, rtol=0, atol=bound * np.abs(plain).max())
 
 
 OPS: dict[str, Any] = {
@@ -136,8 +137,8 @@ OPS: dict[str, Any] = {
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(st.lists(st.sampled_from(list(OPS)), min_size=2, max_size=5))
 def test_moving_and_cutting_commute_with_merging(names):
-    w = Factored(jnp.asarray(normal(1, 3, 1, 16, 4)), jnp.asarray(normal(2, 1, 1, 4, 8)) * 1)
-    w = Factored(w.a, jnp.broadcast_to(w.b, (3, 1, 4, 8)))
+    b = jnp.broadcast_to(jnp.asarray(normal(2, 1, 1, 4, 8)), (3, 1, 4, 8))
+    w = Factored(jnp.asarray(normal(1, 3, 1, 16, 4)), b)
 
     def moved(w: Any) -> Any:
         for name in names:

@@ -38,7 +38,7 @@ RUNS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", fast_are(["2:4, two workers"], RUNS))
+@pytest.mark.parametrize("name", fast_are(["anywhere"], RUNS))
 def test_a_run_prunes_and_resumes_to_the_same_bits(name, where, tmp_path):
     """The best model is of the steps after the last entry went."""
     fw(where, tmp_path / "one", *RUNS[name])
