@@ -599,7 +599,7 @@ SMALL = "patch_size=4,hidden_size=16,num_hidden_layers=2,num_attention_heads=2,i
 def test_images_and_rows_of_tables_are_taught(tmp_path, capsys):
     """A teacher that reads its things otherwise is told; a stage's pipe is, too."""
     (tmp_path / "table.csv").write_text(
-        "a,b,target\n" + "".join(f"{i % 7},{i % 3},{'yn'[i % 7 > 3]}\n" for i in range(200))
+        "a,b,target\n" + "".join(f"{i % 7},{i},{'yn'[i % 7 > 3]}\n" for i in range(200))
     )
     common = ("--steps", "4", "--precision", "f32", "--evaluate-every", "2")
     kinds = {
