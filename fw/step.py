@@ -115,8 +115,9 @@ def make_step(
     Returns:
       The jitted step. Its state is donated: the argument is gone afterwards; the frozen collection
       of a model that has one (`fw.adaptation`) is not, and stays as it is. Metrics, all f32
-      scalars but `tokens`: `loss`, `grad_norm` (before clipping; with tables, also of the rows as
-      they were fetched), `tokens` (i32, those not padding; 0 where the batch has no `segment_ids`).
+      scalars but `tokens`: `loss`, `grad_norm` (`gradient_norm`, before clipping; with tables, also
+      of the rows as they were fetched), `tokens` (i32, those not padding; 0 where the batch has no
+      `segment_ids`).
 
     Raises:
       FwError: a model with tables, and an optimiser that would change all of their rows; a model

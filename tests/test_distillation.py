@@ -640,6 +640,9 @@ def test_texts_that_nobody_labelled_are_read(tmp_path):
     (tmp_path / "e.csv").write_text("words\nAda\n")
     with pytest.raises(FwError, match="expected a column 'text' of texts"):
         read_unlabelled(tmp_path / "e.csv", "token_classification")
+    (tmp_path / "f.conll").write_text("Ada\n\tO\n")
+    with pytest.raises(FwError, match=r"f\.conll:2: expected a word in the first column"):
+        read_unlabelled(tmp_path / "f.conll", "token_classification")
     with pytest.raises(FwError, match="expected texts in a file"):
         read_unlabelled(tmp_path / "nowhere", "token_classification")
 

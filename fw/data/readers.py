@@ -55,9 +55,7 @@ def read_conll(
         if cells := cells_of(row := line.rstrip(" \t\r")):
             rows.append((cells[0], cells[-1], number))
             if len(cells) < 2 or not cells[0]:
-                fault = (
-                    f"expected a word and a tag, parted by a tab or spaces; got {line.rstrip()!r}"
-                )
+                fault = f"expected a word and a tag, parted by a tab or spaces; got {row!r}"
             elif columns and len(cells) != columns:
                 fault = f"expected {columns} columns as in line {columns_line}; got {row!r}"
             elif not _TAG.fullmatch(cells[-1]):

@@ -85,7 +85,7 @@ def read_unlabelled(
 def _texts(file: Path, column: str, bad: OnBadRow) -> Iterator[str | tuple[str, ...]]:
     suffix = file.suffix.lower()
     if suffix in _COLUMNS:
-        yield from _columns(file)
+        yield from _columns(file, bad)
     elif suffix in _TABLES:
         rows = separated_rows(file, bad)
         _, header = next(rows, (1, []))
@@ -109,10 +109,13 @@ def _texts(file: Path, column: str, bad: OnBadRow) -> Iterator[str | tuple[str, 
         yield from (line for line in read_text(file).split("\n") if line.strip())
 
 
-def _columns(file: Path) -> Iterator[tuple[str, ...]]:
+def _columns(file: Path, bad: OnBadRow) -> Iterator[tuple[str, ...]]:
     words: list[str] = []
-    for line in [*read_text(file).split("\n"), ""]:
-        if cells := cells_of(line):
+    for number, line in enumerate([*read_text(file).split("\n"), ""], 1):
+        cells = cells_of(line)
+        if cells and not cells[0]:
+            refuse(f"{file}:{number}: expected a word in the first column; got {line!r}", bad)
+        elif cells:
             words.append(cells[0])
         elif words:
             yield tuple(words)
