@@ -16,7 +16,7 @@ writes a derivative by hand has decided on its numerics.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,8 @@ from jax.extend import core, source_info_util
 from compress.programs import Values, as_closed, is_program, run, traced
 from fw.convolve import How, convolve
 from fw.errors import FwError
+from sharding import current
+from sharding.mesh import platform
 from sharding.parallel.travel import moved
 
 
@@ -46,18 +48,25 @@ class Policy:
         batched bfloat16 dots do not run at all, and TPUs and GPUs already multiply float32
         operands of these in one reduced-precision pass.
       precision: `jax.lax.Precision` of dots and convolutions that keep their dtype.
+      activations: dtype of all that flows between operations; None leaves it. Parameters and
+        batches are rounded to it before they are used, their gradients come back as they are.
+        Models keep what they sum over (norms, softmax, losses) in float32.
     """
 
     name: str
     weights: str | None = None
     batched: str | None = None
     precision: lax.Precision | None = None
+    activations: str | None = None
 
 
 POLICIES = {
     # HIGHEST: an f32 dot is f32 on every backend. TPUs and GPUs default to less (jax#7010).
     "f32": Policy("f32", precision=lax.Precision.HIGHEST),
     "bf16": Policy("bf16", weights="bfloat16"),
+    "bf16_activations": Policy(
+        "bf16_activations", weights="bfloat16", batched="bfloat16", activations="bfloat16"
+    ),
 }
 
 
@@ -98,11 +107,36 @@ def apply[R](fn: Callable[..., R], precision: str | Policy) -> Callable[..., R]:
     def wrapped(*args: Any, **kwargs: Any) -> R:
         # For functions that bring their own derivative and ask JAX, such as ring attention.
         others = "highest" if chosen.precision == lax.Precision.HIGHEST else "default"
+        if chosen.activations:
+            args, kwargs = _narrowed((args, kwargs), chosen.activations)
         with _applied(chosen), jax.default_matmul_precision(others):
             program = traced(fn, args, kwargs)
-        return program.result(_evaluate(program.closed, chosen, program.arrays))
+        found = _evaluate(program.closed, chosen, program.arrays)
+        if chosen.activations:
+            found = [y.astype(np.float32) if y.dtype == chosen.activations else y for y in found]
+        return program.result(found)
 
     return wrapped
+
+
+def _narrowed(args: Any, dtype: str) -> Any:
+    """Floats in float32, rounded; of a model's variables its parameters alone.
+
+    A state, such as a batch norm's averages, changes by less each step than rounding would.
+    """
+
+    def round_(x: Any) -> Any:
+        return x.astype(dtype) if getattr(x, "dtype", None) == np.float32 else x
+
+    def is_variables(x: Any) -> bool:
+        return isinstance(x, Mapping) and {*x} >= {"params", "state"}
+
+    def one(x: Any) -> Any:
+        if is_variables(x):
+            return {**x, "params": jax.tree.map(round_, x["params"])}
+        return round_(x)
+
+    return jax.tree.map(one, args, is_leaf=is_variables)
 
 
 # JAX's own context variable, part of the key of its caches.
@@ -229,6 +263,8 @@ def _dot(lhs, rhs, params, chosen: Policy):
     (lc, rc), (lb, rb) = params["dimension_numbers"]
     target = chosen.batched if lb else chosen.weights
     floating = all(jnp.issubdtype(x.dtype, jnp.floating) for x in (lhs, rhs))
+    if floating and lhs.dtype == rhs.dtype == target and _accelerated():
+        return lax.dot_general_p.bind(lhs, rhs, **params)  # nothing to round, nor to lay out
     if floating and not lb and target:
         out = (*_rest(lhs.shape, lc), *_rest(rhs.shape, rc))
         rows, columns = (math.prod(_rest(y.shape, c)) for y, c in ((lhs, lc), (rhs, rc)))
@@ -252,6 +288,12 @@ def _dot(lhs, rhs, params, chosen: Policy):
     if floating and chosen.precision is not None:
         params["precision"] = (chosen.precision, chosen.precision)
     return lax.dot_general_p.bind(lhs, rhs, **params)
+
+
+def _accelerated() -> bool:
+    """Whether the program is known to be for no CPU."""
+    here = current()
+    return here is not None and platform(here[0]) != "cpu"
 
 
 # Of images [B, H, W, C] and kernels [H, W, in, out].

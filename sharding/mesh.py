@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from sharding.errors import ShardingError, nearest
 
@@ -97,6 +97,25 @@ def make_mesh(spec: str | Mapping[str, int], devices: Sequence[Any] | None = Non
     grid = grid.transpose([k for axis in range(rank) for k in (axis, rank + axis)])
     shape = [a * b for a, b in zip(outer, inner, strict=True)]
     return Mesh(grid.reshape(shape), AXES, axis_types=(AxisType.Auto,) * rank)
+
+
+def platform(mesh: Mesh | AbstractMesh) -> str:
+    """The platform of a mesh's devices: "cpu", "tpu", "gpu"; they need not be here.
+
+    Raises:
+        ShardingError: an abstract mesh that does not tell.
+
+    >>> platform(make_mesh("data=1"))
+    'cpu'
+    """
+    if isinstance(mesh, Mesh):
+        return mesh.devices.flat[0].platform
+    if mesh.abstract_device is None:
+        raise ShardingError(
+            f"mesh {_join(mesh.shape)}: it is abstract and does not tell of which devices; make it "
+            "with abstract_device=jax.sharding.AbstractDevice(kind, cores, platform)"
+        )
+    return mesh.abstract_device.platform
 
 
 def _slices(devices: list[Any], count: int, spec: str) -> list[list[Any]]:

@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec
 from fw import precision
 from sharding import current, cutting
 from sharding.context import batched
+from sharding.mesh import platform as platform_of
 
 type Kernel = Literal["xla", "cudnn", "splash"]
 
@@ -151,7 +152,7 @@ def by_platform(
       rate: of the dropout that `plain` does.
     """
     here = current()
-    name = here and here[0].devices.flat[0].platform
+    name = here and platform_of(here[0])
     platforms = _PLATFORMS if name is None else ("cuda" if name == "gpu" else name,)
     dtype = precision.operands() or str(np.dtype(q.dtype))
     kernels = {}
@@ -258,12 +259,9 @@ def splash_attention(
     block = next(b for b in _BLOCKS if length % b == 0)
     sizes = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
     options: Any = {f"block_{size}": block for size in sizes}
-    # Dense layers write tokens along lanes at no cost, and that is how products want keys and
-    # values. Queries they do not, but a head of fewer than 128 would be padded to 128 lanes.
-    along = splash.QKVLayout.SEQ_MINOR
-    options |= {"k_layout": along, "v_layout": along}
-    if size % _LANES:
-        options["q_layout"] = along
+    if size % _LANES:  # a head of fewer would be padded to 128 lanes: tokens go along them
+        layouts = ("q_layout", "k_layout", "v_layout")
+        options |= dict.fromkeys(layouts, splash.QKVLayout.SEQ_MINOR)
     kernel: Any = splash.make_splash_mha_single_device(
         masks.MultiHeadMask([mask] * heads),
         block_sizes=splash.BlockSizes(**options),
@@ -274,7 +272,19 @@ def splash_attention(
         return kernel(q, k, v, splash.SegmentIds(segments, segments))
 
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
-    return jnp.swapaxes(jax.vmap(row)(q, k, v, segments), 1, 2)
+    with jax.named_scope(f"sees_{_seen(length // block, block, causal, window):.3f}"):
+        return jnp.swapaxes(jax.vmap(row)(q, k, v, segments), 1, 2)
+
+
+def _seen(blocks: int, block: int, causal: bool, window: int | None) -> float:
+    """The share of pairs of blocks that a kernel does not skip; whoever times it reads it.
+
+    >>> _seen(4, 512, True, None), _seen(4, 512, False, None)
+    (0.625, 1.0)
+    """
+    reach = blocks if window is None else -(-window // block)
+    pairs = ((i, j) for i in range(blocks) for j in range(blocks) if not (causal and j > i))
+    return sum(abs(i - j) <= reach for i, j in pairs) / blocks**2
 
 
 def cudnn(

@@ -16,7 +16,8 @@ from jax import lax
 
 from fw.models.flash import Seen, by_platform, sees
 from fw.taps import tap
-from sharding import constrain, cutting, linear, lookup
+from sharding import constrain, current, cutting, linear, lookup
+from sharding.mesh import platform
 from sharding.noise import dropout_mask
 from sharding.parallel.ring import ring_attention
 
@@ -42,19 +43,29 @@ class Dense(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(size_out), axes=axes[1:]) if bias else None
         self.axes = axes
 
-    def __call__(self, x: jax.Array, rows: Rows = ("batch", "length")) -> jax.Array:
-        return denses(x, [self], rows)[0]
+    def __call__(
+        self, x: jax.Array, rows: Rows = ("batch", "length"), *, head: int | None = None
+    ) -> jax.Array:
+        return denses(x, [self], rows, head=head)[0]
 
 
-def denses(x: jax.Array, layers: Sequence[Dense], rows: Rows = ("batch", "length")):
+def denses(
+    x: jax.Array,
+    layers: Sequence[Dense],
+    rows: Rows = ("batch", "length"),
+    *,
+    head: int | None = None,
+):
     """The outputs of dense layers of one input, whose kernels have the same names.
 
     Args:
       x: [..., in].
       layers: at least one.
       rows: the names of the leading axes of x.
+      head: as in `sharding.linear`.
     """
-    ys = linear(x, [layer.kernel[...] for layer in layers], layers[0].axes, rows=rows)
+    kernels = [layer.kernel[...] for layer in layers]
+    ys = linear(x, kernels, layers[0].axes, rows=rows, head=head)
     return [
         y if layer.bias is None else y + layer.bias[...]
         for y, layer in zip(ys, layers, strict=True)
@@ -97,6 +108,11 @@ class LayerNorm(nnx.Module):
         return layer_norm(x, scale, bias, self.epsilon)
 
 
+def widened(x: jax.Array) -> jax.Array:
+    """x in float32 at least: what is summed over, where activations are narrower."""
+    return x.astype(np.promote_types(x.dtype, np.float32))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def layer_norm(x, scale, bias, epsilon):
     """(x - mean) / sqrt(var + epsilon) · scale + bias over the last axis.
@@ -108,21 +124,25 @@ def layer_norm(x, scale, bias, epsilon):
 
 
 def _layer_norm_fwd(x, scale, bias, epsilon):
-    mean = jnp.mean(x, -1, keepdims=True)
-    centred = x - mean
+    wide = widened(x)
+    mean = jnp.mean(wide, -1, keepdims=True)
+    centred = wide - mean
     inverse = lax.rsqrt(jnp.mean(jnp.square(centred), -1, keepdims=True) + epsilon)
-    return centred * inverse * scale + bias, (x, scale, mean, inverse)
+    y = centred * inverse * widened(scale) + widened(bias)
+    return y.astype(x.dtype), (x, scale, mean, inverse)
 
 
 def _layer_norm_bwd(epsilon, saved, g):
     # By hand: two reductions over x, where autodiff of the above makes five.
     x, scale, mean, inverse = saved
-    unit = (x - mean) * inverse
-    gs = g * scale
+    like, g = x.dtype, widened(g)
+    unit = (widened(x) - mean) * inverse
+    gs = g * widened(scale)
     along = jnp.mean(gs * unit, -1, keepdims=True)
     dx = (gs - jnp.mean(gs, -1, keepdims=True) - unit * along) * inverse
     rows = tuple(range(x.ndim - 1))
-    return dx, jnp.sum(g * unit, rows), jnp.sum(g, rows)
+    sums = jnp.sum(g * unit, rows), jnp.sum(g, rows)
+    return dx.astype(like), *(total.astype(scale.dtype) for total in sums)
 
 
 layer_norm.defvjp(_layer_norm_fwd, _layer_norm_bwd)
@@ -153,6 +173,38 @@ def _gelu_bwd(x, g):
 gelu.defvjp(lambda x: (gelu(x), x), _gelu_bwd)
 
 
+@jax.custom_vjp
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """silu(gate) · up (Shazeer 2020, arXiv:2002.05202); the derivative is computed from both again.
+
+    >>> swiglu(jnp.array([0.0, 1.0]), jnp.array([3.0, 2.0]))
+    Array([0.       , 1.4621172], dtype=float32)
+    """
+    wide = widened(gate)
+    return _once((wide * jax.nn.sigmoid(wide) * widened(up)).astype(gate.dtype))
+
+
+def _swiglu_bwd(saved, g):
+    gate, up = saved
+    x, y, dy = widened(gate), widened(up), widened(g)
+    s = jax.nn.sigmoid(x)
+    dgate, dup = dy * y * s * (1 + x * (1 - s)), dy * x * s
+    return _once((dgate.astype(gate.dtype), dup.astype(up.dtype)))
+
+
+def _once(x):
+    """Keeps a TPU's compiler from computing x again within each product that reads it.
+
+    That takes a quarter more cycles of each (scripts/bench/LOG.md).
+    """
+    here = current()
+    on_tpu = here is not None and platform(here[0]) == "tpu"
+    return lax.optimization_barrier(x) if on_tpu else x
+
+
+swiglu.defvjp(lambda gate, up: (swiglu(gate, up), (gate, up)), _swiglu_bwd)
+
+
 HIDDEN, HEADS = "hidden", ("query", "key", "value")
 """What layers name for `fw.taps`: what they return, and what their attention relates."""
 
@@ -171,7 +223,7 @@ def in_heads(x: jax.Array, layers: Sequence["Dense"], size: int) -> list[jax.Arr
     shape = (*x.shape[:2], -1, size)
     return [
         tap(constrain(y.reshape(shape), "batch", "length", "heads", None), name)
-        for y, name in zip(denses(x, layers), HEADS, strict=True)
+        for y, name in zip(denses(x, layers, head=size), HEADS, strict=True)
     ]
 
 
@@ -322,7 +374,8 @@ def attend(
         q = q.reshape(q.shape[0], -1, shared * q.shape[2], q.shape[3])
     scores = jnp.einsum("bhld,bhmd->bhlm", q, k)
     scores = scores.reshape(q.shape[0], heads, -1, k.shape[2]) + bias
-    weights = dropout(jax.nn.softmax(scores, axis=-1), rate, key)
+    weights = jax.nn.softmax(widened(scores), axis=-1).astype(scores.dtype)
+    weights = dropout(weights, rate, key)
     weights = weights.reshape(*q.shape[:3], k.shape[2])
     out = jnp.einsum("bhlm,bhmd->bhld", weights, v)
     return jnp.swapaxes(out.reshape(q.shape[0], heads, -1, v.shape[3]), 1, 2)
@@ -339,8 +392,9 @@ class RMSNorm(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        square = jnp.mean(jnp.square(x), -1, keepdims=True)
-        return x * lax.rsqrt(square + self.epsilon) * self.scale[...]
+        wide = widened(x)
+        square = jnp.mean(jnp.square(wide), -1, keepdims=True)
+        return (wide * lax.rsqrt(square + self.epsilon)).astype(x.dtype) * self.scale[...]
 
 
 def turns(size: int, theta: float) -> np.ndarray:

@@ -36,6 +36,7 @@ from fw.models.layers import (
     in_heads,
     rotary,
     rotate,
+    swiglu,
     turns,
     visible,
 )
@@ -232,7 +233,7 @@ class Attention(nnx.Module):
         q, k = rotate(q, turn), rotate(k, turn)
         if cache is None:
             y = attention(q, k, v, seen, causal=True, window=config.window)
-            return self.out(y.reshape(*x.shape[:2], -1))
+            return self.out(y.reshape(*x.shape[:2], -1), head=config.size)
         read, layer = cache
         k, v, read = read.extend(layer, k, v)
         return self.out(attend(q, k, v, seen).reshape(*x.shape[:2], -1)), read
@@ -250,7 +251,7 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         gate, up = denses(x, [self.gate, self.up])
-        return self.down(constrain(jax.nn.silu(gate) * up, "batch", "length", "mlp"))
+        return self.down(constrain(swiglu(gate, up), "batch", "length", "mlp"))
 
 
 class Layer(nnx.Module):

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from sharding.mesh import platform
 from sharding.parallel.pipeline import PIPE
 
 _LAYER = re.compile(r"((?:.+/)?stack/layers/)(\d+)/(.+)")
@@ -23,7 +24,7 @@ def scans(mesh: Mesh) -> bool:
     >>> scans(make_mesh("data=1"))
     False
     """
-    return mesh.devices.flat[0].platform != "cpu" or stages_of(mesh) > 1
+    return platform(mesh) != "cpu" or stages_of(mesh) > 1
 
 
 def default_microbatches(mesh: Mesh) -> int:

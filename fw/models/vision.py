@@ -17,6 +17,7 @@ from jax import lax
 
 from fw.errors import FwError
 from fw.models.convolution import Padding, conv
+from fw.models.layers import widened
 from sharding import constrain
 
 Name = str | None
@@ -143,8 +144,9 @@ def normalised(x, scale, bias, mean, var, epsilon):
     >>> normalised(jnp.array([[5.0]]), 2 * one, one, 3 * one, 4 * one, 0.0)
     Array([[3.]], dtype=float32)
     """
+    wide, scale, bias, mean, var = map(widened, (x, scale, bias, mean, var))
     gain = scale * lax.rsqrt(var + np.asarray(epsilon, var.dtype))
-    return ((x - mean) * gain + bias).astype(x.dtype)
+    return ((wide - mean) * gain + bias).astype(x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -170,13 +172,13 @@ def batch_norm(x, scale, bias, epsilon):
 
 def _batch_norm_fwd(x, scale, bias, epsilon):
     rows = tuple(range(x.ndim - 1))
-    wide = x.astype(np.promote_types(x.dtype, np.float32))
+    wide = widened(x)
     # Around the mean: E[x²] - E[x]² has no digit left where the mean is a thousand deviations
     # away, and takes a CPU as many passes over x.
     mean = jnp.mean(wide, rows)
     var = jnp.mean(jnp.square(wide - mean), rows)
     inverse = lax.rsqrt(var + np.asarray(epsilon, var.dtype))
-    y = ((wide - mean) * (inverse * scale) + bias).astype(x.dtype)
+    y = ((wide - mean) * (inverse * widened(scale)) + widened(bias)).astype(x.dtype)
     return (y, mean, var), (x, scale, mean, inverse)
 
 
@@ -188,7 +190,7 @@ def _batch_norm_bwd(epsilon, saved, cotangents):
     unit = (x.astype(mean.dtype) - mean) * inverse
     total, along = jnp.sum(g, rows), jnp.sum(g * unit, rows)
     share = np.asarray(1 / math.prod(x.shape[:-1]), mean.dtype)
-    dx = (g - total * share - unit * (along * share)) * (scale * inverse)
+    dx = (g - total * share - unit * (along * share)) * (widened(scale) * inverse)
     return dx.astype(x.dtype), along.astype(scale.dtype), total.astype(scale.dtype)
 
 

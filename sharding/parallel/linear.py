@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from sharding.errors import ShardingError
-from sharding.mesh import AXES
+from sharding.mesh import AXES, platform
 from sharding.parallel.cuts import Cuts, vary, whole
 from sharding.rules import Names, mesh_axes
 
@@ -29,7 +29,12 @@ PRODUCT = "product"
 
 
 def linear(
-    x: jax.Array, kernels: Sequence[jax.Array], names: Names, *, rows: Names = ROWS
+    x: jax.Array,
+    kernels: Sequence[jax.Array],
+    names: Names,
+    *,
+    rows: Names = ROWS,
+    head: int | None = None,
 ) -> list[jax.Array]:
     """x · kernel for each kernel: the products of a dense layer, or of several that share x.
 
@@ -43,6 +48,9 @@ def linear(
         kernels: [K, N] each.
         names: the two logical axes of every kernel.
         rows: the names of the leading axes of x.
+        head: the size of a head, where an axis named "heads" holds the elements of one after
+            another. A TPU's product then has an axis of heads, and its compiler writes each head
+            as attention reads it; written flat, each is copied.
 
     Returns:
         [..., N] each, which policies of `jax.checkpoint` may keep by the name `PRODUCT`.
@@ -59,11 +67,11 @@ def linear(
             f"linear: x has rank {x.ndim}, kernels have rank 2: expected {x.ndim - 1} names of "
             f"rows and two of a kernel's axes, got {rows} and {names}"
         )
-    return [checkpoint_name(y, PRODUCT) for y in _products(x, kernels, names, rows)]
+    return [checkpoint_name(y, PRODUCT) for y in _products(x, kernels, names, rows, head)]
 
 
 def _products(
-    x: jax.Array, kernels: Sequence[jax.Array], names: Names, rows: Names
+    x: jax.Array, kernels: Sequence[jax.Array], names: Names, rows: Names, head: int | None
 ) -> list[jax.Array]:
     cuts = Cuts.differentiated()
     if cuts is None:
@@ -76,6 +84,7 @@ def _products(
     ]
     stored = [cuts.stored(names, kernel.shape, "linear: kernel") for kernel in kernels]
     axes = cuts.of(where_x, *where_ys)
+    multiply = _by_heads(names, head) if head and platform(cuts.mesh) == "tpu" else jnp.matmul
     inside = mesh_axes(where_x[-1])  # over these, a product of parts is a part of the sum
     apart = [
         (lies, (inside, mesh_axes(goes[-1]))) for lies, goes in zip(stored, where_ys, strict=True)
@@ -91,11 +100,27 @@ def _products(
         for part, lies, goes in zip(kernels, stored, where_ys, strict=True):
             kernel = whole(vary(part, lies, axes), _but(lies[0], inside), 0)
             kernel = whole(kernel, _but(lies[1], mesh_axes(goes[-1])), 1)
-            y = jnp.matmul(x, kernel)
+            y = multiply(x, kernel)
             ys.append(lax.psum(y, inside) if inside else y)
         return ys
 
     return cuts.shard_map(body, (where_x, *stored), where_ys, axes)(x, *kernels)
+
+
+def _by_heads(names: Names, head: int):
+    """`jnp.matmul` with an axis of heads in the product; see `linear`."""
+
+    def out(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        y = jnp.einsum("...k,khd->...hd", x, kernel.reshape(kernel.shape[0], -1, head))
+        return y.reshape(*x.shape[:-1], kernel.shape[1])
+
+    def into(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        x = x.reshape(*x.shape[:-1], -1, head)
+        return jnp.einsum("...hd,hdn->...n", x, kernel.reshape(-1, head, kernel.shape[1]))
+
+    if names[1] == "heads":
+        return out
+    return into if names[0] == "heads" else jnp.matmul
 
 
 def lookup(

@@ -9,6 +9,7 @@ arXiv:1909.08053); one that is cut along `embed` is gathered once, not once a ch
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from sharding.errors import ShardingError
@@ -96,9 +97,11 @@ def _losses(x, table, targets, bias, words: tuple[str, ...], chunk: int):
     targets = jnp.pad(targets.reshape(count), (0, room), constant_values=-1)
     kernel = table.T  # once, for its dots are row-major then
 
+    wide = np.promote_types(x.dtype, np.float32)
+
     def of_chunk(part):
         x, target = part
-        logits = jnp.matmul(x, kernel) + bias
+        logits = jnp.matmul(x, kernel, preferred_element_type=wide) + bias.astype(wide)
         top = jnp.max(lax.stop_gradient(logits), axis=-1)
         top = lax.pmax(top, words) if words else top
         total = jnp.sum(jnp.exp(logits - top[:, None]), axis=-1)

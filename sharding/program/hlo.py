@@ -7,6 +7,7 @@ talk to each other, `collectives` what they say.
 """
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -197,7 +198,7 @@ def read(text: str) -> Program:
     tables: dict[str, dict[int, str]] = {}
     header: dict[str, str] = {}
     entry, inside, table = None, None, None
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in _lines(text):
         if inside is not None:
             if line.startswith("}"):
                 inside = None
@@ -222,6 +223,29 @@ def read(text: str) -> Program:
             "its computations has no ROOT; expected what jax.jit(f).lower(*args).compile() gives"
         )
     return Program(computations, entry, header, tables)
+
+
+def _lines(text: str) -> Iterator[tuple[int, str]]:
+    """Lines and their numbers; what a custom kernel tells of itself may break one, and is joined.
+
+    >>> [*_lines("  %x = f32[] custom-call(), frontend_attributes={a={\\n'b':'c'\\n}}\\n}")]
+    [(1, "  %x = f32[] custom-call(), frontend_attributes={a={'b':'c'}}"), (4, '}')]
+    """
+    number, held = 0, ""
+    for at, line in enumerate(text.splitlines(), 1):
+        begins, ends = _INSTRUCTION.match(line), line.startswith("}") and line[:2] != "}}"
+        if held and line.strip() and not begins and not ends:
+            held += line
+            continue
+        if held:
+            yield number, held
+            held = ""
+        if begins:
+            number, held = at, line
+        else:
+            yield at, line
+    if held:
+        yield number, held
 
 
 def _instruction(line: str, number: int, computation: str) -> Instruction:

@@ -1,0 +1,149 @@
+"""Every chip that can be planned for: what it computes, holds and sends, and who says so.
+
+One table, `CHIPS`; whoever has better figures changes them here. Rates are peaks of the maker but
+where `sources` says "measured". `hardware` makes machines of chips, `network` times what they send.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+GiB = 2**30
+
+_BOOK = "jax-ml.github.io/scaling-book/tpus, measured"
+_COMPILER = "what libtpu 0.0.50 calls available for a program"
+_PRICE = "cloud.google.com/tpu/pricing: on demand, us; yours may differ"
+
+
+def _tpu(page: str, **others: str) -> Mapping[str, str]:
+    docs = f"docs.cloud.google.com/tpu/docs/{page}"
+    found = {
+        "memory": _COMPILER, "flops": docs, "hbm": docs, "link": _BOOK, "clock": "flops / MXUs",
+        "dcn": docs, "price": _PRICE,
+    }  # fmt: skip
+    return MappingProxyType(found | others)
+
+
+def _gpu(sheet: str, **others: str) -> Mapping[str, str]:
+    found = dict.fromkeys(("memory", "flops", "hbm", "link"), sheet) | {"dcn": "DGX data sheet"}
+    return MappingProxyType(found | others)
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One device as JAX sees it: a chip, but for tpu7x, of whose chips each is two devices.
+
+    Attributes:
+        name: as users write it.
+        kind: JAX's `device_kind`.
+        platform: "tpu", "gpu" or "cpu".
+        memory: bytes that a program can have.
+        flops: products and sums a second, by dtype of the operands.
+        hbm: bytes a second that its memory reads or writes.
+        link: bytes a second that one link sends, one way: of a TPU's torus to a neighbour; of a
+            GPU to all others of its machine together.
+        dcn: bytes a second that it sends out of its slice or machine, its share of the host's.
+        clock: cycles a second, in which the compiler counts; 0 where it counts none.
+        cores: compute cores that work as one device.
+        dims: axes of the torus; 0 where there is none.
+        together: devices of a chip.
+        host: chips of a host.
+        most: chips of the largest slice.
+        price: dollars a chip and hour; None where no list price is known here.
+        busy: the share of its peak that a kernel of attention reaches, its causal half not
+            counted; what the compiler says nothing of. The one number that is calibrated.
+        target: what XLA's compiler for GPUs asks of a GPU.
+        sources: of each figure.
+    """
+
+    name: str
+    kind: str
+    platform: str
+    memory: int
+    flops: Mapping[str, float]
+    hbm: float
+    link: float
+    dcn: float
+    clock: float = 0
+    cores: int = 1
+    dims: int = 0
+    together: int = 1
+    host: int = 8
+    most: int = 0
+    price: float | None = None
+    busy: float = 0.5
+    target: Mapping[str, float] = field(default_factory=dict)
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+
+CHIPS: Mapping[str, Chip] = MappingProxyType(
+    {
+        chip.name: chip
+        for chip in (
+            Chip(
+                "v4", "TPU v4", "tpu", int(30.75 * GiB), {"bfloat16": 275e12, "int8": 275e12},
+                hbm=1228e9, link=45e9, dcn=3.1e9, clock=1.05e9, cores=2, dims=3, host=4, most=4096,
+                price=3.22, sources=_tpu("v4"),
+            ),
+            Chip(
+                "v5e", "TPU v5 lite", "tpu", int(15.75 * GiB),
+                {"bfloat16": 197e12, "int8": 393e12},
+                hbm=819e9, link=45e9, dcn=3.1e9, clock=1.5e9, dims=2, most=256, price=1.20,
+                sources=_tpu("v5e"),
+            ),
+            Chip(
+                "v5p", "TPU v5", "tpu", int(95.73 * GiB), {"bfloat16": 459e12, "int8": 918e12},
+                hbm=2765e9, link=90e9, dcn=6.25e9, clock=1.75e9, cores=2, dims=3, host=4,
+                most=6144, price=4.20, sources=_tpu("v5p"),
+            ),
+            Chip(
+                "v6e", "TPU v6 lite", "tpu", int(31.24 * GiB),
+                {"bfloat16": 918e12, "int8": 1836e12},
+                hbm=1638e9, link=90e9, dcn=12.5e9, clock=1.75e9, dims=2, most=256, price=2.70,
+                sources=_tpu("v6e"),
+            ),
+            Chip(
+                "tpu7x", "TPU7x", "tpu", int(94.74 * GiB),
+                {"bfloat16": 1153.5e12, "float8_e4m3fn": 2307e12},
+                hbm=3690e9, link=90e9, dcn=6.25e9, clock=2.2e9, dims=3, together=2, host=4,
+                most=9216, price=12.0,
+                sources=_tpu("tpu7x", flops="docs.cloud.google.com/tpu/docs/tpu7x, half a chip",
+                             link="docs.cloud.google.com/tpu/docs/tpu7x, nine tenths",
+                             clock="flops / MXUs of 256 x 256"),
+            ),
+            Chip(
+                "h100", "NVIDIA H100 80GB HBM3", "gpu", int(0.92 * 84942979072),
+                {"bfloat16": 989.4e12, "int8": 1979e12, "float8_e4m3fn": 1979e12},
+                hbm=3352e9, link=450e9, dcn=50e9,
+                target={"cores": 132, "lanes": 128, "l2": 52428800, "clock": 1.98, "major": 9,
+                        "shared": 233472, "block": 232448, "memory": 84942979072},
+                sources=_gpu("NVIDIA H100 SXM data sheet"),
+            ),
+            Chip(
+                "h200", "NVIDIA H200", "gpu", int(0.92 * 151397597184),
+                {"bfloat16": 989.4e12, "int8": 1979e12, "float8_e4m3fn": 1979e12},
+                hbm=4800e9, link=450e9, dcn=50e9,
+                target={"cores": 132, "lanes": 128, "l2": 52428800, "clock": 1.98, "major": 9,
+                        "shared": 233472, "block": 232448, "memory": 151397597184},
+                sources=_gpu("NVIDIA H200 SXM data sheet"),
+            ),
+            Chip(
+                "a100", "NVIDIA A100-SXM4-80GB", "gpu", int(0.92 * 85100068864),
+                {"bfloat16": 312e12, "int8": 624e12},
+                hbm=2039e9, link=300e9, dcn=25e9,
+                target={"cores": 108, "lanes": 64, "l2": 41943040, "clock": 1.41, "major": 8,
+                        "shared": 167936, "block": 166912, "memory": 85100068864},
+                sources=_gpu("NVIDIA A100 SXM data sheet"),
+            ),
+            Chip(
+                "b200", "NVIDIA B200", "gpu", int(0.92 * 191514411008),
+                {"bfloat16": 2250e12, "int8": 4500e12, "float8_e4m3fn": 4500e12},
+                hbm=7672e9, link=900e9, dcn=50e9,
+                target={"cores": 148, "lanes": 128, "l2": 132644864, "clock": 1.965, "major": 10,
+                        "shared": 233472, "block": 232448, "memory": 191514411008},
+                sources=_gpu("NVIDIA DGX B200 data sheet"),
+            ),
+        )
+    }
+)  # fmt: skip
+"""By name. A GPU's memory is what is left of it where XLA takes all it may have: 0.92 of it."""
