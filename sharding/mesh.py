@@ -59,18 +59,10 @@ def make_mesh(spec: str | Mapping[str, int], devices: Sequence[Any] | None = Non
     >>> dict(make_mesh("tensor=1").shape)
     {'data': 1, 'pipe': 1, 'fsdp': 1, 'expert': 1, 'sequence': 1, 'tensor': 1}
     """
-    sizes = _sizes(spec)
     devices = list(jax.devices() if devices is None else devices)
     if not devices:
         raise ShardingError("no devices to make a mesh of")
-    known = math.prod(size for size in sizes.values() if size != REST)
-    if REST in sizes.values():
-        if len(devices) % known:
-            raise ShardingError(
-                f"mesh {_join(sizes)}: {len(devices)} devices cannot be divided by {known}; "
-                f"the other sizes must multiply to a divisor of {len(devices)}"
-            )
-        sizes = {a: len(devices) // known if n == REST else n for a, n in sizes.items()}
+    sizes = _filled(spec, len(devices))
     needed = math.prod(sizes.values())
     if needed > len(devices):
         hint = (
@@ -88,15 +80,64 @@ def make_mesh(spec: str | Mapping[str, int], devices: Sequence[Any] | None = Non
             f"mesh {_join(sizes)} uses {needed} of {len(devices)} devices, but {processes} "
             f"processes must use them all; let one axis be -1 to take the rest"
         )
-    outer, inner = ([sizes[prefix + axis] for axis in AXES] for prefix in (SLICES, ""))
-    slices = _slices(devices[:needed], math.prod(outer), _join(sizes))
-    grids = [mesh_utils.create_device_mesh(inner, part) for part in slices]
+    return Mesh(arranged(sizes, devices[:needed]), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def arranged(sizes: Mapping[str, int], devices: Sequence[Any]) -> np.ndarray:
+    """Which device stands where in a mesh of as many.
+
+    Args:
+        sizes: of every axis of `AXES`, and over slices where there are some.
+        devices: whatever has the attributes of a `jax.Device`.
+
+    Returns:
+        An array of devices, slices the outermost part of each axis.
+    """
+    outer, inner = ([sizes.get(prefix + axis, 1) for axis in AXES] for prefix in (SLICES, ""))
+    slices = _slices(list(devices), math.prod(outer), _join(sizes))
+    grids = [_grid(inner, part) for part in slices]
     grid = np.array(grids).reshape(*outer, *inner)
     # [slices of axis 0, of axis 1 …, axis 0, axis 1 …] → each axis with its slices outermost.
     rank = len(AXES)
     grid = grid.transpose([k for axis in range(rank) for k in (axis, rank + axis)])
-    shape = [a * b for a, b in zip(outer, inner, strict=True)]
-    return Mesh(grid.reshape(shape), AXES, axis_types=(AxisType.Auto,) * rank)
+    return grid.reshape([a * b for a, b in zip(outer, inner, strict=True)])
+
+
+def sizes_of(spec: str | Mapping[str, int], devices: int) -> dict[str, int]:
+    """The size of every axis of a mesh that takes all of some devices, wherever they are.
+
+    Args:
+        spec: as for `make_mesh`.
+        devices: how many there are.
+
+    Raises:
+        ShardingError: as `make_mesh`, and for a mesh of fewer.
+
+    >>> sizes_of("fsdp=-1,tensor=2", 8)["fsdp"]
+    4
+    """
+    sizes = _filled(spec, devices)
+    needed = math.prod(sizes.values())
+    if needed != devices:
+        raise ShardingError(
+            f"mesh {_join(sizes)} has {needed} devices, but there are {devices}; let one axis be "
+            "-1 to take the rest"
+        )
+    return {axis: sizes[axis] * sizes[SLICES + axis] for axis in AXES}
+
+
+def _filled(spec: str | Mapping[str, int], devices: int) -> dict[str, int]:
+    """Every axis with its size, within and over slices; -1 is what the others leave."""
+    sizes = _sizes(spec)
+    if REST not in sizes.values():
+        return sizes
+    known = math.prod(size for size in sizes.values() if size != REST)
+    if devices % known:
+        raise ShardingError(
+            f"mesh {_join(sizes)}: {devices} devices cannot be divided by {known}; "
+            f"the other sizes must multiply to a divisor of {devices}"
+        )
+    return {a: devices // known if n == REST else n for a, n in sizes.items()}
 
 
 def platform(mesh: Mesh | AbstractMesh) -> str:
@@ -116,6 +157,14 @@ def platform(mesh: Mesh | AbstractMesh) -> str:
             "with abstract_device=jax.sharding.AbstractDevice(kind, cores, platform)"
         )
     return mesh.abstract_device.platform
+
+
+def _grid(sizes: list[int], devices: list[Any]) -> np.ndarray:
+    """Along whole axes of the network where the sizes let it, else along parts of them."""
+    try:
+        return mesh_utils.create_device_mesh(sizes, devices)
+    except NotImplementedError:  # such as tensor=2 on a torus of 16 x 16
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
 
 
 def _slices(devices: list[Any], count: int, spec: str) -> list[list[Any]]:

@@ -186,7 +186,7 @@ def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
 
 def _swiglu_bwd(saved, g):
     gate, up = saved
-    x, y, dy = widened(gate), widened(up), widened(g)
+    x, y, dy = widened(gate), widened(up), widened(_once(g))
     s = jax.nn.sigmoid(x)
     dgate, dup = dy * y * s * (1 + x * (1 - s)), dy * x * s
     return _once((dgate.astype(gate.dtype), dup.astype(up.dtype)))

@@ -10,6 +10,7 @@ rows of tables that are cut along their length travel to those who asked, not th
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +85,11 @@ def _products(
     ]
     stored = [cuts.stored(names, kernel.shape, "linear: kernel") for kernel in kernels]
     axes = cuts.of(where_x, *where_ys)
-    multiply = _by_heads(names, head) if head and platform(cuts.mesh) == "tpu" else jnp.matmul
+    multiply = jnp.matmul
+    if platform(cuts.mesh) == "tpu":
+        multiply = _by_heads(names, head) if head else multiply
+        if x.dtype == jnp.bfloat16 and inner == "mlp":
+            multiply = partial(_kernel_first, multiply)
     inside = mesh_axes(where_x[-1])  # over these, a product of parts is a part of the sum
     apart = [
         (lies, (inside, mesh_axes(goes[-1]))) for lies, goes in zip(stored, where_ys, strict=True)
@@ -105,6 +110,27 @@ def _products(
         return ys
 
     return cuts.shard_map(body, (where_x, *stored), where_ys, axes)(x, *kernels)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _kernel_first(multiply, x, kernel):
+    """A product whose kernel's gradient is computed before that of x.
+
+    Then it is on its way to where it is stored while the other is computed, and x is free; left
+    alone, a TPU's compiler computes kernels' gradients last, and holds all that they need.
+    """
+    return multiply(x, kernel)
+
+
+def _kernel_first_bwd(multiply, saved, g):
+    x, kernel = saved
+    (dkernel,) = jax.vjp(lambda kernel: multiply(x, kernel), kernel)[1](g)
+    dkernel, g = lax.optimization_barrier((dkernel, g))
+    (dx,) = jax.vjp(lambda x: multiply(x, kernel), x)[1](g)
+    return dx, dkernel
+
+
+_kernel_first.defvjp(lambda multiply, x, kernel: (multiply(x, kernel), (x, kernel)), _kernel_first_bwd)
 
 
 def _by_heads(names: Names, head: int):

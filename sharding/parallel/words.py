@@ -78,13 +78,26 @@ def word_losses(
         return _losses(x, table, targets, bias, (), chunk)
 
     def body(x, table, targets, bias):
-        table = whole(vary(table, stored, axes), mesh_axes(stored[1]), 1)
-        x, bias = vary(x, where_x, axes), vary(bias, where_b, axes)
+        x, table = _settled(vary(x, where_x, axes), vary(table, stored, axes))
+        table = whole(table, mesh_axes(stored[1]), 1)
+        bias = vary(bias, where_b, axes)
         return _losses(x, table, targets, bias, words, chunk)
 
     specs = (where_x, stored, where_t, where_b)
     mapped = cuts.shard_map(body, specs, (where_t, where_t), axes)
     return mapped(x, table, targets, bias)
+
+
+@jax.custom_vjp
+def _settled(x, table):
+    """On the way back, the table's gradient is in parts before that of x goes on.
+
+    Left alone, a TPU's compiler keeps the whole of it, and the whole table, until the last layer.
+    """
+    return x, table
+
+
+_settled.defvjp(lambda x, table: ((x, table), None), lambda _, g: lax.optimization_barrier(g))
 
 
 def _losses(x, table, targets, bias, words: tuple[str, ...], chunk: int):

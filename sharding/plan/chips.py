@@ -29,7 +29,7 @@ def _gpu(sheet: str, **others: str) -> Mapping[str, str]:
     return MappingProxyType(found | others)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Chip:
     """One device as JAX sees it: a chip, but for tpu7x, of whose chips each is two devices.
 

@@ -1,0 +1,201 @@
+"""A layout's seconds and bytes from a `Survey`, in microseconds each: what prunes thousands to a few.
+
+Computation is the longer of products at a share of the chip's rate and what they read and write;
+collectives are those that the rules imply: parameters gathered over `fsdp` for each pass that reads
+them and their gradients scattered, gradients summed over the other axes that cut rows, products
+summed over `tensor`, activations sent on along `pipe`. It is also the second opinion beside the
+compiler's timetable, and all there is where no compiler is installed.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from sharding.mesh import AXES, arranged
+from sharding.plan.hardware import Hardware
+from sharding.plan.network import seconds, way
+from sharding.plan.schedule import MEMORY_SHARE
+from sharding.plan.survey import Argument, Kept, Survey
+
+PRODUCTS = 0.85
+"""Of the peak rate, what large products reach."""
+HIDDEN = 0.9
+"""Of computation, what can hide gathers and scatters of parameters."""
+SPARE = 1.15
+"""What alignment and fragments add to arrays that live for a time."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a step takes.
+
+    Attributes:
+        seconds: of it.
+        compute: seconds of arithmetic.
+        sent: seconds of collectives, by what they are for.
+        exposed: of these, what nothing hides.
+        held: bytes of a device by kind: parameters, optimizer, batch, activations, temporaries.
+        largest: the largest arrays of a device, as (what, bytes).
+    """
+
+    seconds: float
+    compute: float
+    sent: Mapping[str, float]
+    exposed: float
+    held: Mapping[str, int]
+    largest: tuple[tuple[str, int], ...] = field(default=())
+
+    @property
+    def peak(self) -> int:
+        """Bytes of a device, all kinds."""
+        return sum(self.held.values())
+
+
+def estimate(
+    found: Survey, sizes: Mapping[str, int], machine: Hardware, *, microbatches: int = 1
+) -> Estimate:
+    """Of a step that lies on a mesh.
+
+    Args:
+        found: what it does.
+        sizes: of the mesh's axes.
+        machine: where it runs.
+        microbatches: into which a pipeline cuts the batch.
+    """
+    chip = machine.chip
+    devices = math.prod(sizes.values())
+    rate = chip.flops.get("bfloat16", 1.0)
+    stages = sizes.get("pipe", 1)
+    wait = (stages - 1) / (microbatches + stages - 1)
+    work = found.dense / (PRODUCTS * rate) + found.batched / (chip.busy * rate)
+    moved = 1.5 * found.moved / (MEMORY_SHARE * chip.hbm)
+    compute = max(work, moved) / devices / (1 - wait)
+
+    held = dict.fromkeys(("parameters", "optimizer", "batch", "activations", "temporaries"), 0)
+    largest = []
+    for argument in found.arguments:
+        mine = share(argument, sizes)
+        held[_kind(argument.path)] += mine
+        largest.append((argument.path, mine))
+    for one in found.kept:
+        mine = _part(one, sizes)
+        held["activations"] += int(SPARE * mine)
+        largest.append((f"kept of every turn: {one.dtype}{list(one.shape)}", mine))
+    held["temporaries"] += int(SPARE * sum(_part(one, sizes) for one in found.body))
+    sent: dict[str, float] = {}
+    behind = 0.0  # what computation may hide
+    for number, argument in enumerate(found.arguments):
+        uses = found.uses.get(number, 0)
+        if not uses or _kind(argument.path) != "parameters":
+            continue
+        cut = [a for axes in argument.cuts for a in axes if sizes.get(a, 1) > 1]
+        stored = [a for a in cut if a in found.batch]  # gathered where it is read
+        apart = math.prod(sizes[a] for a in cut if a not in found.batch)
+        whole = argument.bytes // apart // 2 if argument.dtype == "float32" else argument.bytes // apart
+        turns = argument.shape[0] if len(argument.shape) > 2 and found.turns > 1 else 1
+        each = whole // turns
+        if stored:
+            n = math.prod(sizes[a] for a in stored)
+            route, link = _route(machine, tuple(sizes.items()), tuple(stored))
+            gather = turns * seconds("all-gather", route, link, each // n, each)
+            scatter = turns * seconds("reduce-scatter", route, link, each, each // n)
+            sent["gather parameters"] = sent.get("gather parameters", 0.0) + uses * gather
+            sent["scatter gradients"] = sent.get("scatter gradients", 0.0) + scatter
+            behind += uses * gather + scatter
+            largest.append((f"{argument.path}, gathered", each))
+        rest = [a for a in found.batch if sizes.get(a, 1) > 1 and a not in stored]
+        if rest:
+            route, link = _route(machine, tuple(sizes.items()), tuple(rest))
+            part = whole // max(1, math.prod(sizes[a] for a in stored))
+            took = seconds("all-reduce", route, link, part, part)
+            sent["sum gradients"] = sent.get("sum gradients", 0.0) + took
+            behind += 0.5 * took
+    held["temporaries"] += _gathered(found, sizes)
+    exposed = max(0.0, behind - HIDDEN * compute)
+    for axis, size, cuts, times in found.summed:
+        if sizes.get(axis, 1) > 1:
+            part = size // math.prod(sizes.get(a, 1) for a in cuts)
+            route, link = _route(machine, tuple(sizes.items()), (axis,))
+            took = times * seconds("all-reduce", route, link, part, part)
+            sent["sum products"] = sent.get("sum products", 0.0) + took
+            exposed += took
+    if stages > 1 and found.kept:
+        part = max(_part(one, sizes) // max(one.shape[0], 1) for one in found.kept)
+        route, link = _route(machine, tuple(sizes.items()), ("pipe",))
+        took = 3 * (microbatches + stages) * part / microbatches / link
+        sent["send activations on"] = took
+        exposed += 0.3 * took
+    if sizes.get("sequence", 1) > 1:
+        part = 4 * sum(_part(one, sizes) for one in found.body) // 8
+        took = found.turns * part / chip.link
+        sent["keys and values round"] = took
+        exposed += 0.3 * took
+    largest = sorted(largest, key=lambda item: -item[1])[:5]
+    return Estimate(compute + exposed, compute, sent, exposed, held, tuple(largest))
+
+
+def share(argument: Argument, sizes: Mapping[str, int]) -> int:
+    """Bytes of an argument on one device."""
+    cut = math.prod(sizes.get(a, 1) for axes in argument.cuts for a in axes)
+    return int(argument.bytes) // cut
+
+
+def _part(one: Kept, sizes: Mapping[str, int]) -> int:
+    return int(one.bytes) // math.prod(sizes.get(a, 1) for a in one.cuts)
+
+
+def _gathered(found: Survey, sizes: Mapping[str, int]) -> int:
+    """Bytes of parameters that are whole at a time, and of their gradients before they are cut."""
+    total = 0
+    for number in found.uses:
+        argument = found.arguments[number]
+        stored = [a for axes in argument.cuts for a in axes if a in found.batch]
+        if math.prod(sizes.get(a, 1) for a in stored) == 1:
+            continue
+        turns = argument.shape[0] if len(argument.shape) > 2 and found.turns > 1 else 1
+        apart = math.prod(
+            sizes.get(a, 1) for axes in argument.cuts for a in axes if a not in found.batch
+        )
+        total += 2 * (math.prod(argument.shape) // turns // apart)
+    return total
+
+
+def _kind(path: str) -> str:
+    from sharding.plan.prediction import kind_of
+
+    return kind_of(path)
+
+
+@lru_cache(maxsize=4096)
+def _route(machine: Hardware, sizes: tuple[tuple[str, int], ...], axes: tuple[str, ...]) -> Any:
+    """The way between the devices that differ along some mesh axes."""
+    grid = placed(machine, tuple(n for _, n in sizes))
+    keep = tuple(slice(None) if a in axes else 0 for a in AXES)
+    return way(machine, machine.coords[grid[keep].reshape(-1)]), machine.chip.link
+
+
+@lru_cache(maxsize=4096)
+def placed(machine: Hardware, shape: tuple[int, ...]) -> np.ndarray:
+    """Which device stands where in a mesh of this shape, as `make_mesh` lays it out.
+
+    Args:
+        machine: whose devices.
+        shape: sizes of all of `AXES`; slices are the outermost part of `data`.
+    """
+    devices = [
+        SimpleNamespace(
+            id=n, platform=machine.chip.platform, device_kind=machine.chip.kind, process_index=0,
+            coords=[*map(int, place[1:-1]), 0][:3], core_on_chip=int(place[-1]),
+            slice_index=int(place[0]),
+        )
+        for n, place in enumerate(machine.coords)
+    ]  # fmt: skip
+    sizes = dict(zip(AXES, shape, strict=True))
+    if machine.slices > 1 and sizes["data"] % machine.slices == 0:
+        sizes |= {"dcn.data": machine.slices, "data": sizes["data"] // machine.slices}
+    return np.vectorize(lambda d: d.id, otypes=[int])(arranged(sizes, devices))

@@ -1,0 +1,377 @@
+"""`plan`: which layout a step should have on a machine that need not be here.
+
+Variants are traced once each, thousands of layouts estimated, the best few compiled by the real
+compiler; what it made is timed and ranked. Whenever it is stopped, what it knows so far stands.
+"""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from sharding.errors import ShardingError
+from sharding.mesh import AXES, sizes_of
+from sharding.plan.analytic import estimate
+from sharding.plan.compiler import LIMIT, Compiled, Refused, compile_all, missing
+from sharding.plan.hardware import Hardware, hardware
+from sharding.plan.options import OPTIONS
+from sharding.plan.prediction import Held, Prediction, predict
+from sharding.plan.program import abstract_mesh, program
+from sharding.plan.schedule import Schedule
+from sharding.plan.search import (
+    Build,
+    Candidate,
+    Variant,
+    against,
+    candidates,
+    shortlist,
+    spec_of,
+)
+from sharding.plan.survey import Survey, survey
+
+log = logging.getLogger(__name__)
+
+VERSION = 1
+"""Of `plan.json`."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A candidate, and what is known of it.
+
+    Attributes:
+        candidate: the mesh and the variant.
+        prediction: by the compiled program; by the estimate alone where `compiled` is False.
+        compiled: whether a compiler made it.
+        refused: why there is no program, where a compiler was asked in vain.
+        table: the timetable of the compiled program.
+    """
+
+    candidate: Candidate
+    prediction: Prediction
+    compiled: bool = False
+    refused: str | None = None
+    table: Schedule | None = None
+
+    @property
+    def works(self) -> bool:
+        """Whether it fits, as far as is known."""
+        return self.refused is None and self.prediction.fits
+
+    def __str__(self) -> str:
+        """As the candidate."""
+        return str(self.candidate)
+
+
+@dataclass
+class Plan:
+    """Layouts of a step, the best first.
+
+    Attributes:
+        machine: what they are for.
+        layouts: those that were compiled, then those that were estimated alone.
+        considered: how many were estimated.
+        lacking: what would have to be installed for a compiler to decide; None if one did.
+        surveys: of each variant.
+    """
+
+    machine: Hardware
+    layouts: list[Layout]
+    considered: int
+    lacking: str | None = None
+    surveys: list[tuple[Variant, Survey]] = field(default_factory=list)
+    tokens: int = 0
+    flops: float = 0.0
+
+    @property
+    def best(self) -> Layout:
+        """The fastest that works.
+
+        Raises:
+            ShardingError: none does.
+        """
+        for one in self.layouts:
+            if one.works:
+                return one
+        least = min(self.layouts, key=lambda one: one.prediction.memory.peak)
+        raise ShardingError(
+            f"none of {len(self.layouts)} layouts that were tried fits {self.machine}: {least} "
+            f"lacks {least.prediction.memory.over / 2**30:.1f} GiB of a device"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `plan.json` has it."""
+        return {
+            "version": VERSION,
+            "hardware": str(self.machine),
+            "devices": self.machine.devices,
+            "considered": self.considered,
+            "lacking": self.lacking,
+            "best": _entry(self.best),
+            "layouts": [_entry(one) for one in self.layouts],
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Writes `plan.json`."""
+        path = Path(path)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+        partial.replace(path)
+
+    def __str__(self) -> str:
+        """The ranked table."""
+        from sharding.plan.terminal import table
+
+        return table(self)
+
+
+def _entry(one: Layout) -> dict[str, Any]:
+    return {
+        "mesh": one.candidate.mesh,
+        "choices": dict(one.candidate.variant.choices),
+        "compiled": one.compiled,
+        "refused": one.refused,
+        "works": one.works,
+        "prediction": one.prediction.to_dict(),
+    }
+
+
+def plan(
+    step: Build | Sequence[Variant],
+    machine: str | Hardware,
+    *,
+    tokens: int = 0,
+    flops: float | None = None,
+    compile: int = 4,
+    seconds: float = 900.0,
+    limit: float = LIMIT,
+    folder: Path | None = None,
+    told: Callable[[str, float], None] | None = None,
+) -> Plan:
+    """Find the layout of a step for a machine.
+
+    Args:
+        step: makes the step for a mesh, `step(mesh) -> (function, arguments)`, the arguments with
+            shardings of the mesh (`placed` makes such a thing of any function); or variants of it.
+        machine: as `hardware` reads it.
+        tokens: of a step, for rates and prices.
+        flops: that the model needs for a step; counted where not given, what is computed again
+            included.
+        compile: how many layouts the compiler decides among.
+        seconds: after which nothing more is compiled.
+        limit: seconds of one program's compilation.
+        folder: of what is kept of compilations.
+        told: `told(text, seconds left)` now and then.
+
+    Returns:
+        The plan, whatever was known when the time was over.
+
+    Raises:
+        ShardingError: a machine that does not exist, a step that no mesh of it can cut, a model
+            that does not fit however it is cut.
+    """
+    began = time.monotonic()
+    machine = hardware(machine) if isinstance(machine, str) else machine
+    variants = [Variant(step)] if callable(step) else list(step)
+    say = told or (lambda text, left: None)
+    surveys = surveyed(variants, machine, say)
+    every = candidates(surveys, machine)
+    known = {id(v): s for v, s in surveys}
+    need = flops or min(s.flops for _, s in surveys)
+    chosen = shortlist(every, 8 * max(compile, 1), machine.chip.memory)
+    found = Plan(machine, [], len(every), missing(machine), surveys, tokens, need)
+    rough = {id(c): Layout(c, rough_prediction(c, machine, tokens, need)) for c in chosen}
+    layouts = dict(rough)
+    if found.lacking is None and compile:
+        _compile(
+            chosen, layouts, machine, compile, began + seconds, limit, folder, say,
+            tokens=tokens, flops=need,
+        )  # fmt: skip
+    done = [one for one in layouts.values() if one.compiled]
+    rest = [one for one in layouts.values() if not one.compiled]
+    found.layouts = sorted(done, key=_place) + sorted(rest, key=_place)
+    del known
+    return found
+
+
+def _place(one: Layout) -> tuple[bool, float]:
+    return not one.works, one.prediction.seconds
+
+
+def _compile(
+    chosen: Sequence[Candidate], layouts: dict[int, Layout], machine: Hardware, count: int,
+    until: float, limit: float, folder: Path | None, say: Callable[[str, float], None],
+    *, tokens: int, flops: float,
+) -> None:  # fmt: skip
+    """Compiles candidates until as many as wanted fit, each round what is most promising."""
+    waiting, good, took = list(chosen), 0, []
+    while waiting and good < count and time.monotonic() < until:
+        batch, waiting = waiting[: count - good], waiting[count - good :]
+        programs, kept = [], []
+        for one in batch:
+            try:
+                programs.append(program_of(one, machine))
+                kept.append(one)
+            except ShardingError as error:
+                layouts[id(one)] = replace(layouts[id(one)], refused=str(error))
+        options: dict[str, Any] = {"limit": limit, "folder": folder, "until": until}
+        for number, result in compile_all(programs, **options):
+            one = kept[number]
+            layouts[id(one)] = judged(one, result, machine, tokens, flops)
+            if isinstance(result, Compiled):
+                took.append(result.seconds)
+            good += layouts[id(one)].works
+            left = (sum(took) / len(took) if took else 60.0) * max(count - good, 0)
+            say(f"compiled {one}: {_said(layouts[id(one)])}", min(left, until - time.monotonic()))
+
+
+def _said(one: Layout) -> str:
+    if one.refused:
+        return one.refused[:90]
+    over = one.prediction.memory.over
+    if over > 0:
+        return f"{over / 2**30:.1f} GiB too much"
+    return f"{one.prediction.seconds:.3g} s a step, MFU {one.prediction.mfu:.1%}"
+
+
+def program_of(one: Candidate, machine: Hardware) -> Any:
+    """The program of a candidate, traced for its mesh."""
+    fn, args = one.variant.build(abstract_mesh(one.mesh, machine))
+    return program(fn, args, machine, one.mesh, OPTIONS.get(machine.chip.name, {}))
+
+
+def judged(
+    one: Candidate, result: Compiled | Refused, machine: Hardware, tokens: int, flops: float
+) -> Layout:
+    """What a compiler's result says of a candidate."""
+    rough = rough_prediction(one, machine, tokens, flops)
+    if isinstance(result, Refused):
+        if result.needed is None:
+            return Layout(one, rough, refused=result.reason)
+        memory = replace(rough.memory, peak=max(result.needed, rough.memory.capacity + 1))
+        return Layout(one, replace(rough, memory=memory), compiled=True, refused=result.reason)
+    found, table = predict(
+        result, machine, tokens=tokens, flops=flops, roofline=one.estimate.seconds
+    )
+    return Layout(one, found, compiled=True, table=table)
+
+
+def rough_prediction(
+    one: Candidate, machine: Hardware, tokens: int, flops: float
+) -> Prediction:
+    """A prediction by the estimate alone."""
+    own = one.estimate
+    short = {k: v for k, v in own.held.items() if k in ("parameters", "optimizer", "batch")}
+    for_a_time = own.held["activations"] + own.held["temporaries"]
+    held = Held(short, for_a_time, own.peak, machine.chip.memory, own.largest)
+    return Prediction(
+        own.seconds, tokens, flops, machine, held, own.compute, own.exposed, own.sent, {}, {},
+        own.seconds, {"seconds": "an estimate; no compiler was asked"},
+    )  # fmt: skip
+
+
+def surveyed(
+    variants: Sequence[Variant], machine: Hardware, say: Callable[[str, float], None]
+) -> list[tuple[Variant, Survey]]:
+    """Each variant, traced on a mesh of one device of the machine."""
+    alone = replace(machine, shape=(1,) * len(machine.shape), slices=1)
+    alone = replace(alone, chip=replace(machine.chip, together=1))
+    mesh = abstract_mesh("data=1", alone)
+    found = []
+    for number, variant in enumerate(variants):
+        begin = time.monotonic()
+        found.append((variant, survey(*variant.build(mesh))))
+        left = (time.monotonic() - begin) * (len(variants) - number - 1)
+        say(f"traced variant {number + 1} of {len(variants)}", left)
+    return found
+
+
+def why(
+    found: Plan, mesh: str, choices: Mapping[str, str] | None = None, **options: Any
+) -> str:
+    """What stands against a layout, and the nearest that works.
+
+    Args:
+        found: a plan of the step.
+        mesh: the layout's mesh.
+        choices: of the variant; the first that has them is taken.
+        **options: of `compile_all`.
+    """
+    machine = found.machine
+    sizes = sizes_of(mesh, machine.devices)
+    wanted = dict(choices or {})
+    variant, one = next(
+        (v, s) for v, s in found.surveys
+        if all(v.choices.get(key) == value for key, value in wanted.items())
+    )  # fmt: skip
+    shapes = [(a.shape, a.cuts) for a in one.arguments] + [*one.said.items()]
+    if (reason := against(shapes, sizes)) is not None:
+        return f"{mesh}: {reason}; {_nearest(found, sizes)}"
+    took = estimate(one, sizes, machine, microbatches=variant.staged * sizes["pipe"])
+    candidate = Candidate(spec_of(sizes, machine), sizes, variant, took)
+    layout = Layout(candidate, rough_prediction(candidate, machine, found.tokens, found.flops))
+    if found.lacking is None:
+        try:
+            traced = program_of(candidate, machine)
+            for _, result in compile_all([traced], **options):
+                layout = judged(candidate, result, machine, found.tokens, found.flops)
+        except ShardingError as error:
+            return f"{candidate}: {error}; {_nearest(found, sizes)}"
+    prediction = layout.prediction
+    if prediction.memory.over > 0:
+        largest = prediction.memory.largest or took.largest
+        what = ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in took.largest[:3] or largest)
+        return (
+            f"{candidate}: {prediction.memory.over / 2**30:.2f} GiB too much of a device's "
+            f"{prediction.memory.capacity / 2**30:.2f}; the largest are {what}; "
+            f"{_nearest(found, sizes)}"
+        )
+    if layout.refused:
+        return f"{candidate}: {layout.refused}; {_nearest(found, sizes)}"
+    slow = prediction.seconds / found.best.prediction.seconds
+    worst = max(prediction.sent.items(), key=lambda item: item[1], default=("no collective", 0.0))
+    waits = prediction.waited.get(worst[0], prediction.exposed)
+    return (
+        f"{candidate} works: {prediction.seconds:.4g} s a step, {slow:.2f} times the best's "
+        f"({found.best}); its largest collective is {worst[0]}, {worst[1]:.3g} s, of which "
+        f"{waits:.3g} s nothing hides"
+    )
+
+
+def _nearest(found: Plan, sizes: Mapping[str, int]) -> str:
+    works = [one for one in found.layouts if one.works]
+    if not works:
+        return "no layout that was tried works"
+
+    def far(one: Layout) -> float:
+        return sum(
+            abs(math.log2(one.candidate.sizes.get(a, 1) / sizes.get(a, 1))) for a in AXES
+        )
+
+    best = min(works, key=lambda one: (far(one), one.prediction.seconds))
+    return f"the nearest that works is {best}, {best.prediction.seconds:.4g} s a step"
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """The best layout of a `plan.json`, as `_entry` wrote it, with `hardware`.
+
+    Raises:
+        ShardingError: no plan, or of another version.
+    """
+    try:
+        found = json.loads(Path(path).read_text())
+        known = found["version"], found["best"]["mesh"], found["best"]["choices"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ShardingError(f"{path}: cannot be read as a plan: {error}") from error
+    if known[0] != VERSION:
+        raise ShardingError(f"{path}: a plan of version {known[0]}, expected {VERSION}")
+    return {**found["best"], "hardware": found["hardware"], "devices": found["devices"]}
+
+
+def walk_layouts(found: Plan) -> Iterator[Layout]:
+    """Those that a compiler decided on."""
+    return (one for one in found.layouts if one.compiled)

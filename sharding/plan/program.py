@@ -1,0 +1,128 @@
+"""A function and its arguments as a program for a mesh of devices that are not here.
+
+It is traced on an abstract mesh and exported as StableHLO, which any process can compile: nothing
+is pickled, and the function may come from anywhere, a notebook too.
+"""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+from sharding.errors import ShardingError
+from sharding.layout import paths
+from sharding.mesh import AXES, sizes_of
+from sharding.plan.hardware import Hardware
+
+_LOWERED = {"gpu": "cuda"}
+_KERNELS = ("LayoutConstraint", "tpu_custom_call", "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward")
+
+
+def abstract_mesh(spec: str, machine: Hardware) -> AbstractMesh:
+    """The mesh that `make_mesh` would make of the machine's devices, without devices.
+
+    Args:
+        spec: as for `make_mesh`; -1 is what the others leave.
+        machine: which devices.
+
+    Raises:
+        ShardingError: as `make_mesh`; sizes that do not multiply to the machine's devices.
+
+    >>> from sharding.plan.hardware import hardware
+    >>> mesh = abstract_mesh("fsdp=-1,tensor=4", hardware("v5e:16x16"))
+    >>> mesh.shape["fsdp"], mesh.abstract_device.platform
+    (64, 'tpu')
+    """
+    sizes = sizes_of(spec, machine.devices)
+    chip = machine.chip
+    device = AbstractDevice(chip.kind, chip.cores, chip.platform)
+    return AbstractMesh(
+        tuple(sizes[axis] for axis in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES),
+        abstract_device=device,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Program:
+    """A function that was traced for a mesh, ready to be compiled elsewhere.
+
+    Attributes:
+        code: what `jax.export` wrote.
+        names: the paths of its arguments.
+        donated: whether each is.
+        mesh: its spec.
+        machine: what it is for, as users write it.
+        options: the compiler's, by name.
+    """
+
+    code: bytes
+    names: tuple[str, ...]
+    donated: tuple[bool, ...]
+    mesh: str
+    machine: str
+    options: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def key(self) -> str:
+        """What compiling it depends on, as a name."""
+        rest = json.dumps([self.donated, self.mesh, self.machine, self.options, _versions()])
+        return hashlib.sha256(self.code + rest.encode()).hexdigest()[:32]
+
+
+def program(
+    fn: Callable[..., Any],
+    args: Any,
+    machine: Hardware,
+    mesh: str,
+    options: dict[str, str] | None = None,
+) -> Program:
+    """Trace a function for a mesh of a machine.
+
+    Args:
+        fn: jitted, or not; what it donates stays donated.
+        args: its arguments, `jax.ShapeDtypeStruct`s whose shardings are of `abstract_mesh`.
+        machine: what it is for.
+        mesh: the mesh's spec.
+        options: of the compiler.
+
+    Raises:
+        ShardingError: a function that this platform's kernels cannot be traced for here.
+    """
+    jitted = fn if hasattr(fn, "trace") else jax.jit(fn)
+    args = tuple(args)
+    leaves, tree = jax.tree.flatten(args)
+    names = paths(args)
+
+    def flat(given: dict[str, Any]) -> list[Any]:
+        return jax.tree.leaves(jitted(*jax.tree.unflatten(tree, [given[n] for n in names])))
+
+    platform = _LOWERED.get(machine.chip.platform, machine.chip.platform)
+    checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in _KERNELS]
+    checks.append(jax.export.DisabledSafetyCheck.platform())
+    info = jitted.trace(*args).args_info if hasattr(jitted, "trace") else None
+    donated = [bool(x.donated) for x in jax.tree.leaves(info)] if info else [False] * len(leaves)
+    try:
+        exported = jax.export.export(jax.jit(flat), platforms=[platform], disabled_checks=checks)(
+            dict(zip(names, leaves, strict=True))
+        )
+    except RuntimeError as error:
+        raise ShardingError(f"cannot trace for {machine}: {error}") from error
+    return Program(
+        bytes(exported.serialize()), tuple(names), tuple(donated), mesh, str(machine),
+        tuple(sorted((options or {}).items())),
+    )  # fmt: skip
+
+
+def _versions() -> list[str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = []
+    for name in ("jax", "jaxlib", "libtpu", "jax-cuda12-pjrt"):
+        with contextlib.suppress(PackageNotFoundError):
+            found.append(f"{name} {version(name)}")
+    return found

@@ -1,0 +1,188 @@
+"""Every layout that a step could have on a machine, and the few that are worth a compiler's time.
+
+A candidate is a mesh and a variant, a way to write the step: what it computes again, into how many
+microbatches it cuts the batch, what its optimiser keeps. Thousands are estimated; those that could
+fit go to the compiler, the fastest first, no two alike as long as others wait.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from jax.sharding import AbstractMesh
+
+from sharding.errors import ShardingError
+from sharding.mesh import AXES
+from sharding.plan.analytic import Estimate, estimate
+from sharding.plan.hardware import Hardware
+from sharding.plan.survey import Survey
+
+ROOM = 1.3
+"""How many times the memory an estimate may exceed before the compiler is not asked: estimates know
+neither what the compiler fuses nor what it fragments."""
+LONGEST = {"tensor": 64, "sequence": 64, "pipe": 64, "expert": 256}
+"""The most parts along an axis that are tried."""
+
+Build = Callable[[AbstractMesh], tuple[Callable[..., Any], Sequence[Any]]]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to write a step.
+
+    Attributes:
+        build: makes the step for a mesh: a function, and its arguments with shardings of the mesh.
+        choices: what distinguishes it, for people and for whoever trains by the plan.
+        staged: microbatches for each stage of a pipeline.
+    """
+
+    build: Build
+    choices: Mapping[str, str] = field(default_factory=dict)
+    staged: int = 2
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layout.
+
+    Attributes:
+        mesh: its spec, as for `make_mesh`.
+        sizes: of all axes.
+        variant: how the step is written.
+        estimate: what it should take.
+    """
+
+    mesh: str
+    sizes: Mapping[str, int]
+    variant: Variant
+    estimate: Estimate
+
+    def __str__(self) -> str:
+        """The mesh and the choices."""
+        return " ".join([self.mesh, *(f"{k}={v}" for k, v in self.variant.choices.items())])
+
+
+def spec_of(sizes: Mapping[str, int], machine: Hardware) -> str:
+    """The spec of a mesh; several slices are the outermost part of `data`.
+
+    >>> from sharding.plan.hardware import hardware
+    >>> spec_of({"data": 4, "fsdp": 32}, hardware("2*v5e:8x8"))
+    'dcn.data=2,data=2,fsdp=32'
+    """
+    parts = {axis: sizes.get(axis, 1) for axis in AXES}
+    outer = ""
+    if machine.slices > 1:
+        parts["data"] //= machine.slices
+        outer = f"dcn.data={machine.slices},"
+    text = ",".join(f"{axis}={n}" for axis, n in parts.items() if n > 1)
+    return (outer + text).rstrip(",") or "data=1"
+
+
+def meshes(found: Survey, machine: Hardware) -> Iterator[dict[str, int]]:
+    """Sizes of all meshes that the step's arrays can be cut over.
+
+    Raises:
+        ShardingError: there are none; what stands against the last way to cut.
+    """
+    devices = machine.devices
+    useful = {a for arg in found.arguments for cut in arg.cuts for a in cut}
+    useful |= {a for cuts in found.said.values() for cut in cuts for a in cut}
+    inner = {a for a in useful if a not in found.batch}
+    # `expert` cuts rows like `fsdp` does; it is of use where there are experts besides.
+    shared = {
+        a
+        for arg in found.arguments
+        for cut in arg.cuts
+        if len(arg.shape) > 2
+        for a in cut
+        if a == "expert" and cut == ("expert",)
+    }
+    axes = [a for a in AXES if a in inner | shared | ({*found.batch} - {"expert"})]
+    shapes = [(arg.shape, arg.cuts) for arg in found.arguments]
+    shapes += [*found.said.items()]
+    any_fits = False
+    for sizes in _factors(devices, axes):
+        full = dict.fromkeys(AXES, 1) | sizes
+        if machine.slices > 1 and full["data"] % machine.slices:
+            continue
+        if any(n > LONGEST.get(a, devices) for a, n in full.items()):
+            continue
+        if against(shapes, full) is None:
+            any_fits = True
+            yield full
+    if not any_fits:
+        full = dict.fromkeys(AXES, 1) | {axes[0] if axes else "data": devices}
+        why = against(shapes, full) or "no axis of the step is cut by a mesh axis"
+        raise ShardingError(f"no mesh of {devices} devices cuts this step: {why}")
+
+
+def against(
+    shapes: Sequence[tuple[tuple[int, ...], Any]], sizes: Mapping[str, int]
+) -> str | None:
+    """What a mesh cannot cut; None if it can cut everything."""
+    for shape, cuts in shapes:
+        for size, cut in zip(shape, cuts, strict=False):
+            parts = math.prod(sizes.get(a, 1) for a in cut)
+            if parts > 1 and size % parts:
+                over = ",".join(a for a in cut if sizes.get(a, 1) > 1)
+                return f"an axis of {size} does not divide into {parts} parts ({over})"
+    return None
+
+
+def _factors(devices: int, axes: Sequence[str]) -> Iterator[dict[str, int]]:
+    if not axes:
+        if devices == 1:
+            yield {}
+        return
+    head, *rest = axes
+    for size in range(1, devices + 1):
+        if devices % size == 0:
+            for others in _factors(devices // size, rest):
+                yield {head: size, **others}
+
+
+def candidates(
+    surveys: Sequence[tuple[Variant, Survey]], machine: Hardware
+) -> list[Candidate]:
+    """All layouts of all variants with what they should take, the fastest that could fit first.
+
+    Raises:
+        ShardingError: no mesh cuts the step, or nothing could fit, however it is cut.
+    """
+    found = []
+    for variant, one in surveys:
+        for sizes in meshes(one, machine):
+            took = estimate(one, sizes, machine, microbatches=variant.staged * sizes["pipe"])
+            found.append(Candidate(spec_of(sizes, machine), sizes, variant, took))
+    could = [c for c in found if c.estimate.peak <= ROOM * machine.chip.memory]
+    if not could:
+        least = min(found, key=lambda c: c.estimate.peak)
+        kinds = ", ".join(f"{k} {v / 2**30:.1f}" for k, v in least.estimate.held.items() if v)
+        raise ShardingError(
+            f"no layout fits {machine}: the least is {least.estimate.peak / 2**30:.1f} GiB a device "
+            f"of {machine.chip.memory / 2**30:.1f}, by {least} ({kinds} GiB); take more devices, "
+            "fewer or shorter rows, 8-bit moments or adapters"
+        )
+    return sorted(could, key=lambda c: (c.estimate.seconds, c.estimate.peak))
+
+
+def shortlist(every: Sequence[Candidate], count: int, memory: int) -> list[Candidate]:
+    """The first to compile: fast, likely to fit, and unlike each other.
+
+    Of each mesh at most two variants are taken as long as other meshes wait; those whose estimate
+    exceeds the memory wait behind those that do not, unless they are a tenth faster.
+    """
+    def place(one: Candidate) -> tuple[float, float]:
+        full = one.estimate.peak > memory
+        return one.estimate.seconds * (1.1 if full else 1.0), one.estimate.peak
+
+    chosen: list[Candidate] = []
+    often: dict[str, int] = {}
+    for one in sorted(every, key=place):
+        if often.get(one.mesh, 0) < 2:
+            often[one.mesh] = often.get(one.mesh, 0) + 1
+            chosen.append(one)
+        if len(chosen) == count:
+            break
+    return chosen
