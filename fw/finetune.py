@@ -37,6 +37,7 @@ from fw.export.save import replacing
 from fw.json_files import is_writer
 from fw.model import Model
 from fw.optimizer import learning_rate, optimizer
+from fw.planning import planned
 from fw.processors import Change, Processor, Text, processor_of
 from fw.recipe import NEW, Finetune, locate
 from fw.sparsity import all_gone, sparsified
@@ -51,7 +52,7 @@ from sharding import rules as make_rules
 from sharding.parallel.averages import workers
 
 # What a resumed run may do differently: none of it changes a number but in its last digits.
-MAY_CHANGE = ("run", "mesh", "rules", "remat", "log_every", "keep_last", "keep_best")
+MAY_CHANGE = ("run", "mesh", "plan", "rules", "remat", "log_every", "keep_last", "keep_best")
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ def finetune(recipe: Finetune, *, resume: bool = False, moved: Collection[str] =
       sharding.ShardingError: a mesh that the machine, the batch or the model does not fit.
     """
     began = time.perf_counter()
+    recipe = planned(recipe)
     mesh, rules = make_mesh(recipe.mesh), make_rules(recipe.rules)
     # Refuses now what the first step would, after the data is read and the run's folder is made.
     computed = recipe.computed(mesh)

@@ -26,6 +26,7 @@ transformers reads those it knows), with --lora adapter/ (as PEFT reads it), and
   fw finetune ... --lora 8                          train adapters; --lora-base nf4: over codes
   fw finetune ... --teacher runs/large              learn from a finished run, too
   fw finetune ... --mesh data=2,fsdp=2,tensor=2     the same numbers on 8 devices
+  fw finetune ... --plan plan.json                  on the layout that fw plan found best
   mpirun -n 2 fw finetune ... --mesh data=2         the same in two processes, also with srun
   fw finetune ... --resume                          go on where it stopped, on any mesh
 """
@@ -34,7 +35,7 @@ transformers reads those it knows), with --lora adapter/ (as PEFT reads it), and
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     """Adds the subcommand."""
     parser = subparsers.add_parser(
-        "finetune", help="train on a data set", description=_HELP,
+        "finetune", aliases=["train"], help="train on a data set", description=_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")

@@ -14,6 +14,7 @@ _HELP = """\
 From a pretrained checkpoint to a small, verified artifact:
 
   fw fetch all-MiniLM-L6-v2                      a pinned model or data set, verified
+  fw plan --model NAME --hardware v5e:16x16 ...  the best layout for a machine that is not here
   fw finetune --task ner --data DIR --run RUN    train on any mesh; --resume goes on
   fw eval RUN                                    the report on the test split
   fw prune RUN SMALL --parameters 0.7            fewer heads, neurons and layers; SMALL learns again
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     # Here for the same reason as in `main`.
     from fw import assets
-    from fw.cli import finetune, generate, stages
+    from fw.cli import finetune, generate, plan, stages
     from fw.export import command
 
     parser = argparse.ArgumentParser(
@@ -72,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for add in (
         assets.add_parser,
+        plan.add_parser,
         finetune.add_parser,
         stages.add_eval,
         stages.add_prune,

@@ -1,0 +1,23 @@
+"""Layouts for machines that need not be here: estimated by the thousand, compiled, timed, ranked."""
+
+from sharding.plan.chips import CHIPS, Chip
+from sharding.plan.hardware import Hardware, hardware, legal
+from sharding.plan.plan import Layout, Plan, load, plan, why
+from sharding.plan.prediction import Prediction
+from sharding.plan.search import Candidate, Variant
+
+__all__ = [
+    "CHIPS",
+    "Candidate",
+    "Chip",
+    "Hardware",
+    "Layout",
+    "Plan",
+    "Prediction",
+    "Variant",
+    "hardware",
+    "legal",
+    "load",
+    "plan",
+    "why",
+]

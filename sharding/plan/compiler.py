@@ -166,10 +166,17 @@ def _start(program: Program, folder: Path) -> subprocess.Popen:
     with (where / "log.txt").open("w") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "sharding.plan.worker", str(where)],
-            env=kept | TPU | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            env=kept | TPU | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **_cpus(program)},
             stdout=log,
             stderr=log,
         )
+
+
+def _cpus(program: Program) -> dict[str, str]:
+    if not program.machine.endswith("cpu"):
+        return {}
+    count = program.machine.removesuffix("cpu").removesuffix("*") or "1"
+    return {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
 
 
 def _finish(program: Program, folder: Path, process: subprocess.Popen) -> Compiled | Refused:

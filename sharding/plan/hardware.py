@@ -33,7 +33,7 @@ class Hardware:
     Attributes:
         chip: what it is made of.
         shape: chips of a slice along the axes of its torus; (nodes, GPUs) of GPUs; (cores,).
-        slices: how many there are.
+        slices: how many there are; of a CPU, how many devices JAX makes of it.
     """
 
     chip: Chip
@@ -43,7 +43,7 @@ class Hardware:
     def __str__(self) -> str:
         """As users write it."""
         if self.chip.platform == "cpu":
-            return "cpu"
+            return "cpu" if self.slices == 1 else f"{self.slices}*cpu"
         shape = self.shape if self.chip.dims else (self.shape[0], GPUS)
         name = f"{self.chip.name}:{'x'.join(map(str, shape))}"
         return name if self.slices == 1 else f"{self.slices}*{name}"
@@ -51,7 +51,7 @@ class Hardware:
     @property
     def chips(self) -> int:
         """Of all slices."""
-        return 1 if self.chip.platform == "cpu" else self.slices * math.prod(self.shape)
+        return self.slices * (1 if self.chip.platform == "cpu" else math.prod(self.shape))
 
     @property
     def devices(self) -> int:
@@ -74,7 +74,7 @@ class Hardware:
     def coords(self) -> np.ndarray:
         """Where every device is: int [devices, 2 + axes], of (slice, place..., device of a chip)."""
         if self.chip.dims == 0:
-            shape = self.shape if self.chip.platform == "gpu" else (1, 1)
+            shape = self.shape if self.chip.platform == "gpu" else (1, self.slices)
             return np.array([(0, *place, 0) for place in np.ndindex(*shape)])
         grid = [
             (s, *reversed(place), core)
@@ -106,8 +106,8 @@ def hardware(text: str) -> Hardware:
     ...
     sharding.errors.ShardingError: v5e has no slice of 3x5 (15 chips); the nearest are 4x4, 2x4
     """
-    if text == "cpu":
-        return Hardware(this_cpu(), (_cores(),))
+    if one := re.fullmatch(r"(?:([1-9]\d*)\*)?cpu", text):
+        return Hardware(this_cpu(), (_cores(),), int(one[1] or 1))
     found = re.fullmatch(r"(?:(\d+)\*)?([\w-]+?)(?::(\d+(?:x\d+)*))?", text)
     if found is None or found[2] not in CHIPS or found[3] is None:
         name = found[2] if found else text

@@ -72,7 +72,7 @@ def spec_of(sizes: Mapping[str, int], machine: Hardware) -> str:
     """
     parts = {axis: sizes.get(axis, 1) for axis in AXES}
     outer = ""
-    if machine.slices > 1:
+    if machine.slices > 1 and machine.chip.platform != "cpu":
         parts["data"] //= machine.slices
         outer = f"dcn.data={machine.slices},"
     text = ",".join(f"{axis}={n}" for axis, n in parts.items() if n > 1)
@@ -104,7 +104,7 @@ def meshes(found: Survey, machine: Hardware) -> Iterator[dict[str, int]]:
     any_fits = False
     for sizes in _factors(devices, axes):
         full = dict.fromkeys(AXES, 1) | sizes
-        if machine.slices > 1 and full["data"] % machine.slices:
+        if machine.chip.dims and full["data"] % machine.slices:
             continue
         if any(n > LONGEST.get(a, devices) for a, n in full.items()):
             continue
@@ -170,18 +170,23 @@ def candidates(
 def shortlist(every: Sequence[Candidate], count: int, memory: int) -> list[Candidate]:
     """The first to compile: fast, likely to fit, and unlike each other.
 
-    Of each mesh at most two variants are taken as long as other meshes wait; those whose estimate
-    exceeds the memory wait behind those that do not, unless they are a tenth faster.
+    Of the meshes that cut products, lengths and layers alike, at most two are taken with each way
+    to compute again; those whose estimate exceeds the memory wait behind those that do not, unless
+    they are a tenth faster. Seconds that should be hidden count a tenth: some never are.
     """
+
     def place(one: Candidate) -> tuple[float, float]:
-        full = one.estimate.peak > memory
-        return one.estimate.seconds * (1.1 if full else 1.0), one.estimate.peak
+        own = one.estimate
+        risk = own.seconds + 0.1 * sum(own.sent.values())
+        return risk * (1.1 if own.peak > memory else 1.0), own.peak
 
     chosen: list[Candidate] = []
-    often: dict[str, int] = {}
+    often: dict[Any, int] = {}
     for one in sorted(every, key=place):
-        if often.get(one.mesh, 0) < 2:
-            often[one.mesh] = often.get(one.mesh, 0) + 1
+        alike = tuple(one.sizes.get(a, 1) for a in ("tensor", "sequence", "pipe", "expert"))
+        key = alike, one.variant.choices.get("remat")
+        if often.get(key, 0) < 2:
+            often[key] = often.get(key, 0) + 1
             chosen.append(one)
         if len(chosen) == count:
             break

@@ -88,7 +88,7 @@ def devices(machine: Any) -> list[Any]:
 
     chip, shape = machine.chip, machine.shape
     if chip.platform == "cpu":
-        return jax.devices("cpu")[:1]
+        return jax.devices("cpu")[: machine.devices]
     if chip.platform == "gpu":
         topology = f"{1}x{shape[0]}x{shape[1]}"
         found = topologies.get_topology_desc(
