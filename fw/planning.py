@@ -35,10 +35,9 @@ from fw.models.stack_layout import default_microbatches, scans
 from fw.optimizer import AdamW, optimizer
 from fw.step import abstract_state, make_step
 from fw.tasks import make_task
-from sharding import plan as planner
 from sharding import rules as make_rules
 from sharding.layout import fit
-from sharding.plan import CHIPS, Hardware, Plan, Variant, hardware
+from sharding.plan import CHIPS, Hardware, Plan, Variant, hardware, load, plan_variants
 from sharding.rules import BATCH
 
 _LLAMA = {"model_type": "llama", "rms_norm_eps": 1e-5, "hidden_act": "silu"}
@@ -64,7 +63,8 @@ KNOWN: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "mixtral-8x7b": _llama(
             32_000, 4096, 32, 32, 8, 14_336, num_local_experts=8, num_experts_per_tok=2
         ) | {"model_type": "mixtral"},
-        "qwen3-8b": _llama(151_936, 4096, 36, 32, 8, 12_288, head_dim=128) | {"model_type": "qwen3"},
+        "qwen3-8b": _llama(151_936, 4096, 36, 32, 8, 12_288, head_dim=128)
+        | {"model_type": "qwen3"},
     }
 )  # fmt: skip
 """Sizes of models that many train, by name, as their `config.json` has them."""
@@ -172,6 +172,7 @@ def source_of(work: Work) -> _Source:
     return _Source(family, found, head)
 
 
+_IMAGES = ("image_classification", "segmentation")
 _WORDS = ("causal_lm", "masked_lm", "embedding")
 
 
@@ -219,7 +220,7 @@ def _batch(
 ) -> tuple[dict[str, tuple[tuple[int, ...], Any]], bool]:
     """Shapes and dtypes of a batch by name, and whether it is of images."""
     rows, length, task = work.batch, work.length, source.head.task
-    if task in ("image_classification", "segmentation"):
+    if task in _IMAGES:
         config = model.config
         side = getattr(config, "size", None) or getattr(config, "image_size", 224)
         height, width = side if isinstance(side, tuple) else (side, side)
@@ -309,8 +310,10 @@ def plan_training(
     """
     machine = hardware(machine) if isinstance(machine, str) else machine
     ways, source = variants(work)
-    tokens = work.batch * (1 if source.head.task in ("image_classification", "segmentation") else work.length)
-    return planner.plan(
+    tokens = work.batch * (
+        1 if source.head.task in ("image_classification", "segmentation") else work.length
+    )
+    return plan_variants(
         ways, machine, tokens=tokens, flops=model_flops(work, source), compile=compile,
         seconds=seconds, told=told, **options,
     )  # fmt: skip
@@ -341,7 +344,7 @@ def planned(recipe: Any) -> Any:
         best = plan_training(work, here(), compile=2, seconds=300.0).best
         mesh, choices, devices = best.candidate.mesh, best.candidate.variant.choices, count
     else:
-        found = planner.load(recipe.plan)
+        found = load(recipe.plan)
         mesh, choices, devices = found["mesh"], found["choices"], found["devices"]
     if devices != count:
         raise FwError(

@@ -15,6 +15,7 @@ from sharding.parallel.routing import balance_loss, route, usage, z_loss
 from sharding.parallel.topk import top_k
 from sharding.parallel.words import word_losses
 from sharding.place import build, create, fill, gather, put
+from sharding.plan.plan import plan
 from sharding.processes.cluster import Cluster, beat, start
 from sharding.program import Collective, ContractError, Memory, Report, contract, inspect
 from sharding.rules import ACTIVATIONS, PRESETS, Rules, rules
@@ -55,6 +56,7 @@ __all__ = [
     "names",
     "paths",
     "pipeline",
+    "plan",
     "put",
     "ring_attention",
     "route",

@@ -28,7 +28,11 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     add = parser.add_argument
-    add("--model", default="", help="a name (llama-2-70b, all-MiniLM-L6-v2 …), a folder, a config.json")
+    add(
+        "--model",
+        default="",
+        help="llama-2-70b, all-MiniLM-L6-v2 …, a folder, a config.json",
+    )
     add("--hardware", default="", help="v5e:16x16, 2*v5p:8x8x8, h100:4x8, cpu; see --list-hardware")
     add("--list-hardware", action="store_true", help="every chip, its figures and their sources")
     add("--batch", type=int, default=0, help="rows of a step, all devices together")

@@ -110,7 +110,9 @@ def _memory(layouts: Sequence[Layout]) -> Element:
         top, across = 24.0 + row * height, float(left)
         held = one.prediction.memory
         parts = [*held.kinds.items(), ("activations and temporaries", held.activations)]
-        marks.append(tag("text", title_of(str(one)), name, x=left - 8, y=top + 15, text_anchor="end"))
+        marks.append(
+            tag("text", title_of(str(one)), name, x=left - 8, y=top + 15, text_anchor="end")
+        )
         for kind, amount in parts:
             width = room * amount / most
             marks.append(
@@ -175,7 +177,15 @@ def _lanes(title: str, events: Sequence[Event], total: float) -> Element:
         if send:
             text += f", {size(event.bytes)} over {event.axes}, waits {seconds(event.waits)}"
         marks.append(
-            tag("rect", title_of(text), x=x, y=top, width=max(width - 0.3, 0.3), height=16, fill=colour)
+            tag(
+                "rect",
+                title_of(text),
+                x=x,
+                y=top,
+                width=max(width - 0.3, 0.3),
+                height=16,
+                fill=colour,
+            )
         )
     marks += [
         tag("text", "0", x=left, y=64, text_anchor="middle", class_="axis"),
@@ -197,7 +207,9 @@ def _travel(best: Layout) -> Element:
 def _slice(found: Plan, best: Layout) -> list[Element]:
     """Every chip of the machine, coloured by the part of a parameter that it holds."""
     machine, sizes = found.machine, best.candidate.sizes
-    arguments = [a for a in found.surveys[0][1].arguments if "params" in a.path] if found.surveys else []
+    arguments = (
+        [a for a in found.surveys[0][1].arguments if "params" in a.path] if found.surveys else []
+    )
     if not arguments:
         return []
     largest = max(arguments, key=lambda a: a.bytes)
@@ -250,7 +262,9 @@ def _pareto(layouts: Sequence[Layout]) -> Element:
     marks: list[Child] = []
 
     def at(x: float, y: float) -> tuple[float, float]:
-        return left + (WIDTH - left - 20) * x / most_x, height - bottom - (height - bottom - 10) * y / most_y
+        return left + (WIDTH - left - 20) * x / most_x, height - bottom - (
+            height - bottom - 10
+        ) * y / most_y
 
     capacity = layouts[0].prediction.memory.capacity
     if capacity < most_x:
@@ -269,7 +283,9 @@ def _pareto(layouts: Sequence[Layout]) -> Element:
         tag("text", "memory of a device", x=(WIDTH + left) / 2, y=height - 4, text_anchor="middle"),
         tag("text", "seconds a step", x=4, y=12, class_="unit"),
         tag("text", seconds(most_y), x=left - 6, y=22, text_anchor="end", class_="axis"),
-        tag("text", size(int(most_x)), x=WIDTH - 20, y=height - 14, text_anchor="end", class_="axis"),
+        tag(
+            "text", size(int(most_x)), x=WIDTH - 20, y=height - 14, text_anchor="end", class_="axis"
+        ),
     ]
     return columns([canvas("speed and memory", (WIDTH, height), *marks)])
 

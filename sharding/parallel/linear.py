@@ -130,7 +130,7 @@ def _kernel_first_bwd(multiply, saved, g):
     return dx, dkernel
 
 
-_kernel_first.defvjp(lambda multiply, x, kernel: (multiply(x, kernel), (x, kernel)), _kernel_first_bwd)
+_kernel_first.defvjp(lambda multiply, x, k: (multiply(x, k), (x, k)), _kernel_first_bwd)
 
 
 def _by_heads(names: Names, head: int):

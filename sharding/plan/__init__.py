@@ -1,8 +1,8 @@
-"""Layouts for machines that need not be here: estimated by the thousand, compiled, timed, ranked."""
+"""Layouts for machines that need not be here: estimated by the thousand, compiled, ranked."""
 
 from sharding.plan.chips import CHIPS, Chip
 from sharding.plan.hardware import Hardware, hardware, legal
-from sharding.plan.plan import Layout, Plan, load, plan, why
+from sharding.plan.plan import Layout, Plan, load, plan, plan_variants, why
 from sharding.plan.prediction import Prediction
 from sharding.plan.search import Candidate, Variant
 
@@ -19,5 +19,6 @@ __all__ = [
     "legal",
     "load",
     "plan",
+    "plan_variants",
     "why",
 ]

@@ -1,4 +1,4 @@
-"""A layout's seconds and bytes from a `Survey`, in microseconds each: what prunes thousands to a few.
+"""A layout's seconds and bytes from a `Survey`, within a millisecond: thousands become a few.
 
 Computation is the longer of products at a share of the chip's rate and what they read and write;
 collectives are those that the rules imply: parameters gathered over `fsdp` for each pass that reads
@@ -9,7 +9,7 @@ compiler's timetable, and all there is where no compiler is installed.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +20,7 @@ from sharding.mesh import AXES, arranged
 from sharding.plan.hardware import Hardware
 from sharding.plan.network import seconds, way
 from sharding.plan.schedule import MEMORY_SHARE
-from sharding.plan.survey import Argument, Kept, Survey
+from sharding.plan.survey import Argument, Kept, Survey, kind_of
 
 PRODUCTS = 0.85
 """Of the peak rate, what large products reach."""
@@ -48,7 +48,7 @@ class Estimate:
     sent: Mapping[str, float]
     exposed: float
     held: Mapping[str, int]
-    largest: tuple[tuple[str, int], ...] = field(default=())
+    largest: tuple[tuple[str, int], ...] = ()
 
     @property
     def peak(self) -> int:
@@ -67,56 +67,90 @@ def estimate(
         machine: where it runs.
         microbatches: into which a pipeline cuts the batch.
     """
-    chip = machine.chip
-    devices = math.prod(sizes.values())
+    compute = _compute(found, sizes, machine, microbatches)
+    held, largest = _held(found, sizes)
+    sent, hidden = _of_parameters(found, sizes, machine)
+    exposed = max(0.0, hidden - HIDDEN * compute)
+    more, waits = _of_activations(found, sizes, machine, microbatches)
+    exposed += waits
+    return Estimate(compute + exposed, compute, sent | more, exposed, held, largest)
+
+
+def _compute(
+    found: Survey, sizes: Mapping[str, int], machine: Hardware, microbatches: int
+) -> float:
+    chip, stages = machine.chip, sizes.get("pipe", 1)
     rate = chip.flops.get("bfloat16", 1.0)
-    stages = sizes.get("pipe", 1)
     wait = (stages - 1) / (microbatches + stages - 1)
     work = found.dense / (PRODUCTS * rate) + found.batched / (chip.busy * rate)
     moved = 1.5 * found.moved / (MEMORY_SHARE * chip.hbm)
-    compute = max(work, moved) / devices / (1 - wait)
+    return max(work, moved) / math.prod(sizes.values()) / (1 - wait)
 
+
+def _held(
+    found: Survey, sizes: Mapping[str, int]
+) -> tuple[dict[str, int], tuple[tuple[str, int], ...]]:
+    """Bytes of a device by kind, and its largest arrays."""
     held = dict.fromkeys(("parameters", "optimizer", "batch", "activations", "temporaries"), 0)
     largest = []
     for argument in found.arguments:
         mine = share(argument, sizes)
-        held[_kind(argument.path)] += mine
+        held[kind_of(argument.path)] += mine
         largest.append((argument.path, mine))
     for one in found.kept:
         mine = _part(one, sizes)
         held["activations"] += int(SPARE * mine)
         largest.append((f"kept of every turn: {one.dtype}{list(one.shape)}", mine))
     held["temporaries"] += int(SPARE * sum(_part(one, sizes) for one in found.body))
+    held["temporaries"] += _gathered(found, sizes)
+    return held, tuple(sorted(largest, key=lambda item: -item[1])[:5])
+
+
+def _of_parameters(
+    found: Survey, sizes: Mapping[str, int], machine: Hardware
+) -> tuple[dict[str, float], float]:
+    """Seconds that parameters and their gradients travel, and of these what can be hidden."""
     sent: dict[str, float] = {}
-    behind = 0.0  # what computation may hide
-    for number, argument in enumerate(found.arguments):
-        uses = found.uses.get(number, 0)
-        if not uses or _kind(argument.path) != "parameters":
+    hidden = 0.0
+
+    def add(what: str, took: float) -> None:
+        sent[what] = sent.get(what, 0.0) + took
+
+    for number, uses in found.uses.items():
+        argument = found.arguments[number]
+        if kind_of(argument.path) != "parameters":
             continue
         cut = [a for axes in argument.cuts for a in axes if sizes.get(a, 1) > 1]
-        stored = [a for a in cut if a in found.batch]  # gathered where it is read
+        stored = tuple(a for a in cut if a in found.batch)  # gathered where it is read
         apart = math.prod(sizes[a] for a in cut if a not in found.batch)
-        whole = argument.bytes // apart // 2 if argument.dtype == "float32" else argument.bytes // apart
-        turns = argument.shape[0] if len(argument.shape) > 2 and found.turns > 1 else 1
-        each = whole // turns
+        wide = 2 if argument.dtype == "float32" else 1  # it travels in half of them
+        whole = argument.bytes // apart // wide
+        turns = _turns(found, argument)
         if stored:
             n = math.prod(sizes[a] for a in stored)
-            route, link = _route(machine, tuple(sizes.items()), tuple(stored))
-            gather = turns * seconds("all-gather", route, link, each // n, each)
+            each = whole // turns
+            route, link = _route(machine, tuple(sizes.items()), stored)
+            gather = uses * turns * seconds("all-gather", route, link, each // n, each)
             scatter = turns * seconds("reduce-scatter", route, link, each, each // n)
-            sent["gather parameters"] = sent.get("gather parameters", 0.0) + uses * gather
-            sent["scatter gradients"] = sent.get("scatter gradients", 0.0) + scatter
-            behind += uses * gather + scatter
-            largest.append((f"{argument.path}, gathered", each))
-        rest = [a for a in found.batch if sizes.get(a, 1) > 1 and a not in stored]
+            add("gather parameters", gather)
+            add("scatter gradients", scatter)
+            hidden += gather + scatter
+        rest = tuple(a for a in found.batch if sizes.get(a, 1) > 1 and a not in stored)
         if rest:
-            route, link = _route(machine, tuple(sizes.items()), tuple(rest))
+            route, link = _route(machine, tuple(sizes.items()), rest)
             part = whole // max(1, math.prod(sizes[a] for a in stored))
             took = seconds("all-reduce", route, link, part, part)
-            sent["sum gradients"] = sent.get("sum gradients", 0.0) + took
-            behind += 0.5 * took
-    held["temporaries"] += _gathered(found, sizes)
-    exposed = max(0.0, behind - HIDDEN * compute)
+            add("sum gradients", took)
+            hidden += 0.5 * took
+    return sent, hidden
+
+
+def _of_activations(
+    found: Survey, sizes: Mapping[str, int], machine: Hardware, microbatches: int
+) -> tuple[dict[str, float], float]:
+    """Seconds that activations travel, and of these what nothing hides."""
+    sent: dict[str, float] = {}
+    exposed = 0.0
     for axis, size, cuts, times in found.summed:
         if sizes.get(axis, 1) > 1:
             part = size // math.prod(sizes.get(a, 1) for a in cuts)
@@ -124,19 +158,24 @@ def estimate(
             took = times * seconds("all-reduce", route, link, part, part)
             sent["sum products"] = sent.get("sum products", 0.0) + took
             exposed += took
+    stages, link = sizes.get("pipe", 1), machine.chip.link
     if stages > 1 and found.kept:
         part = max(_part(one, sizes) // max(one.shape[0], 1) for one in found.kept)
-        route, link = _route(machine, tuple(sizes.items()), ("pipe",))
         took = 3 * (microbatches + stages) * part / microbatches / link
         sent["send activations on"] = took
         exposed += 0.3 * took
-    if sizes.get("sequence", 1) > 1:
-        part = 4 * sum(_part(one, sizes) for one in found.body) // 8
-        took = found.turns * part / chip.link
+    if sizes.get("sequence", 1) > 1:  # keys and values, and their gradients, of every layer
+        part = sum(_part(one, sizes) for one in found.body) // 2
+        took = found.turns * part / link
         sent["keys and values round"] = took
         exposed += 0.3 * took
-    largest = sorted(largest, key=lambda item: -item[1])[:5]
-    return Estimate(compute + exposed, compute, sent, exposed, held, tuple(largest))
+    return sent, exposed
+
+
+def _turns(found: Survey, argument: Argument) -> int:
+    """Of the loop that reads an argument part by part."""
+    stacked = len(argument.shape) > 2 and argument.shape[0] == found.turns
+    return found.turns if stacked else 1
 
 
 def share(argument: Argument, sizes: Mapping[str, int]) -> int:
@@ -157,18 +196,12 @@ def _gathered(found: Survey, sizes: Mapping[str, int]) -> int:
         stored = [a for axes in argument.cuts for a in axes if a in found.batch]
         if math.prod(sizes.get(a, 1) for a in stored) == 1:
             continue
-        turns = argument.shape[0] if len(argument.shape) > 2 and found.turns > 1 else 1
+        turns = _turns(found, argument)
         apart = math.prod(
             sizes.get(a, 1) for axes in argument.cuts for a in axes if a not in found.batch
         )
         total += 2 * (math.prod(argument.shape) // turns // apart)
     return total
-
-
-def _kind(path: str) -> str:
-    from sharding.plan.prediction import kind_of
-
-    return kind_of(path)
 
 
 @lru_cache(maxsize=4096)

@@ -73,7 +73,11 @@ class Refused:
 def cache() -> Path:
     """Where compiled programs are kept: `$FW_CACHE/plan`, or the user's cache directory."""
     home = os.environ.get("FW_CACHE")
-    base = Path(home) if home else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "fw"
+    base = (
+        Path(home)
+        if home
+        else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "fw"
+    )
     return base / "plan"
 
 
@@ -122,7 +126,9 @@ def compile_all(
     running: dict[int, tuple[subprocess.Popen, float]] = {}
     try:
         while waiting or running:
-            while waiting and len(running) < workers and (until is None or time.monotonic() < until):
+            while (
+                waiting and len(running) < workers and (until is None or time.monotonic() < until)
+            ):
                 number = waiting.pop(0)
                 running[number] = (_start(programs[number], folder), time.monotonic())
                 if told:
@@ -166,7 +172,9 @@ def _start(program: Program, folder: Path) -> subprocess.Popen:
     with (where / "log.txt").open("w") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "sharding.plan.worker", str(where)],
-            env=kept | TPU | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **_cpus(program)},
+            env=kept
+            | TPU
+            | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **_cpus(program)},
             stdout=log,
             stderr=log,
         )

@@ -72,7 +72,7 @@ class Hardware:
 
     @cached_property
     def coords(self) -> np.ndarray:
-        """Where every device is: int [devices, 2 + axes], of (slice, place..., device of a chip)."""
+        """Where every device is: int [devices, 2 + axes], (slice, place..., device of a chip)."""
         if self.chip.dims == 0:
             shape = self.shape if self.chip.platform == "gpu" else (1, self.slices)
             return np.array([(0, *place, 0) for place in np.ndindex(*shape)])
@@ -125,8 +125,8 @@ def hardware(text: str) -> Hardware:
     if chip.dims == 0:
         if len(shape) > 2 or 0 in shape or (len(shape) == 2 and not _node(*shape)):
             raise ShardingError(
-                f"{chip.name}:{_join(shape)}: expected nodes x GPUs of a node, which has {GPUS}, as "
-                f"in {chip.name}:4x{GPUS}, or {chip.name}:1x1, 1x2 and 1x4 of one"
+                f"{chip.name}:{_join(shape)}: expected nodes x GPUs of a node, which has {GPUS}, "
+                f"as in {chip.name}:4x{GPUS}, or {chip.name}:1x1, 1x2 and 1x4 of one"
             )
         nodes, each = shape if len(shape) == 2 else (1, shape[0])
         if not _node(nodes, each):
@@ -173,8 +173,8 @@ def this_cpu() -> Chip:
         "hbm": "a guess: 10 GB/s a core",
     }  # fmt: skip
     return Chip(
-        "cpu", "cpu", "cpu", _memory(), {"float32": rate, "bfloat16": faster * rate}, hbm=10e9 * cores,
-        link=10e9, dcn=1e9, price=0.0, sources=sources,
+        "cpu", "cpu", "cpu", _memory(), {"float32": rate, "bfloat16": faster * rate},
+        hbm=10e9 * cores, link=10e9, dcn=1e9, price=0.0, sources=sources,
     )  # fmt: skip
 
 

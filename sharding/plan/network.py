@@ -80,9 +80,7 @@ def way(machine: Hardware, coords: np.ndarray) -> Way:
     return Way(inside, rate, spread, hops, outer, rate_outside)
 
 
-def seconds(
-    kind: str, route: Way, link: float, operand: int, result: int
-) -> float:
+def seconds(kind: str, route: Way, link: float, operand: int, result: int) -> float:
     """How long a collective takes that has the network to itself.
 
     Args:

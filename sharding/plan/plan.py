@@ -8,13 +8,19 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import jax
+from jax.sharding import AbstractMesh
+
+from sharding.context import scope
 from sharding.errors import ShardingError
+from sharding.layout import fit, is_names, shardings
 from sharding.mesh import AXES, sizes_of
+from sharding.names import names
 from sharding.plan.analytic import estimate
 from sharding.plan.compiler import LIMIT, Compiled, Refused, compile_all, missing
 from sharding.plan.hardware import Hardware, hardware
@@ -32,6 +38,8 @@ from sharding.plan.search import (
     spec_of,
 )
 from sharding.plan.survey import Survey, survey
+from sharding.rules import Rules
+from sharding.rules import rules as make_rules
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +149,98 @@ def _entry(one: Layout) -> dict[str, Any]:
 
 
 def plan(
-    step: Build | Sequence[Variant],
+    step: Callable[..., Any],
+    args: Sequence[Any],
+    machine: str | Hardware,
+    *,
+    axes: Sequence[Any],
+    rules: Rules | None = None,
+    donate: int | Sequence[int] = (),
+    **options: Any,
+) -> Plan:
+    """Find the layout of any function for a machine that need not be here.
+
+    Args:
+        step: a function of arrays; what it says with `constrain` about its activations is heard.
+        args: its arguments, arrays or `jax.ShapeDtypeStruct`s.
+        machine: as `hardware` reads it.
+        axes: for each argument the names of its axes: of a tree of parameters, and of what an
+            optimiser keeps of them, a tree of names or patterns over paths, as `names` takes them;
+            of a batch one tuple for all of its arrays, such as ("batch", None).
+        rules: where names go; the preset "fsdp_tensor" by default.
+        donate: which arguments the step takes over, as `jax.jit` has it.
+        **options: of `plan_variants`.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ShardingError: as `plan_variants`; axes that do not fit the arguments.
+
+    >>> import jax.numpy as jnp
+    >>> def step(params, x):
+    ...     loss = lambda params: jnp.mean((x @ params["up"] @ params["down"]) ** 2)
+    ...     return jax.tree.map(lambda p, g: p - 0.1 * g, params, jax.grad(loss)(params))
+    >>> shape = jax.ShapeDtypeStruct
+    >>> params = {"up": shape((512, 2048), "float32"), "down": shape((2048, 512), "float32")}
+    >>> names = {"up": ("embed", "mlp"), "down": ("mlp", "embed")}
+    >>> found = plan(step, (params, shape((4096, 512), "float32")), "v5e:2x4",
+    ...              axes=(names, ("batch", None)), donate=0, compile=0)
+    >>> found.considered, found.best.works
+    (10, True)
+    """
+    table = make_rules("fsdp_tensor") if rules is None else rules
+    built = placed(step, args, axes=axes, rules=table, donate=donate)
+    return plan_variants([Variant(built)], machine, **options)
+
+
+def placed(
+    step: Callable[..., Any], args: Sequence[Any], *, axes: Sequence[Any], rules: Rules,
+    donate: int | Sequence[int] = (),
+) -> Build:  # fmt: skip
+    """What makes a function, with its arguments, for a mesh; arguments as in `plan`.
+
+    Raises:
+        ShardingError: not as many axes as arguments.
+    """
+    if len(axes) != len(args):
+        raise ShardingError(f"plan: {len(args)} arguments, but axes of {len(axes)}")
+
+    def built(mesh: AbstractMesh) -> tuple[Callable[..., Any], Sequence[Any]]:
+        found = []
+        for number, (arg, named) in enumerate(zip(args, axes, strict=True)):
+            if is_names(named):
+                where = jax.tree.map(
+                    lambda x, own=named, n=number: fit(
+                        own, x.shape, mesh, rules, activation=True, path=f"argument {n}"
+                    ),
+                    arg,
+                )
+            else:
+                own = names(arg, named) if _is_patterns(named) else named
+                where = shardings(own, arg, mesh, rules)
+            found.append(
+                jax.tree.map(
+                    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), arg, where
+                )
+            )
+
+        def run(*given: Any) -> Any:
+            with scope(mesh, rules, differentiate=True):
+                return step(*given)
+
+        return jax.jit(run, donate_argnums=donate), found
+
+    return built
+
+
+def _is_patterns(named: Any) -> bool:
+    """Whether these are names by glob over paths, and no tree like the argument."""
+    return isinstance(named, Mapping) and any(set("*/?") & set(str(key)) for key in named)
+
+
+def plan_variants(
+    variants: Sequence[Variant],
     machine: str | Hardware,
     *,
     tokens: int = 0,
@@ -152,11 +251,10 @@ def plan(
     folder: Path | None = None,
     told: Callable[[str, float], None] | None = None,
 ) -> Plan:
-    """Find the layout of a step for a machine.
+    """Find the layout of a step that can be written in several ways.
 
     Args:
-        step: makes the step for a mesh, `step(mesh) -> (function, arguments)`, the arguments with
-            shardings of the mesh (`placed` makes such a thing of any function); or variants of it.
+        variants: the ways.
         machine: as `hardware` reads it.
         tokens: of a step, for rates and prices.
         flops: that the model needs for a step; counted where not given, what is computed again
@@ -176,16 +274,13 @@ def plan(
     """
     began = time.monotonic()
     machine = hardware(machine) if isinstance(machine, str) else machine
-    variants = [Variant(step)] if callable(step) else list(step)
     say = told or (lambda text, left: None)
     surveys = surveyed(variants, machine, say)
     every = candidates(surveys, machine)
-    known = {id(v): s for v, s in surveys}
     need = flops or min(s.flops for _, s in surveys)
     chosen = shortlist(every, 8 * max(compile, 1), machine.chip.memory)
     found = Plan(machine, [], len(every), missing(machine), surveys, tokens, need)
-    rough = {id(c): Layout(c, rough_prediction(c, machine, tokens, need)) for c in chosen}
-    layouts = dict(rough)
+    layouts = {id(c): Layout(c, rough_prediction(c, machine, tokens, need)) for c in chosen}
     if found.lacking is None and compile:
         _compile(
             chosen, layouts, machine, compile, began + seconds, limit, folder, say,
@@ -194,7 +289,6 @@ def plan(
     done = [one for one in layouts.values() if one.compiled]
     rest = [one for one in layouts.values() if not one.compiled]
     found.layouts = sorted(done, key=_place) + sorted(rest, key=_place)
-    del known
     return found
 
 
@@ -260,9 +354,7 @@ def judged(
     return Layout(one, found, compiled=True, table=table)
 
 
-def rough_prediction(
-    one: Candidate, machine: Hardware, tokens: int, flops: float
-) -> Prediction:
+def rough_prediction(one: Candidate, machine: Hardware, tokens: int, flops: float) -> Prediction:
     """A prediction by the estimate alone."""
     own = one.estimate
     short = {k: v for k, v in own.held.items() if k in ("parameters", "optimizer", "batch")}
@@ -290,9 +382,7 @@ def surveyed(
     return found
 
 
-def why(
-    found: Plan, mesh: str, choices: Mapping[str, str] | None = None, **options: Any
-) -> str:
+def why(found: Plan, mesh: str, choices: Mapping[str, str] | None = None, **options: Any) -> str:
     """What stands against a layout, and the nearest that works.
 
     Args:
@@ -324,7 +414,9 @@ def why(
     prediction = layout.prediction
     if prediction.memory.over > 0:
         largest = prediction.memory.largest or took.largest
-        what = ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in took.largest[:3] or largest)
+        what = ", ".join(
+            f"{name} {size / 2**30:.2f} GiB" for name, size in took.largest[:3] or largest
+        )
         return (
             f"{candidate}: {prediction.memory.over / 2**30:.2f} GiB too much of a device's "
             f"{prediction.memory.capacity / 2**30:.2f}; the largest are {what}; "
@@ -348,9 +440,7 @@ def _nearest(found: Plan, sizes: Mapping[str, int]) -> str:
         return "no layout that was tried works"
 
     def far(one: Layout) -> float:
-        return sum(
-            abs(math.log2(one.candidate.sizes.get(a, 1) / sizes.get(a, 1))) for a in AXES
-        )
+        return sum(abs(math.log2(one.candidate.sizes.get(a, 1) / sizes.get(a, 1))) for a in AXES)
 
     best = min(works, key=lambda one: (far(one), one.prediction.seconds))
     return f"the nearest that works is {best}, {best.prediction.seconds:.4g} s a step"
@@ -370,8 +460,3 @@ def load(path: str | Path) -> dict[str, Any]:
     if known[0] != VERSION:
         raise ShardingError(f"{path}: a plan of version {known[0]}, expected {VERSION}")
     return {**found["best"], "hardware": found["hardware"], "devices": found["devices"]}
-
-
-def walk_layouts(found: Plan) -> Iterator[Layout]:
-    """Those that a compiler decided on."""
-    return (one for one in found.layouts if one.compiled)

@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from sharding.plan.chips import REACHED
 from sharding.plan.compiler import Compiled
 from sharding.plan.hardware import Hardware
 from sharding.plan.schedule import Schedule, schedule
+from sharding.plan.survey import kind_of
 
 GAP = 0.35
 """Of the longer of two estimates, the difference from which on they are said to disagree."""
@@ -110,19 +112,6 @@ class Prediction:
         return found | {"memory": asdict(self.memory), "disagree": self.disagree}
 
 
-def kind_of(path: str) -> str:
-    """What an argument of a training step is, by its path.
-
-    >>> kind_of("0/variables/params/norm/scale"), kind_of("0/optimizer/0/mu/norm/scale")
-    ('parameters', 'optimizer')
-    """
-    if "optimizer" in path or "opt_state" in path or "/mu/" in path or "/nu/" in path:
-        return "optimizer"
-    if "params" in path or "variables" in path or path.startswith("0/"):
-        return "parameters"
-    return "batch"
-
-
 def predict(
     compiled: Compiled, machine: Hardware, *, tokens: int, flops: float, roofline: float
 ) -> tuple[Prediction, Schedule]:
@@ -140,11 +129,12 @@ def predict(
         kind = kind_of(one["path"])
         kinds[kind] = kinds.get(kind, 0) + one["device_bytes"]
     largest = sorted(((p["path"], p["device_bytes"]) for p in compiled.parameters), key=_size)
-    memory = compiled.memory
+    memory, chip = compiled.memory, machine.chip
     held = Held(
         kinds,
         activations=memory.temporaries + memory.outputs - memory.aliased,
-        peak=memory.peak,
+        # A TPU's compiler refuses what does not fit; of what it took, it knows what lives at once.
+        peak=memory.live if chip.platform == "tpu" and memory.live else memory.peak,
         capacity=machine.chip.memory,
         largest=tuple(largest[:5]),
     )
@@ -152,10 +142,10 @@ def predict(
     for one in compiled.collectives:
         wire[one.along] = wire.get(one.along, 0) + one.step_bytes
     counted = table.counted / table.seconds if table.seconds else 0.0
-    chip = machine.chip
     sources = {
-        "seconds": f"{counted:.0%} the compiler's cycles at {chip.clock / 1e9:.2f} GHz, the rest below"
-        if chip.clock
+        "seconds": f"{counted:.0%} the compiler's cycles, of which a large product has as many as "
+        f"{REACHED:.0%} of the peak rate would; the rest as below"
+        if chip.counted
         else "products at 0.7 of the peak rate, or bytes at 0.75 of the memory's, the slower",
         "kernels": f"attention at {chip.busy:.0%} of the peak",
         "collectives": f"links of {chip.link / 1e9:.0f} GB/s: {chip.sources.get('link', '')}",

@@ -20,7 +20,12 @@ from sharding.mesh import AXES, sizes_of
 from sharding.plan.hardware import Hardware
 
 _LOWERED = {"gpu": "cuda"}
-_KERNELS = ("LayoutConstraint", "tpu_custom_call", "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward")
+_KERNELS = (
+    "LayoutConstraint",
+    "tpu_custom_call",
+    "__cudnn$fmhaSoftmax",
+    "__cudnn$fmhaSoftmaxBackward",
+)
 
 
 def abstract_mesh(spec: str, machine: Hardware) -> AbstractMesh:

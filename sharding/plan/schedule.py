@@ -2,9 +2,9 @@
 
 A compiled program is a sequence; this walks through it once, loop bodies once each. Computation
 takes the cycles that the compiler estimates for it, where it does (TPUs), else the longer of its
-products at the chip's rate and its bytes at the memory's. Collectives take what `network` says; those
-that the compiler started in the background travel while the program goes on, one after another,
-and hold it up only where it waits for them.
+products at the chip's rate and its bytes at the memory's. Collectives take what `network` says;
+those that the compiler started in the background travel while the program goes on, one after
+another, and hold it up only where it waits for them.
 """
 
 import math
@@ -16,8 +16,8 @@ from typing import NamedTuple
 import numpy as np
 
 from sharding.plan.hardware import Hardware
-from sharding.plan.network import seconds, way
-from sharding.program.collectives import Collective
+from sharding.plan.network import Way, seconds, way
+from sharding.program.collectives import ACROSS, Collective
 from sharding.program.flow import Flow
 from sharding.program.groups import members
 from sharding.program.hlo import Instruction, Program
@@ -25,8 +25,8 @@ from sharding.program.loops import Loops
 from sharding.program.shapes import Array, leaves, read_shape
 
 MEMORY_SHARE = 0.75
-"""Of a memory's peak rate, what large arrays read and written one after another reach. libtpu counts
-2.5 times the cycles that the peak would need, on every generation; these count as memory does."""
+"""Of a memory's peak rate, what large arrays read and written one after another reach. libtpu
+counts 2.5 times the cycles that the peak would need, on every generation; these count by this."""
 
 COMPUTE, KERNEL, SEND = "compute", "kernel", "send"
 
@@ -144,6 +144,9 @@ class _Walk:
             for body in self.program.computations.values()
             if one.name in body and body[one.name].line == one.line
         )
+        if one.axes == (ACROSS,):
+            out = Way(1, 1.0, 1, 0, self.machine.slices, self.chip.dcn)
+            return seconds(one.kind, out, self.chip.link, one.operand_bytes, one.result_bytes)
         groups = members(it, one.kind, self.program.partitions, self.program.replicas)
         groups = [group for group in groups if len({*group}) > 1]
         if not groups:
@@ -170,7 +173,7 @@ class _Walk:
                 key = _key(one.one)
                 found.sent[key] = found.sent.get(key, 0.0) + one.seconds
                 if chain is not None or it.opcode.endswith("-start") or it.opcode == "send":
-                    ends[chain or it.name] = (free, key, len(found.events))
+                    ends[chain or _meets(it) or it.name] = (free, key, len(found.events))
                     wait = 0.0
                 else:
                     wait = free - found.seconds
@@ -238,7 +241,9 @@ class _Walk:
         if chain is not None and chain in ends:
             return chain
         if it.opcode.endswith("-done"):
-            return next((name for name in it.operands if name in ends), None)
+            body = self.program.computations[it.computation]
+            known = [_meets(body[name]) or name for name in it.operands if name in body]
+            return next((name for name in known if name in ends), None)
         return None
 
     # --- computation ---
@@ -249,14 +254,16 @@ class _Walk:
         if it.opcode == "custom-call" and (kernel := self._kernel(it)) is not None:
             return KERNEL, max(kernel, memory), False
         cycles = _CYCLES.search(it.text[1])
-        if cycles and self.chip.clock:
-            own = int(cycles[1]) / self.chip.clock
+        if cycles and self.chip.counted:
+            own = int(cycles[1]) * self.chip.cycle
             return COMPUTE, own if self._products(it) else min(own, memory), True
-        if self.chip.clock:  # a TPU's compiler counts whatever takes time
+        if self.chip.counted:  # a TPU's compiler counts whatever takes time
             return COMPUTE, 0.0, True
-        rate = self.chip.flops["bfloat16" if self._narrow(it) else "float32"] if (
-            "float32" in self.chip.flops
-        ) else self.chip.flops["bfloat16"] * (1 if self._narrow(it) else 0.4)
+        rate = (
+            self.chip.flops["bfloat16" if self._narrow(it) else "float32"]
+            if ("float32" in self.chip.flops)
+            else self.chip.flops["bfloat16"] * (1 if self._narrow(it) else 0.4)
+        )
         flops = sum(product_flops(*product) for product in self._products(it))
         return COMPUTE, max(flops / (0.7 * rate), memory), False
 
@@ -310,6 +317,11 @@ class _Walk:
         products = 3 if "_dq" in name else 4 if "_dkv" in name else 2 * backward
         flops = 2 * products * batch * heads * length**2 * size * share
         return flops / (self.chip.busy * self.chip.flops["bfloat16"])
+
+
+def _meets(it: Instruction) -> str | None:
+    """What the sending and the receiving half of a transfer between slices have in common."""
+    return it.frontend("_xla_host_transfer_rendezvous")
 
 
 def _key(one: Collective) -> str:

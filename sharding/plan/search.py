@@ -117,9 +117,7 @@ def meshes(found: Survey, machine: Hardware) -> Iterator[dict[str, int]]:
         raise ShardingError(f"no mesh of {devices} devices cuts this step: {why}")
 
 
-def against(
-    shapes: Sequence[tuple[tuple[int, ...], Any]], sizes: Mapping[str, int]
-) -> str | None:
+def against(shapes: Sequence[tuple[tuple[int, ...], Any]], sizes: Mapping[str, int]) -> str | None:
     """What a mesh cannot cut; None if it can cut everything."""
     for shape, cuts in shapes:
         for size, cut in zip(shape, cuts, strict=False):
@@ -142,9 +140,7 @@ def _factors(devices: int, axes: Sequence[str]) -> Iterator[dict[str, int]]:
                 yield {head: size, **others}
 
 
-def candidates(
-    surveys: Sequence[tuple[Variant, Survey]], machine: Hardware
-) -> list[Candidate]:
+def candidates(surveys: Sequence[tuple[Variant, Survey]], machine: Hardware) -> list[Candidate]:
     """All layouts of all variants with what they should take, the fastest that could fit first.
 
     Raises:
@@ -160,8 +156,8 @@ def candidates(
         least = min(found, key=lambda c: c.estimate.peak)
         kinds = ", ".join(f"{k} {v / 2**30:.1f}" for k, v in least.estimate.held.items() if v)
         raise ShardingError(
-            f"no layout fits {machine}: the least is {least.estimate.peak / 2**30:.1f} GiB a device "
-            f"of {machine.chip.memory / 2**30:.1f}, by {least} ({kinds} GiB); take more devices, "
+            f"no layout fits {machine}: the least is {least.estimate.peak / 2**30:.1f} GiB a "
+            f"device of {machine.chip.memory / 2**30:.1f}, by {least} ({kinds} GiB); take more devices, "
             "fewer or shorter rows, 8-bit moments or adapters"
         )
     return sorted(could, key=lambda c: (c.estimate.seconds, c.estimate.peak))

@@ -1,8 +1,8 @@
 """What a function computes, keeps and reads, counted from its jaxpr with the turns of its loops.
 
 One trace on a mesh of one device serves all layouts: where arrays are cut is in the specs of its
-arguments and of its `constrain`s, which name mesh axes and not their sizes. `analytic` makes seconds
-and bytes of it.
+arguments and of its `constrain`s, which name mesh axes and not their sizes. `analytic` makes
+seconds and bytes of it.
 """
 
 import math
@@ -106,6 +106,19 @@ class Survey:
         return self.dense + self.batched
 
 
+def kind_of(path: str) -> str:
+    """What an argument of a training step is, by its path.
+
+    >>> kind_of("0/variables/params/norm/scale"), kind_of("0/optimizer/0/mu/norm/scale")
+    ('parameters', 'optimizer')
+    """
+    if "optimizer" in path or "opt_state" in path or "/mu/" in path or "/nu/" in path:
+        return "optimizer"
+    if "params" in path or "variables" in path or path.startswith("0/"):
+        return "parameters"
+    return "batch"
+
+
 def survey(fn: Callable[..., Any], args: Sequence[Any]) -> Survey:
     """Trace a function and count.
 
@@ -125,6 +138,8 @@ def survey(fn: Callable[..., Any], args: Sequence[Any]) -> Survey:
     found = Survey()
     for path, leaf in zip(paths(args), leaves, strict=True):
         found.arguments.append(Argument(path, tuple(leaf.shape), str(leaf.dtype), _cuts(leaf)))
+    # Rows are what most mesh axes cut, until the function says more.
+    found.batch = max((a.cuts[0] for a in found.arguments if a.cuts), key=len, default=())
     walk = _Walk(found)
     walk.notice(closed.jaxpr)
     origins = {v: k for k, v in enumerate(closed.jaxpr.invars)}
@@ -176,7 +191,7 @@ class _Walk:
         for eqn in jaxpr.eqns:
             name = eqn.primitive.name
             into = [origins.get(v) if isinstance(v, core.Var) else None for v in eqn.invars]
-            if name == "dot_general" or name == "conv_general_dilated":
+            if name in ("dot_general", "conv_general_dilated"):
                 self._product(eqn, into, times)
             elif name == "pallas_call" or "fmha" in name or name == "dot_product_attention_fwd":
                 self._kernel(eqn, times)
@@ -280,8 +295,6 @@ class _Walk:
                         if key not in self._seen:
                             self._seen.add(key)
                             self.found.summed.append(one)
-
-
 
     def _kernel(self, eqn: Any, times: int) -> None:
         seen = _SEES.search(str(eqn.source_info.name_stack))

@@ -17,18 +17,30 @@ def table(found: Plan, rows: int = _ROWS) -> str:
         rows: how many layouts at most.
     """
     cells = [
-        ("", "layout", "s a step", "tokens/s", "MFU", "GiB of a device", "waits", "$/M tokens", "says")
+        (
+            "",
+            "layout",
+            "s a step",
+            "tokens/s",
+            "MFU",
+            "GiB of a device",
+            "waits",
+            "$/M tokens",
+            "says",
+        )
     ]
     for number, one in enumerate(found.layouts[:rows], 1):
         cells.append(_row(number, one))
     lines = aligned(cells)
     lines.append("")
     shown = min(rows, len(found.layouts))
-    lines.append(f"{found.considered:,} layouts were estimated for {found.machine}, {shown} are shown.")
+    lines.append(
+        f"{found.considered:,} layouts were estimated for {found.machine}, {shown} are shown."
+    )
     if found.lacking:
         lines.append(
-            f"No compiler was asked: {found.lacking} is not installed (pip install 'fw[plan]'). These "
-            "are estimates, whose memory may be a third off."
+            f"No compiler was asked: {found.lacking} is not installed (pip install 'fw[plan]'). "
+            "These are estimates, whose memory may be a third off."
         )
     best = next((one for one in found.layouts if one.works), None)
     if best is not None:
@@ -56,9 +68,7 @@ def _row(number: int, one: Layout) -> tuple[str, ...]:
 
 def hardware_table() -> str:
     """Every chip: figures, shapes of slices, and the source of each figure."""
-    cells = [
-        ("chip", "TFLOP/s bf16", "GiB", "HBM GB/s", "link GB/s", "out GB/s", "$/h", "shapes")
-    ]
+    cells = [("chip", "TFLOP/s bf16", "GiB", "HBM GB/s", "link GB/s", "out GB/s", "$/h", "shapes")]
     for chip in CHIPS.values():
         shapes = ["x".join(map(str, s)) for s in legal(chip)]
         some = ", ".join(shapes[:4] + (["…", shapes[-1]] if len(shapes) > 4 else shapes[4:]))
@@ -80,6 +90,8 @@ def aligned(cells: Sequence[tuple[str, ...]]) -> list[str]:
     """Rows whose columns stand below each other; the last is as long as it is."""
     widths = [max(len(row[k]) for row in cells) for k in range(len(cells[0]) - 1)]
     return [
-        "  ".join([*(text.ljust(w) for text, w in zip(row, widths, strict=False)), row[-1]]).rstrip()
+        "  ".join(
+            [*(text.ljust(w) for text, w in zip(row, widths, strict=False)), row[-1]]
+        ).rstrip()
         for row in cells
     ]

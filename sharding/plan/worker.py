@@ -130,7 +130,8 @@ def target(chip: Any) -> str:
     }
     info = "\n".join(f"  {key}: {value}" for key, value in fields.items())
     return (
-        f"gpu_device_info {{\n{info}\n  cuda_compute_capability {{ major: {t['major']} minor: 0 }}\n}}\n"
+        f"gpu_device_info {{\n{info}\n"
+        f"  cuda_compute_capability {{ major: {t['major']} minor: 0 }}\n}}\n"
         'platform_name: "CUDA"\ndnn_version_info { major: 9 minor: 8 patch: 0 }\n'
         f'device_description_str: "{chip.kind}"\n'
     )

@@ -29,6 +29,11 @@ KINDS = (
 """Every kind of collective that XLA has."""
 
 
+ACROSS = "slices"
+"""The axis of what goes from one slice of TPUs to another: whatever `dcn.` cuts."""
+_MEGASCALE = "xla_megascale_runtime"
+
+
 @dataclass(frozen=True)
 class Collective:
     """One collective of a program. Bytes are those of one device.
@@ -140,6 +145,7 @@ def collectives(
     axes: Sequence[str],
     argument: Callable[[int, tuple[int, ...]], str],
     output: Callable[[tuple[int, ...]], str],
+    slices: int = 1,
 ) -> tuple[Collective, ...]:
     """Every collective that a program runs, in the order of its text.
 
@@ -149,6 +155,8 @@ def collectives(
         axes: the names of the mesh's axes.
         argument: the name of the entry's parameter with this number, or of a part of it.
         output: the name of the part of the program's result at this path.
+        slices: how many slices run the program, each its own copy; what they send each other goes
+            over the axes `(ACROSS,)`.
 
     Returns:
         One record an instruction; an asynchronous pair is one.
@@ -167,12 +175,14 @@ def collectives(
         scattered = _scattered(it, flow)
         result = program.roots[it.computation] if scattered else _finish(it, flow)
         kind = "reduce-scatter" if scattered else base
-        groups = members(it, kind, program.partitions, program.replicas)
+        across = _across(it) is not None
+        groups = () if across else members(it, kind, program.partitions, program.replicas)
         directed = kind == "collective-permute"
         if directed:  # a device that keeps its own part sends nothing
             groups = tuple(pair for pair in groups if pair[0] != pair[1])
         names, regular = axes_of(groups, where, axes, directed)
-        width = max(map(len, groups), default=1)
+        width = slices if across else max(map(len, groups), default=1)
+        names = (ACROSS,) if across else names
         inputs = [program.computations[it.computation][operand] for operand in it.operands]
         if kind == "ragged-all-to-all" or it.opcode == "send":
             inputs = inputs[:1]  # the others are offsets, and a token
@@ -225,7 +235,9 @@ def _found(program: Program, flow: Flow) -> Iterator[tuple[Instruction, str]]:
             base = it.opcode
             for end in ("-start", "-update", "-done"):
                 base = base.removesuffix(end)
-            if it.opcode == "send" and it.attributes.get("is_host_transfer") != "true":
+            if it.opcode == "send" and (kind := _across(it)) is not None:
+                yield it, kind
+            elif it.opcode == "send" and it.attributes.get("is_host_transfer") != "true":
                 yield it, "collective-permute"
             elif base in KINDS:
                 if not it.opcode.endswith(("-update", "-done")) and not _again(it, flow):
@@ -235,6 +247,18 @@ def _found(program: Program, flow: Flow) -> Iterator[tuple[Instruction, str]]:
                     f"HLO line {it.line}: {it.opcode!r} is a collective that is not known here; it "
                     f"has to learn how many bytes it moves"
                 )
+
+
+def _across(it: Instruction) -> str | None:
+    """The kind of what a slice of TPUs sends to other slices by its host, None if nothing."""
+    if it.opcode != "send" or it.frontend("_xla_host_transfer_handler_name") != _MEGASCALE:
+        return None
+    found = (it.frontend("_xla_megascale_transfer_type") or "").lower().replace("_", "-")
+    if found not in KINDS:
+        raise ShardingError(
+            f"HLO line {it.line}: {it.name} sends {found!r} to other slices, which is not known here"
+        )
+    return found
 
 
 def _again(it: Instruction, flow: Flow) -> bool:

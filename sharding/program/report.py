@@ -188,7 +188,8 @@ def inspect(compiled: jax.stages.Compiled, *, mesh: Mesh | None = None) -> Repor
         position = path[0] if path else 0
         return (outputs[position] if position < len(outputs) else "") or f"output {position}"
 
-    found = collectives(program, where, names, argument, output)
+    slices = 1 if mesh is None else mesh.size // program.devices
+    found = collectives(program, where, names, argument, output, slices)
     return Report(
         mesh={} if mesh is None else dict(mesh.shape),
         collectives=tuple(sorted(found, key=lambda one: -one.step_bytes)),
@@ -217,6 +218,10 @@ def _places(
         )
     chosen = known[0] if mesh is None else mesh
     devices = list((known[0] if known else chosen).devices.flat)
+    slices = len(devices) // program.devices
+    if slices > 1 and len({getattr(d, "slice_index", 0) for d in devices}) == slices:
+        first = devices[0].slice_index  # each slice runs its own copy of the program
+        devices = [d for d in devices if d.slice_index == first]
     if len(devices) != program.devices:
         raise ShardingError(
             f"inspect: the mesh {format_mesh(chosen)} has {len(devices)} devices, the program runs "
