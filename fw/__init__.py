@@ -9,6 +9,7 @@
 | `pruning`, `adaptation`, `qat` | what is left, what of it is trained, and how |
 | `distillation`, `lessons`, `taps`, `answers` | who teaches it, and what |
 | `optimizer`, `table_optimizer`, `sparsity`, `exchange` | how far a step goes, what it sends |
+| `planning` | which layout a step should have, on a machine that need not be here |
 | `training`, `step`, `train`, `evaluate`, `checkpoint` | training |
 | `generation` | text from a decoder |
 | `run`, `report`, `compression`, `variants`, `export`, `tiles`, `compare` | what is left behind |
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
         optimizer,
         options,
         pipeline,
+        planning,
         precision,
         pretrained,
         processors,
@@ -106,6 +108,7 @@ __all__ = [
     "optimizer",
     "options",
     "pipeline",
+    "planning",
     "precision",
     "pretrained",
     "processors",

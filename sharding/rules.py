@@ -23,8 +23,9 @@ Target = str | Sequence[str] | None
 """Where a logical axis goes: a mesh axis, several (the first is the outermost), or nowhere."""
 
 BATCH = "batch"
-ACTIVATIONS = (BATCH, "length", "height", "width")
-"""The names of the vocabulary that only batches and activations have, no parameter."""
+ACTIVATIONS = (BATCH, "length", "stream", "height", "width")
+"""The names of the vocabulary that only batches and activations have, no parameter. `stream` is the
+length of what lies between sublayers, where no axis but it could be cut over `tensor`."""
 
 _PARAMETERS = ("vocab", "positions", "types", "embed", "heads", "mlp", "pooled", "labels")
 _TABLES = ("rows", "columns")  # of embedding tables: see parallel/tables.py
@@ -34,6 +35,7 @@ _WHOLE: dict[str, Target] = dict.fromkeys(
 # Axes that cut nothing unless the mesh has them: no preset need leave them out.
 _WIDE = _WHOLE | {
     "length": "sequence",
+    "stream": "sequence",
     "height": "sequence",  # of images; an activation has the one or the other
     "experts": "expert",
     "layers": "pipe",
@@ -46,7 +48,8 @@ PRESETS: Mapping[str, Mapping[str, Target]] = MappingProxyType(
         "data": _WIDE | {BATCH: ("data", "expert")},
         "fsdp": _FSDP,
         # Not vocab: real vocabularies (30522, 50257) seldom divide.
-        "fsdp_tensor": _FSDP | {"heads": "tensor", "mlp": "tensor"},
+        "fsdp_tensor": _FSDP
+        | {"heads": "tensor", "mlp": "tensor", "stream": ("sequence", "tensor")},
     }
 )
 """Complete tables by name: `data` replicates every parameter on purpose but experts and stages,

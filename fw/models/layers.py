@@ -6,6 +6,7 @@ a quantiser. Each parameter names its axes (`axes=`), which is all that `shardin
 """
 
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -23,6 +24,7 @@ from sharding.parallel.ring import ring_attention
 
 Axes = tuple[str | None, ...]
 Rows = tuple[str | None, ...]
+ROWS: Rows = ("batch", "length")
 
 
 class Dense(nnx.Module):
@@ -44,16 +46,17 @@ class Dense(nnx.Module):
         self.axes = axes
 
     def __call__(
-        self, x: jax.Array, rows: Rows = ("batch", "length"), *, head: int | None = None
+        self, x: jax.Array, rows: Rows = ROWS, *, out: Rows | None = None, head: int | None = None
     ) -> jax.Array:
-        return denses(x, [self], rows, head=head)[0]
+        return denses(x, [self], rows, out=out, head=head)[0]
 
 
 def denses(
     x: jax.Array,
     layers: Sequence[Dense],
-    rows: Rows = ("batch", "length"),
+    rows: Rows = ROWS,
     *,
+    out: Rows | None = None,
     head: int | None = None,
 ):
     """The outputs of dense layers of one input, whose kernels have the same names.
@@ -62,10 +65,11 @@ def denses(
       x: [..., in].
       layers: at least one.
       rows: the names of the leading axes of x.
+      out: those of the outputs, where they are others.
       head: as in `sharding.linear`.
     """
     kernels = [layer.kernel[...] for layer in layers]
-    ys = linear(x, kernels, layers[0].axes, rows=rows, head=head)
+    ys = linear(x, kernels, layers[0].axes, rows=rows, out_rows=out, head=head)
     return [
         y if layer.bias is None else y + layer.bias[...]
         for y, layer in zip(ys, layers, strict=True)
@@ -209,13 +213,30 @@ HIDDEN, HEADS = "hidden", ("query", "key", "value")
 """What layers name for `fw.taps`: what they return, and what their attention relates."""
 
 
-def in_heads(x: jax.Array, layers: Sequence["Dense"], size: int) -> list[jax.Array]:
+def between(x: jax.Array) -> Rows:
+    """The names of the rows of what lies between sublayers, [batch, length, embed].
+
+    Where `tensor` cuts heads and neurons, norms and sums would be the same on all of its devices;
+    cut along the length, each has its part. Where it does not divide, rows are those of all else.
+    """
+    over = cutting("stream")
+    here = current()
+    if over == cutting("length") or here is None:
+        return ROWS
+    parts = math.prod(here[0].shape[axis] for axis in over)
+    return ("batch", "stream") if x.shape[1] % parts == 0 else ROWS
+
+
+def in_heads(
+    x: jax.Array, layers: Sequence["Dense"], size: int, rows: Rows = ROWS
+) -> list[jax.Array]:
     """Queries, keys and values.
 
     Args:
       x: [batch, length, embed].
       layers: the three that make them.
       size: of a head.
+      rows: of x; see `between`.
 
     Returns:
       [batch, length, heads, size] each; how many heads there are is in the kernels.
@@ -223,7 +244,7 @@ def in_heads(x: jax.Array, layers: Sequence["Dense"], size: int) -> list[jax.Arr
     shape = (*x.shape[:2], -1, size)
     return [
         tap(constrain(y.reshape(shape), "batch", "length", "heads", None), name)
-        for y, name in zip(denses(x, layers, head=size), HEADS, strict=True)
+        for y, name in zip(denses(x, layers, rows, out=ROWS, head=size), HEADS, strict=True)
     ]
 
 

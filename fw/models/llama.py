@@ -27,11 +27,14 @@ from fw.models.experts import Experts, ExpertsConfig
 from fw.models.heads import word_logits, words
 from fw.models.layers import (
     HIDDEN,
+    ROWS,
     Dense,
     Embedding,
     RMSNorm,
+    Rows,
     attend,
     attention,
+    between,
     denses,
     in_heads,
     rotary,
@@ -227,13 +230,14 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array, seen: jax.Array, turn: Any, cache: Any = None) -> Any:
         config = self.config
-        q, k, v = in_heads(x, [self.query, self.key, self.value], config.size)
+        rows = between(x) if cache is None else ROWS
+        q, k, v = in_heads(x, [self.query, self.key, self.value], config.size, rows)
         if config.head_norms:
             q, k = self.query_norm(q), self.key_norm(k)
         q, k = rotate(q, turn), rotate(k, turn)
         if cache is None:
             y = attention(q, k, v, seen, causal=True, window=config.window)
-            return self.out(y.reshape(*x.shape[:2], -1), head=config.size)
+            return self.out(y.reshape(*x.shape[:2], -1), out=rows, head=config.size)
         read, layer = cache
         k, v, read = read.extend(layer, k, v)
         return self.out(attend(q, k, v, seen).reshape(*x.shape[:2], -1)), read
@@ -249,9 +253,9 @@ class Mlp(nnx.Module):
         self.up = Dense(size, inner, ("embed", "mlp"), **options)
         self.down = Dense(inner, size, ("mlp", "embed"), **options)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        gate, up = denses(x, [self.gate, self.up])
-        return self.down(constrain(swiglu(gate, up), "batch", "length", "mlp"))
+    def __call__(self, x: jax.Array, rows: Rows = ROWS) -> jax.Array:
+        gate, up = denses(x, [self.gate, self.up], rows, out=ROWS)
+        return self.down(constrain(swiglu(gate, up), *ROWS, "mlp"), out=rows)
 
 
 class Layer(nnx.Module):
@@ -276,12 +280,17 @@ class Layer(nnx.Module):
         key: Any = None,
         cache: Any = None,
     ) -> Any:
+        rows = between(x) if cache is None else ROWS
         y = self.attention(self.attention_norm(x), seen, turn, cache)
         y, cache = (y, None) if cache is None else y
         x = x + y
         y = self.mlp_norm(x)
-        y, aux = self.mlp(y, real) if isinstance(self.mlp, Experts) else (self.mlp(y), None)
-        x = tap(constrain(x + y, "batch", "length", "embed"), HIDDEN)
+        aux = None
+        if isinstance(self.mlp, Experts):
+            y, aux = self.mlp(constrain(y, *ROWS, "embed"), real)
+        else:
+            y = self.mlp(y, rows)
+        x = tap(constrain(x + y, *rows, "embed"), HIDDEN)
         if cache is not None:
             return x, cache
         return x if aux is None else (x, aux.usage)
@@ -310,7 +319,8 @@ class Llama(nnx.Module):
     def __call__(self, batch: Batch) -> Any:
         config, positions = self.config, batch["position_ids"]
         table = self.word if config.tie_word_embeddings else self.head
-        x = constrain(self.word(batch["input_ids"]), "batch", "length", "embed")
+        x = self.word(batch["input_ids"])
+        x = constrain(x, *(between(x) if "cache" not in batch else ROWS), "embed")
         turn = rotary(jnp.maximum(positions, 0), speeds(config), x.dtype)
         if (cache := batch.get("cache")) is None:
             segments = batch["segment_ids"]

@@ -67,13 +67,14 @@ class Row:
 MID = decoder(4096, 64, 28_672, 32)
 LARGE = decoder(WIDE, 64, 28_672, 32)
 HUGE = decoder(WIDE, 128, 57_344, 64)
+LLAMA_3 = "llama-3.1-8b"
 ROWS = (
     Row("16B", MID, "v5e:16x16", "fsdp=256", 6, 2048, "layer", 0.611),
     Row("32B", LARGE, "v5e:16x16", "fsdp=256", 4, 2048, "layer", 0.669),
     Row("32B", LARGE, "v5p:4x4x4", "fsdp=16,tensor=4", 6, 2048, "dots", 0.715),
     Row("128B", HUGE, "v5p:4x4x8", "fsdp=16,tensor=8", 1, 2048, "dots", 0.687),
     Row("Llama-2-70B", {}, "v5p:8x8x8", "fsdp=512", 4, 4096, "layer", 0.654, True, "llama-2-70b"),
-    Row("Llama-3.1-8B", {}, "v6e:16x16", "fsdp=256", 3, 8192, "layer", 0.455, True, "llama-3.1-8b"),
+    Row("Llama-3.1-8B", {}, "v6e:16x16", "fsdp=256", 3, 8192, "layer", 0.455, True, LLAMA_3),
 )  # fmt: skip
 
 

@@ -35,6 +35,7 @@ def linear(
     names: Names,
     *,
     rows: Names = ROWS,
+    out_rows: Names | None = None,
     head: int | None = None,
 ) -> list[jax.Array]:
     """x · kernel for each kernel: the products of a dense layer, or of several that share x.
@@ -49,6 +50,9 @@ def linear(
         kernels: [K, N] each.
         names: the two logical axes of every kernel.
         rows: the names of the leading axes of x.
+        out_rows: those of the products, where they are cut otherwise: what cuts x alone is
+            gathered before, what cuts the products alone is scattered as they are summed
+            (Korthikanti et al. 2022, arXiv:2205.05198, section 4.2.2).
         head: the size of a head, where an axis named "heads" holds the elements of one after
             another. A TPU's product then has an axis of heads, and its compiler writes each head
             as attention reads it; written flat, each is copied.
@@ -68,19 +72,21 @@ def linear(
             f"linear: x has rank {x.ndim}, kernels have rank 2: expected {x.ndim - 1} names of "
             f"rows and two of a kernel's axes, got {rows} and {names}"
         )
-    return [checkpoint_name(y, PRODUCT) for y in _products(x, kernels, names, rows, head)]
+    ys = _products(x, kernels, names, rows, out_rows or rows, head)
+    return [checkpoint_name(y, PRODUCT) for y in ys]
 
 
 def _products(
-    x: jax.Array, kernels: Sequence[jax.Array], names: Names, rows: Names, head: int | None
-) -> list[jax.Array]:
+    x: jax.Array, kernels: Sequence[jax.Array], names: Names, rows: Names, out_rows: Names,
+    head: int | None,
+) -> list[jax.Array]:  # fmt: skip
     cuts = Cuts.differentiated()
     if cuts is None:
         return [jnp.matmul(x, kernel) for kernel in kernels]
     inner, outer = names
     where_x = cuts.flown((*rows, inner), x.shape, "linear: x")
     where_ys = [
-        cuts.flown((*rows, outer), (*x.shape[:-1], kernel.shape[1]), "linear: y")
+        cuts.flown((*out_rows, outer), (*x.shape[:-1], kernel.shape[1]), "linear: y")
         for kernel in kernels
     ]
     stored = [cuts.stored(names, kernel.shape, "linear: kernel") for kernel in kernels]
@@ -90,23 +96,33 @@ def _products(
         multiply = _by_heads(names, head) if head else multiply
         if x.dtype == jnp.bfloat16 and inner == "mlp":
             multiply = partial(_kernel_first, multiply)
+    # By axis of the rows: what cuts x alone, and the products alone.
+    gathers = [_but(e, mesh_axes(o)) for e, o in zip(where_x, where_ys[0], strict=True)][:-1]
+    scatters = [_but(o, mesh_axes(e)) for e, o in zip(where_x, where_ys[0], strict=True)][:-1]
     inside = mesh_axes(where_x[-1])  # over these, a product of parts is a part of the sum
     apart = [
         (lies, (inside, mesh_axes(goes[-1]))) for lies, goes in zip(stored, where_ys, strict=True)
     ]
     nested = all(_nested(*pair) for lies, kept in apart for pair in zip(lies, kept, strict=True))
     # Whole, or kernels cut where no row is, or in an order that no gathering undoes: unusual.
-    if not axes or cuts.of(*stored) - axes or not nested:
+    summed = {axis for place in scatters for axis in place} <= {*inside}
+    if not axes or cuts.of(*stored) - axes or not nested or not summed:
         return [jnp.matmul(x, kernel) for kernel in kernels]
 
     def body(x: jax.Array, *kernels: jax.Array) -> list[jax.Array]:
         x = vary(x, where_x, axes)
+        for place, over in enumerate(gathers):
+            x = whole(x, over, place)
         ys = []
         for part, lies, goes in zip(kernels, stored, where_ys, strict=True):
             kernel = whole(vary(part, lies, axes), _but(lies[0], inside), 0)
             kernel = whole(kernel, _but(lies[1], mesh_axes(goes[-1])), 1)
             y = multiply(x, kernel)
-            ys.append(lax.psum(y, inside) if inside else y)
+            for place, over in enumerate(scatters):
+                if over:
+                    y = lax.psum_scatter(y, over, scatter_dimension=place, tiled=True)
+            rest = tuple(a for a in inside if all(a not in over for over in scatters))
+            ys.append(lax.psum(y, rest) if rest else y)
         return ys
 
     return cuts.shard_map(body, (where_x, *stored), where_ys, axes)(x, *kernels)

@@ -30,6 +30,9 @@ SPARE = 1.15
 """What alignment and fragments add to arrays that live for a time."""
 
 
+_KINDS = ("parameters", "optimizer", "batch", "activations", "temporaries")
+
+
 @dataclass(frozen=True)
 class Estimate:
     """What a step takes.
@@ -91,7 +94,7 @@ def _held(
     found: Survey, sizes: Mapping[str, int]
 ) -> tuple[dict[str, int], tuple[tuple[str, int], ...]]:
     """Bytes of a device by kind, and its largest arrays."""
-    held = dict.fromkeys(("parameters", "optimizer", "batch", "activations", "temporaries"), 0)
+    held: dict[str, int] = dict.fromkeys(_KINDS, 0)
     largest = []
     for argument in found.arguments:
         mine = share(argument, sizes)

@@ -92,8 +92,8 @@ CHIPS: Mapping[str, Chip] = MappingProxyType(
         for chip in (
             Chip(
                 "v4", "TPU v4", "tpu", int(30.75 * GiB), {"bfloat16": 275e12, "int8": 275e12},
-                hbm=1228e9, link=45e9, dcn=3.1e9, counted=243_057, cores=2, dims=3, host=4, most=4096,
-                price=3.22, sources=_tpu("v4"),
+                hbm=1228e9, link=45e9, dcn=3.1e9, counted=243_057, cores=2, dims=3, host=4,
+                most=4096, price=3.22, sources=_tpu("v4"),
             ),
             Chip(
                 "v5e", "TPU v5 lite", "tpu", int(15.75 * GiB),

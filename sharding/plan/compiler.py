@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -29,6 +29,8 @@ from sharding.program.report import Memory
 
 LIMIT = 600.0
 """Seconds that one program may take."""
+GRACE = 5.0
+"""Seconds after the end of the time for all, before those that still compile are stopped."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,6 @@ def compile_all(
     limit: float = LIMIT,
     workers: int | None = None,
     until: float | None = None,
-    told: Callable[[int, str], None] | None = None,
 ) -> Iterator[tuple[int, Compiled | Refused]]:
     """Compile programs, some at a time; each is given as soon as it is there.
 
@@ -108,7 +109,6 @@ def compile_all(
         limit: seconds of one program.
         workers: processes at a time; half the cores by default, since compilers use several.
         until: `time.monotonic` after which nothing more is begun.
-        told: `told(number, "began")` whenever one begins.
 
     Yields:
         The number of a program, and what became of it.
@@ -124,34 +124,38 @@ def compile_all(
         else:
             yield number, known
     running: dict[int, tuple[subprocess.Popen, float]] = {}
+
+    def begin() -> None:
+        early = until is None or time.monotonic() < until
+        while early and waiting and len(running) < workers:
+            number = waiting.pop(0)
+            running[number] = (_start(programs[number], folder), time.monotonic())
+
     try:
-        while waiting or running:
-            while (
-                waiting and len(running) < workers and (until is None or time.monotonic() < until)
-            ):
-                number = waiting.pop(0)
-                running[number] = (_start(programs[number], folder), time.monotonic())
-                if told:
-                    told(number, "began")
-            if not running:
-                break
+        begin()
+        while running:
             for number, (process, began) in [*running.items()]:
-                late = time.monotonic() - began > limit or (until and time.monotonic() > until + 5)
-                if process.poll() is None and not late:
-                    continue
-                del running[number]
-                if late and process.poll() is None:
-                    process.kill()
-                    process.wait()
-                    shutil.rmtree(_temporary(folder, programs[number]), ignore_errors=True)
-                    yield number, Refused(f"the compiler took more than {limit:.0f} s")
-                else:
+                now = time.monotonic()
+                late = now - began > limit or (until is not None and now > until + GRACE)
+                if process.poll() is not None:
+                    del running[number]
                     yield number, _finish(programs[number], folder, process)
+                elif late:
+                    del running[number]
+                    _stop(process)
+                    shutil.rmtree(_temporary(folder, programs[number]), ignore_errors=True)
+                    yield number, Refused(f"the compiler took more than {now - began:.0f} s")
             time.sleep(0.05)
+            begin()
     finally:
-        for process, _ in running.values():
-            process.kill()
-            process.wait()
+        for number, (process, _) in running.items():
+            _stop(process)
+            shutil.rmtree(_temporary(folder, programs[number]), ignore_errors=True)
+
+
+def _stop(process: subprocess.Popen) -> None:
+    process.kill()
+    process.wait()
 
 
 def _temporary(folder: Path, program: Program) -> Path:
@@ -213,8 +217,8 @@ def _read(place: Path) -> Compiled | Refused | None:
     fields = Collective.__dataclass_fields__
     sent = []
     for one in report["collectives"]:
-        own = {k: tuple(v) if isinstance(v, list) else v for k, v in one.items() if k in fields}
-        sent.append(Collective(**own))
+        own: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in one.items()}
+        sent.append(Collective(**{k: v for k, v in own.items() if k in fields}))
     memory = {k: v for k, v in (report["memory"] or {}).items() if k != "peak"}
     return Compiled(
         place, found["seconds"], Memory(**memory), tuple(report["parameters"]), tuple(sent),

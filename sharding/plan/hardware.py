@@ -44,8 +44,7 @@ class Hardware:
         """As users write it."""
         if self.chip.platform == "cpu":
             return "cpu" if self.slices == 1 else f"{self.slices}*cpu"
-        shape = self.shape if self.chip.dims else (self.shape[0], GPUS)
-        name = f"{self.chip.name}:{'x'.join(map(str, shape))}"
+        name = f"{self.chip.name}:{_join(self.shape)}"
         return name if self.slices == 1 else f"{self.slices}*{name}"
 
     @property
@@ -128,7 +127,7 @@ def hardware(text: str) -> Hardware:
                 f"{chip.name}:{_join(shape)}: expected nodes x GPUs of a node, which has {GPUS}, "
                 f"as in {chip.name}:4x{GPUS}, or {chip.name}:1x1, 1x2 and 1x4 of one"
             )
-        nodes, each = shape if len(shape) == 2 else (1, shape[0])
+        nodes, each = shape if len(shape) == 2 else (1, *shape)
         if not _node(nodes, each):
             raise ShardingError(f"{chip.name}:{each}: a node has 1, 2, 4 or {GPUS} GPUs of yours")
         return Hardware(chip, (nodes * slices, each))

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh
 
 from sharding.context import scope
 from sharding.errors import ShardingError
@@ -34,6 +33,7 @@ from sharding.plan.search import (
     Variant,
     against,
     candidates,
+    divided,
     shortlist,
     spec_of,
 )
@@ -206,7 +206,7 @@ def placed(
     if len(axes) != len(args):
         raise ShardingError(f"plan: {len(args)} arguments, but axes of {len(axes)}")
 
-    def built(mesh: AbstractMesh) -> tuple[Callable[..., Any], Sequence[Any]]:
+    def built(mesh: Any) -> tuple[Callable[..., Any], Sequence[Any]]:
         found = []
         for number, (arg, named) in enumerate(zip(args, axes, strict=True)):
             if is_names(named):
@@ -398,8 +398,7 @@ def why(found: Plan, mesh: str, choices: Mapping[str, str] | None = None, **opti
         (v, s) for v, s in found.surveys
         if all(v.choices.get(key) == value for key, value in wanted.items())
     )  # fmt: skip
-    shapes = [(a.shape, a.cuts) for a in one.arguments] + [*one.said.items()]
-    if (reason := against(shapes, sizes)) is not None:
+    if (reason := against(divided(one), sizes)) is not None:
         return f"{mesh}: {reason}; {_nearest(found, sizes)}"
     took = estimate(one, sizes, machine, microbatches=variant.staged * sizes["pipe"])
     candidate = Candidate(spec_of(sizes, machine), sizes, variant, took)

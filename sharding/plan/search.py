@@ -10,13 +10,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from jax.sharding import AbstractMesh
-
 from sharding.errors import ShardingError
 from sharding.mesh import AXES
 from sharding.plan.analytic import Estimate, estimate
 from sharding.plan.hardware import Hardware
-from sharding.plan.survey import Survey
+from sharding.plan.survey import Survey, kind_of
 
 ROOM = 1.3
 """How many times the memory an estimate may exceed before the compiler is not asked: estimates know
@@ -24,7 +22,8 @@ neither what the compiler fuses nor what it fragments."""
 LONGEST = {"tensor": 64, "sequence": 64, "pipe": 64, "expert": 256}
 """The most parts along an axis that are tried."""
 
-Build = Callable[[AbstractMesh], tuple[Callable[..., Any], Sequence[Any]]]
+Build = Callable[[Any], tuple[Callable[..., Any], Sequence[Any]]]
+"""Makes a step for a mesh, abstract or not: a function, and its arguments as they lie there."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +98,7 @@ def meshes(found: Survey, machine: Hardware) -> Iterator[dict[str, int]]:
         if a == "expert" and cut == ("expert",)
     }
     axes = [a for a in AXES if a in inner | shared | ({*found.batch} - {"expert"})]
-    shapes = [(arg.shape, arg.cuts) for arg in found.arguments]
-    shapes += [*found.said.items()]
+    shapes = divided(found)
     any_fits = False
     for sizes in _factors(devices, axes):
         full = dict.fromkeys(AXES, 1) | sizes
@@ -115,6 +113,15 @@ def meshes(found: Survey, machine: Hardware) -> Iterator[dict[str, int]]:
         full = dict.fromkeys(AXES, 1) | {axes[0] if axes else "data": devices}
         why = against(shapes, full) or "no axis of the step is cut by a mesh axis"
         raise ShardingError(f"no mesh of {devices} devices cuts this step: {why}")
+
+
+def divided(found: Survey) -> list[tuple[tuple[int, ...], Any]]:
+    """The shapes that a mesh must divide, with their cuts.
+
+    Not what an optimiser keeps: what of that does not divide lies whole.
+    """
+    own = [a for a in found.arguments if kind_of(a.path) != "optimizer"]
+    return [*((a.shape, a.cuts) for a in own), *found.said.items()]
 
 
 def against(shapes: Sequence[tuple[tuple[int, ...], Any]], sizes: Mapping[str, int]) -> str | None:
@@ -157,8 +164,8 @@ def candidates(surveys: Sequence[tuple[Variant, Survey]], machine: Hardware) -> 
         kinds = ", ".join(f"{k} {v / 2**30:.1f}" for k, v in least.estimate.held.items() if v)
         raise ShardingError(
             f"no layout fits {machine}: the least is {least.estimate.peak / 2**30:.1f} GiB a "
-            f"device of {machine.chip.memory / 2**30:.1f}, by {least} ({kinds} GiB); take more devices, "
-            "fewer or shorter rows, 8-bit moments or adapters"
+            f"device of {machine.chip.memory / 2**30:.1f}, by {least} ({kinds} GiB); take more "
+            "devices, fewer or shorter rows, 8-bit moments or adapters"
         )
     return sorted(could, key=lambda c: (c.estimate.seconds, c.estimate.peak))
 

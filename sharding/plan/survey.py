@@ -49,7 +49,7 @@ class Argument:
     @property
     def bytes(self) -> int:
         """Of the whole."""
-        return math.prod(self.shape) * _itemsize(self.dtype)
+        return int(math.prod(self.shape) * _itemsize(self.dtype))
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,7 @@ class _Walk:
             self.found.body, self.found.turns = body, length
 
     def _kept(self, aval: Any) -> Kept:
-        size = math.prod(aval.shape) * _itemsize(str(aval.dtype))
+        size = int(math.prod(aval.shape) * _itemsize(str(aval.dtype)))
         return Kept(size, self.cuts(tuple(aval.shape)), tuple(aval.shape), str(aval.dtype))
 
     def _alive(self, jaxpr: Any) -> list[Kept]:
@@ -251,7 +251,7 @@ class _Walk:
         for number, eqn in enumerate(jaxpr.eqns):
             for v in eqn.outvars:
                 if v in last:
-                    alive[v] = math.prod(v.aval.shape) * _itemsize(str(v.aval.dtype))
+                    alive[v] = int(math.prod(v.aval.shape) * _itemsize(str(v.aval.dtype)))
                     total += alive[v]
             if total > most:
                 most, best = total, [*alive]

@@ -16,7 +16,7 @@ def table(found: Plan, rows: int = _ROWS) -> str:
         found: the plan.
         rows: how many layouts at most.
     """
-    cells = [
+    cells: list[tuple[str, ...]] = [
         (
             "",
             "layout",

@@ -77,8 +77,19 @@ def _compiled(where: Path, job: dict[str, Any]) -> dict[str, Any]:
     return {
         "seconds": seconds,
         "coords": [_place(d, machine) for d in mesh.devices.flat],
-        "report": report.to_dict(),
+        "report": _own_paths(report.to_dict()),
     }
+
+
+def _own_paths(found: Any) -> Any:
+    """A report that names arguments as their owner does, not as `run` is given them."""
+    if isinstance(found, dict):
+        return {key: _own_paths(value) for key, value in found.items()}
+    if isinstance(found, list | tuple):
+        return [_own_paths(value) for value in found]
+    if isinstance(found, str):
+        return re.sub(r"^(?:gone|kept)/", "", found)
+    return found
 
 
 def devices(machine: Any) -> list[Any]:

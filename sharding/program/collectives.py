@@ -256,7 +256,7 @@ def _across(it: Instruction) -> str | None:
     found = (it.frontend("_xla_megascale_transfer_type") or "").lower().replace("_", "-")
     if found not in KINDS:
         raise ShardingError(
-            f"HLO line {it.line}: {it.name} sends {found!r} to other slices, which is not known here"
+            f"HLO line {it.line}: {it.name} sends {found!r} to other slices; it is not known here"
         )
     return found
 
