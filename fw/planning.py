@@ -166,7 +166,9 @@ def source_of(work: Work) -> _Source:
     task = work.task or ("causal_lm" if "causal_lm" in tasks else tasks[0])
     if task not in tasks:
         raise FwError(f"task {task!r}: {work.model} is for {', '.join(tasks)}")
-    labels = tuple(f"LABEL_{n}" for n in range(work.classes)) if task not in _WORDS else ()
+    labels = () if task in _WORDS else tuple(f"LABEL_{n}" for n in range(work.classes))
+    if task == "token_classification":
+        labels = ("O", *(f"B-{n}" for n in range(1, max(work.classes, 2))))
     found |= {"architectures": [family.architectures[task]]}
     head = choose_head(family, found, work.model, task=task, labels=labels, limit=2**31 - 1)
     return _Source(family, found, head)

@@ -121,11 +121,12 @@ def main() -> int:
                 work_of(row, accumulate=(1,)), row.machine, compile=options.compile, seconds=1200.0
             ).best
             best = f"{found} {found.prediction.mfu:.1%}"
+        waits = f"{own.exposed / own.seconds:.0%}"
         held = f"{own.memory.peak / 2**30:.2f} of {own.memory.capacity / 2**30:.2f}"
         rows.append(
             (
                 row.name, row.machine, f"{row.mesh} {row.remat}", f"{row.mfu:.1%}",
-                f"{own.mfu:.1%}", f"{off:+.1%}", f"{own.seconds:.2f}", f"{own.exposed / own.seconds:.0%}", held, best,
+                f"{own.mfu:.1%}", f"{off:+.1%}", f"{own.seconds:.2f}", waits, held, best,
             )
         )  # fmt: skip
         took = time.perf_counter() - begin
