@@ -30,6 +30,7 @@ from fw.hub.families import Family, family_of
 from fw.hub.files import CONFIG, read_json
 from fw.hub.folder import computed
 from fw.model import Model
+from fw.models.flash import has_cudnn
 from fw.models.pixels import normalised
 from fw.models.stack_layout import default_microbatches, scans
 from fw.optimizer import AdamW, optimizer
@@ -315,10 +316,17 @@ def plan_training(
     tokens = work.batch * (
         1 if source.head.task in ("image_classification", "segmentation") else work.length
     )
-    return plan_variants(
+    found = plan_variants(
         ways, machine, tokens=tokens, flops=model_flops(work, source), compile=compile,
         seconds=seconds, told=told, **options,
     )  # fmt: skip
+    kernels = work.precision != "f32" and source.head.task not in _IMAGES
+    if machine.chip.platform == "gpu" and kernels and not has_cudnn():
+        found.notes.append(
+            "Attention is planned without cuDNN's kernel, which training takes where it is: "
+            "pip install nvidia-cudnn-cu12, and plan again."
+        )
+    return found
 
 
 AUTO = "auto"

@@ -96,6 +96,7 @@ def make_step(
     precision: str | precision_.Policy = "f32",
     accumulate: int = 1,
     seed: int = 0,
+    compiler_options: Mapping[str, str] | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """Compiles `(state, batch) -> (state, metrics)`, or `(state, batch, frozen)`.
 
@@ -111,6 +112,8 @@ def make_step(
         with state, such as a batch norm's averages, is computed in one piece all the same: each
         row's output depends on all rows. `remat` in its config saves memory instead.
       seed: of dropout; its key is a function of (seed, step, microbatch).
+      compiler_options: of `jax.jit`, such as `sharding.plan.options_of` has for the mesh; not for a
+        step within another jitted function.
 
     Returns:
       The jitted step. Its state is donated: the argument is gone afterwards; the frozen collection
@@ -173,7 +176,10 @@ def make_step(
     # The state stays where it lies: left alone, the compiler may lay the new one out otherwise.
     lie = jax.tree.map(lambda x: x.sharding, abstract_state(model, tx, mesh, rules))
     everywhere = NamedSharding(mesh, PartitionSpec())
-    return jax.jit(step, donate_argnums=0, out_shardings=(lie, everywhere))
+    options = None if compiler_options is None else dict(compiler_options)
+    return jax.jit(
+        step, donate_argnums=0, out_shardings=(lie, everywhere), compiler_options=options
+    )
 
 
 def _gradients(

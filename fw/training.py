@@ -38,6 +38,7 @@ from fw.tasks import Task
 from fw.train import Progress
 from sharding import Rules, put, scope, shardings
 from sharding.parallel.pipeline import PIPE
+from sharding.plan import options_of
 
 CALIBRATION = 24
 """Batches of training that show an adapter what its kernel meets, if it asks."""
@@ -79,7 +80,7 @@ class Training:
         """`(state, batch) -> (state, metrics)`, compiled."""
         step = make_step(
             self.model, self.loss, tx, mesh=mesh, rules=rules, precision=recipe.precision,
-            accumulate=recipe.accumulate, seed=recipe.seed,
+            accumulate=recipe.accumulate, seed=recipe.seed, compiler_options=options_of(mesh),
         )  # fmt: skip
         return step if self.frozen is None else partial(step, frozen=self.frozen)
 

@@ -22,7 +22,8 @@ from sharding.mesh import sizes_of
 from sharding.plan import Candidate, Layout, Variant, hardware
 from sharding.plan.analytic import estimate
 from sharding.plan.compiler import compile_all
-from sharding.plan.plan import judged, program_of, surveyed
+from sharding.plan.layouts import judged, program_of
+from sharding.plan.plan import surveyed
 
 WIDE = 8192
 

@@ -2,12 +2,16 @@
 
 from sharding.plan.chips import CHIPS, Chip
 from sharding.plan.hardware import Hardware, hardware, legal
-from sharding.plan.plan import Layout, Plan, load, plan, plan_variants, why
+from sharding.plan.layouts import Layout, Plan, load
+from sharding.plan.options import OPTIONS, options_of
+from sharding.plan.plan import plan, plan_variants
 from sharding.plan.prediction import Prediction
 from sharding.plan.search import Candidate, Variant
+from sharding.plan.why import why
 
 __all__ = [
     "CHIPS",
+    "OPTIONS",
     "Candidate",
     "Chip",
     "Hardware",
@@ -18,6 +22,7 @@ __all__ = [
     "hardware",
     "legal",
     "load",
+    "options_of",
     "plan",
     "plan_variants",
     "why",

@@ -1,17 +1,31 @@
-"""The compilers' options by chip: what overlaps communication with computation.
+"""The compilers' options by chip: what lets communication run beside computation.
 
-Only what was measured to help is here; `scripts/bench/LOG.md` has the rest.
+TPUs' compiler does so by itself: nothing that was tried changed its programs
+(`scripts/bench/LOG.md`). GPUs' has to be told.
 """
 
 from collections.abc import Mapping
 from types import MappingProxyType
 
-OPTIONS: Mapping[str, dict[str, str]] = MappingProxyType(
-    {
-        "h100": {"xla_gpu_enable_latency_hiding_scheduler": "true"},
-        "h200": {"xla_gpu_enable_latency_hiding_scheduler": "true"},
-        "a100": {"xla_gpu_enable_latency_hiding_scheduler": "true"},
-        "b200": {"xla_gpu_enable_latency_hiding_scheduler": "true"},
-    }
+from jax.sharding import Mesh
+
+from sharding.plan.chips import CHIPS
+
+_GPU = MappingProxyType({"xla_gpu_enable_latency_hiding_scheduler": "true"})
+
+OPTIONS: Mapping[str, Mapping[str, str]] = MappingProxyType(
+    {chip.name: _GPU for chip in CHIPS.values() if chip.platform == "gpu"}
 )
-"""`compiler_options` of `jax.stages.Lowered.compile`, by the chip's name."""
+"""`compiler_options` of `jax.jit`, by the chip's name; no entry, no options."""
+
+
+def options_of(mesh: Mesh) -> dict[str, str] | None:
+    """Those of a mesh's devices; None where there are none.
+
+    >>> from sharding import make_mesh
+    >>> options_of(make_mesh("data=1")) is None
+    True
+    """
+    kind = mesh.devices.flat[0].device_kind
+    names = [chip.name for chip in CHIPS.values() if chip.kind == kind]
+    return dict(OPTIONS[names[0]]) if names and names[0] in OPTIONS else None

@@ -4,12 +4,9 @@ Variants are traced once each, thousands of layouts estimated, the best few comp
 compiler; what it made is timed and ranked. Whenever it is stopped, what it knows so far stands.
 """
 
-import json
-import logging
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,134 +15,21 @@ import jax
 from sharding.context import scope
 from sharding.errors import ShardingError
 from sharding.layout import fit, is_names, shardings
-from sharding.mesh import AXES, sizes_of
 from sharding.names import names
-from sharding.plan.analytic import estimate
-from sharding.plan.compiler import LIMIT, Compiled, Refused, compile_all, missing
+from sharding.plan.compiler import LIMIT, Compiled, compile_all, missing
 from sharding.plan.hardware import Hardware, hardware
-from sharding.plan.options import OPTIONS
-from sharding.plan.prediction import Held, Prediction, predict
-from sharding.plan.program import abstract_mesh, program
-from sharding.plan.schedule import Schedule
+from sharding.plan.layouts import Layout, Plan, judged, program_of, rough_prediction
+from sharding.plan.program import abstract_mesh
 from sharding.plan.search import (
     Build,
     Candidate,
     Variant,
-    against,
     candidates,
-    divided,
     shortlist,
-    spec_of,
 )
 from sharding.plan.survey import Survey, survey
 from sharding.rules import Rules
 from sharding.rules import rules as make_rules
-
-log = logging.getLogger(__name__)
-
-VERSION = 1
-"""Of `plan.json`."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A candidate, and what is known of it.
-
-    Attributes:
-        candidate: the mesh and the variant.
-        prediction: by the compiled program; by the estimate alone where `compiled` is False.
-        compiled: whether a compiler made it.
-        refused: why there is no program, where a compiler was asked in vain.
-        table: the timetable of the compiled program.
-    """
-
-    candidate: Candidate
-    prediction: Prediction
-    compiled: bool = False
-    refused: str | None = None
-    table: Schedule | None = None
-
-    @property
-    def works(self) -> bool:
-        """Whether it fits, as far as is known."""
-        return self.refused is None and self.prediction.fits
-
-    def __str__(self) -> str:
-        """As the candidate."""
-        return str(self.candidate)
-
-
-@dataclass
-class Plan:
-    """Layouts of a step, the best first.
-
-    Attributes:
-        machine: what they are for.
-        layouts: those that were compiled, then those that were estimated alone.
-        considered: how many were estimated.
-        lacking: what would have to be installed for a compiler to decide; None if one did.
-        surveys: of each variant.
-    """
-
-    machine: Hardware
-    layouts: list[Layout]
-    considered: int
-    lacking: str | None = None
-    surveys: list[tuple[Variant, Survey]] = field(default_factory=list)
-    tokens: int = 0
-    flops: float = 0.0
-
-    @property
-    def best(self) -> Layout:
-        """The fastest that works.
-
-        Raises:
-            ShardingError: none does.
-        """
-        for one in self.layouts:
-            if one.works:
-                return one
-        least = min(self.layouts, key=lambda one: one.prediction.memory.peak)
-        raise ShardingError(
-            f"none of {len(self.layouts)} layouts that were tried fits {self.machine}: {least} "
-            f"lacks {least.prediction.memory.over / 2**30:.1f} GiB of a device"
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """As `plan.json` has it."""
-        return {
-            "version": VERSION,
-            "hardware": str(self.machine),
-            "devices": self.machine.devices,
-            "considered": self.considered,
-            "lacking": self.lacking,
-            "best": _entry(self.best),
-            "layouts": [_entry(one) for one in self.layouts],
-        }
-
-    def save(self, path: str | Path) -> None:
-        """Writes `plan.json`."""
-        path = Path(path)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
-        partial.replace(path)
-
-    def __str__(self) -> str:
-        """The ranked table."""
-        from sharding.plan.terminal import table
-
-        return table(self)
-
-
-def _entry(one: Layout) -> dict[str, Any]:
-    return {
-        "mesh": one.candidate.mesh,
-        "choices": dict(one.candidate.variant.choices),
-        "compiled": one.compiled,
-        "refused": one.refused,
-        "works": one.works,
-        "prediction": one.prediction.to_dict(),
-    }
 
 
 def plan(
@@ -332,40 +216,6 @@ def _said(one: Layout) -> str:
     return f"{one.prediction.seconds:.3g} s a step, MFU {one.prediction.mfu:.1%}"
 
 
-def program_of(one: Candidate, machine: Hardware) -> Any:
-    """The program of a candidate, traced for its mesh."""
-    fn, args = one.variant.build(abstract_mesh(one.mesh, machine))
-    return program(fn, args, machine, one.mesh, OPTIONS.get(machine.chip.name, {}))
-
-
-def judged(
-    one: Candidate, result: Compiled | Refused, machine: Hardware, tokens: int, flops: float
-) -> Layout:
-    """What a compiler's result says of a candidate."""
-    rough = rough_prediction(one, machine, tokens, flops)
-    if isinstance(result, Refused):
-        if result.needed is None:
-            return Layout(one, rough, refused=result.reason)
-        memory = replace(rough.memory, peak=max(result.needed, rough.memory.capacity + 1))
-        return Layout(one, replace(rough, memory=memory), compiled=True, refused=result.reason)
-    found, table = predict(
-        result, machine, tokens=tokens, flops=flops, roofline=one.estimate.seconds
-    )
-    return Layout(one, found, compiled=True, table=table)
-
-
-def rough_prediction(one: Candidate, machine: Hardware, tokens: int, flops: float) -> Prediction:
-    """A prediction by the estimate alone."""
-    own = one.estimate
-    short = {k: v for k, v in own.held.items() if k in ("parameters", "optimizer", "batch")}
-    for_a_time = own.held["activations"] + own.held["temporaries"]
-    held = Held(short, for_a_time, own.peak, machine.chip.memory, own.largest)
-    return Prediction(
-        own.seconds, tokens, flops, machine, held, own.compute, own.exposed, own.sent, {}, {},
-        own.seconds, {"seconds": "an estimate; no compiler was asked"},
-    )  # fmt: skip
-
-
 def surveyed(
     variants: Sequence[Variant], machine: Hardware, say: Callable[[str, float], None]
 ) -> list[tuple[Variant, Survey]]:
@@ -380,82 +230,3 @@ def surveyed(
         left = (time.monotonic() - begin) * (len(variants) - number - 1)
         say(f"traced variant {number + 1} of {len(variants)}", left)
     return found
-
-
-def why(found: Plan, mesh: str, choices: Mapping[str, str] | None = None, **options: Any) -> str:
-    """What stands against a layout, and the nearest that works.
-
-    Args:
-        found: a plan of the step.
-        mesh: the layout's mesh.
-        choices: of the variant; the first that has them is taken.
-        **options: of `compile_all`.
-    """
-    machine = found.machine
-    sizes = sizes_of(mesh, machine.devices)
-    wanted = dict(choices or {})
-    variant, one = next(
-        (v, s) for v, s in found.surveys
-        if all(v.choices.get(key) == value for key, value in wanted.items())
-    )  # fmt: skip
-    if (reason := against(divided(one), sizes)) is not None:
-        return f"{mesh}: {reason}; {_nearest(found, sizes)}"
-    took = estimate(one, sizes, machine, microbatches=variant.staged * sizes["pipe"])
-    candidate = Candidate(spec_of(sizes, machine), sizes, variant, took)
-    layout = Layout(candidate, rough_prediction(candidate, machine, found.tokens, found.flops))
-    if found.lacking is None:
-        try:
-            traced = program_of(candidate, machine)
-            for _, result in compile_all([traced], **options):
-                layout = judged(candidate, result, machine, found.tokens, found.flops)
-        except ShardingError as error:
-            return f"{candidate}: {error}; {_nearest(found, sizes)}"
-    prediction = layout.prediction
-    if prediction.memory.over > 0:
-        largest = prediction.memory.largest or took.largest
-        what = ", ".join(
-            f"{name} {size / 2**30:.2f} GiB" for name, size in took.largest[:3] or largest
-        )
-        return (
-            f"{candidate}: {prediction.memory.over / 2**30:.2f} GiB too much of a device's "
-            f"{prediction.memory.capacity / 2**30:.2f}; the largest are {what}; "
-            f"{_nearest(found, sizes)}"
-        )
-    if layout.refused:
-        return f"{candidate}: {layout.refused}; {_nearest(found, sizes)}"
-    slow = prediction.seconds / found.best.prediction.seconds
-    worst = max(prediction.sent.items(), key=lambda item: item[1], default=("no collective", 0.0))
-    waits = prediction.waited.get(worst[0], prediction.exposed)
-    return (
-        f"{candidate} works: {prediction.seconds:.4g} s a step, {slow:.2f} times the best's "
-        f"({found.best}); its largest collective is {worst[0]}, {worst[1]:.3g} s, of which "
-        f"{waits:.3g} s nothing hides"
-    )
-
-
-def _nearest(found: Plan, sizes: Mapping[str, int]) -> str:
-    works = [one for one in found.layouts if one.works]
-    if not works:
-        return "no layout that was tried works"
-
-    def far(one: Layout) -> float:
-        return sum(abs(math.log2(one.candidate.sizes.get(a, 1) / sizes.get(a, 1))) for a in AXES)
-
-    best = min(works, key=lambda one: (far(one), one.prediction.seconds))
-    return f"the nearest that works is {best}, {best.prediction.seconds:.4g} s a step"
-
-
-def load(path: str | Path) -> dict[str, Any]:
-    """The best layout of a `plan.json`, as `_entry` wrote it, with `hardware`.
-
-    Raises:
-        ShardingError: no plan, or of another version.
-    """
-    try:
-        found = json.loads(Path(path).read_text())
-        known = found["version"], found["best"]["mesh"], found["best"]["choices"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ShardingError(f"{path}: cannot be read as a plan: {error}") from error
-    if known[0] != VERSION:
-        raise ShardingError(f"{path}: a plan of version {known[0]}, expected {VERSION}")
-    return {**found["best"], "hardware": found["hardware"], "devices": found["devices"]}

@@ -1,15 +1,18 @@
 """A plan for people who read: the ranked table, and the table of chips."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from sharding.plan.chips import CHIPS
 from sharding.plan.hardware import legal
-from sharding.plan.plan import Layout, Plan
+
+if TYPE_CHECKING:  # it prints them, they are printed by it
+    from sharding.plan.layouts import Layout, Plan
 
 _ROWS = 12
 
 
-def table(found: Plan, rows: int = _ROWS) -> str:
+def table(found: "Plan", rows: int = _ROWS) -> str:
     """The layouts, the best first, and where the numbers come from.
 
     Args:
@@ -42,13 +45,14 @@ def table(found: Plan, rows: int = _ROWS) -> str:
             f"No compiler was asked: {found.lacking} is not installed (pip install 'fw[plan]'). "
             "These are estimates, whose memory may be a third off."
         )
+    lines += found.notes
     best = next((one for one in found.layouts if one.works), None)
     if best is not None:
         lines += [f"  {key}: {text}" for key, text in best.prediction.sources.items() if text]
     return "\n".join(lines)
 
 
-def _row(number: int, one: Layout) -> tuple[str, ...]:
+def _row(number: int, one: "Layout") -> tuple[str, ...]:
     own = one.prediction
     memory = f"{own.memory.peak / 2**30:.2f} of {own.memory.capacity / 2**30:.2f}"
     if not own.fits:
