@@ -96,7 +96,7 @@ def make_step(
     precision: str | precision_.Policy = "f32",
     accumulate: int = 1,
     seed: int = 0,
-    compiler_options: Mapping[str, str] | None = None,
+    compiler_options: Mapping[str, bool | str] | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """Compiles `(state, batch) -> (state, metrics)`, or `(state, batch, frozen)`.
 

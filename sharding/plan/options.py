@@ -1,7 +1,7 @@
 """The compilers' options by chip: what lets communication run beside computation.
 
 TPUs' compiler does so by itself: nothing that was tried changed its programs
-(`scripts/bench/LOG.md`). GPUs' has to be told.
+(`scripts/bench/LOG.md`). GPUs' has a scheduler for it, which newer versions take unasked.
 """
 
 from collections.abc import Mapping
@@ -11,15 +11,15 @@ from jax.sharding import Mesh
 
 from sharding.plan.chips import CHIPS
 
-_GPU = MappingProxyType({"xla_gpu_enable_latency_hiding_scheduler": "true"})
+_GPU = MappingProxyType({"xla_gpu_enable_latency_hiding_scheduler": True})
 
-OPTIONS: Mapping[str, Mapping[str, str]] = MappingProxyType(
+OPTIONS: Mapping[str, Mapping[str, bool]] = MappingProxyType(
     {chip.name: _GPU for chip in CHIPS.values() if chip.platform == "gpu"}
 )
 """`compiler_options` of `jax.jit`, by the chip's name; no entry, no options."""
 
 
-def options_of(mesh: Mesh) -> dict[str, str] | None:
+def options_of(mesh: Mesh) -> dict[str, bool] | None:
     """Those of a mesh's devices; None where there are none.
 
     >>> from sharding import make_mesh

@@ -7,7 +7,7 @@ is pickled, and the function may come from anywhere, a notebook too.
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,7 +70,7 @@ class Program:
     donated: tuple[bool, ...]
     mesh: str
     machine: str
-    options: tuple[tuple[str, str], ...] = ()
+    options: tuple[tuple[str, bool | str], ...] = ()
 
     @property
     def key(self) -> str:
@@ -84,7 +84,7 @@ def program(
     args: Any,
     machine: Hardware,
     mesh: str,
-    options: dict[str, str] | None = None,
+    options: Mapping[str, bool | str] | None = None,
 ) -> Program:
     """Trace a function for a mesh of a machine.
 

@@ -163,20 +163,22 @@ class _Walk:
         if computation in self.turns:
             return self.turns[computation]
         found = Schedule()
-        free, ends = 0.0, {}  # when the network is free; when what was started is there
+        free = {False: 0.0, True: 0.0}  # when the network is, inside a slice and across slices
+        ends = {}  # when what was started is there
         for it in self.program.computations[computation].values():
             one = self._collective(it)
             chain = self._chain(it)
             if one is not None:
-                began = max(found.seconds, free)
-                free = began + one.seconds
+                across = one.one.axes == (ACROSS,)
+                began = max(found.seconds, free[across])
+                end = free[across] = began + one.seconds
                 key = _key(one.one)
                 found.sent[key] = found.sent.get(key, 0.0) + one.seconds
                 if chain is not None or it.opcode.endswith("-start") or it.opcode == "send":
-                    ends[chain or _meets(it) or it.name] = (free, key, len(found.events))
+                    ends[chain or _meets(it) or it.name] = (end, key, len(found.events))
                     wait = 0.0
                 else:
-                    wait = free - found.seconds
+                    wait = end - found.seconds
                     found.waited[key] = found.waited.get(key, 0.0) + wait
                 event = Event(
                     SEND, f"{one.one.kind} {one.one.cause}", began, one.seconds, wait,

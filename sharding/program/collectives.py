@@ -182,7 +182,7 @@ def collectives(
             groups = tuple(pair for pair in groups if pair[0] != pair[1])
         names, regular = axes_of(groups, where, axes, directed)
         width = slices if across else max(map(len, groups), default=1)
-        names = (ACROSS,) if across else names
+        names, regular = ((ACROSS,), True) if across else (names, regular)
         inputs = [program.computations[it.computation][operand] for operand in it.operands]
         if kind == "ragged-all-to-all" or it.opcode == "send":
             inputs = inputs[:1]  # the others are offsets, and a token

@@ -170,7 +170,8 @@ def coordinates(mesh: Mesh, devices: Sequence[Any]) -> np.ndarray:
 
     Args:
         mesh: the mesh that gives the axes.
-        devices: the program's devices; partition i runs on the i-th.
+        devices: the program's devices; partition i runs on the i-th. Of a mesh over several slices,
+            those of one: each runs a copy of its own.
 
     Returns:
         [len(devices), rank of the mesh] positions.
@@ -179,7 +180,9 @@ def coordinates(mesh: Mesh, devices: Sequence[Any]) -> np.ndarray:
         ShardingError: the mesh has other devices.
     """
     where = {device: place for place, device in np.ndenumerate(mesh.devices)}
-    if set(where) != set(devices):
+    apart = {getattr(device, "slice_index", None) for device in where}
+    one_slice = len(apart) > 1 and len({device.slice_index for device in devices}) == 1
+    if set(where) != set(devices) and not (one_slice and set(devices) < set(where)):
         raise ShardingError(
             f"the mesh {format_mesh(mesh)} has {len(where)} devices, the program runs on "
             f"{len(devices)}, and they are not the same ones; pass mesh= the mesh it was "
