@@ -70,7 +70,6 @@ KNOWN: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 )  # fmt: skip
 """Sizes of models that many train, by name, as their `config.json` has them."""
 
-PRECISIONS = ("bf16_activations", "bf16", "f32")
 _SHARES = (1, 2, 4, 8, 16)  # microbatches that are tried
 
 

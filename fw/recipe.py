@@ -123,7 +123,8 @@ class Finetune(AdamW, TableOptions, LoraOptions, Distil, Sparse, QatOptions):
       rules: preset that says which array axis goes to which mesh axis: data, fsdp, fsdp_tensor.
       exchange: how gradients are averaged over data: float32; int8, a quarter of the bytes; or
         powersgd:RANK, as powersgd:4, thin factors of them. What is left out comes later.
-      precision: of the dots: bf16 (bfloat16 operands, float32 sums) or f32.
+      precision: of the dots: bf16 (bfloat16 operands, float32 sums) or f32; bf16_activations: what
+        flows between operations in bfloat16 as well.
       accumulate: microbatches whose gradients make one step; must divide batch.
       microbatches: parts of their rows that the stages of a mesh with pipe work on in turn; 0 for
         two a stage.
@@ -286,6 +287,8 @@ class Finetune(AdamW, TableOptions, LoraOptions, Distil, Sparse, QatOptions):
             for name in names:
                 if self.task not in tasks and getattr(self, name) != default[name]:
                     raise FwError(f"{name} is for {', '.join(tasks)}, not {self.task}")
+        if self.qat and precision.policy(self.precision).activations:
+            raise FwError(f"precision {self.precision}: qat learns in float32; choose bf16 or f32")
         if self.config and self.model not in NEW:
             raise FwError(f"config is for new models, {', '.join(NEW)}; {self.model} has its own")
         if self.teacher and self.task not in TAUGHT:

@@ -20,7 +20,7 @@ from fw.cli import main
 from fw.errors import FwError
 from fw.planning import KNOWN, Work, build, model_flops, plan_training, source_of, variants
 from sharding import ShardingError, constrain, inspect, make_mesh, plan, rules
-from sharding.mesh import AXES
+from sharding.mesh import AXES, sizes_of
 from sharding.plan import CHIPS, hardware, legal, load, why
 from sharding.plan.analytic import estimate, placed
 from sharding.plan.compiler import Compiled, Refused, compile_all
@@ -33,6 +33,7 @@ from sharding.plan.search import candidates, meshes
 from sharding.plan.survey import survey
 from sharding.program.collectives import collectives
 from sharding.program.hlo import read
+from tests.tiny import make_model
 
 SHAPE = jax.ShapeDtypeStruct
 NAMES = {"up": ("embed", "mlp"), "down": ("mlp", "embed")}
@@ -286,6 +287,8 @@ def test_a_plan_for_this_cpu_is_by_its_own_compiler(tmp_path):
 
     other = next(m for m in ("fsdp=2", "tensor=2", "data=2") if m != best.candidate.mesh)
     assert "times the best's" in why(found, other, folder=tmp_path / "cache")
+    with pytest.raises(ShardingError, match="no variant of the plan"):
+        why(found, other, {"remat": "layer"})
     assert "does not divide" in why(
         plan(mlp_step, mlp_args(256, 64, 129), "2*cpu", axes=AXES_OF_MLP, compile=0), "tensor=2"
     )
@@ -301,6 +304,18 @@ def test_a_compiler_that_takes_too_long_is_stopped(tmp_path):
     )
     assert isinstance(found, Refused) and "more than" in found.reason
     assert not [*tmp_path.iterdir()]  # nothing half made stays
+
+
+def test_what_went_wrong_is_tried_again(tmp_path):
+    machine = hardware("cpu")
+    made, args = placed_step(mlp_step, mlp_args(64, 32, 64), axes=AXES_OF_MLP, rules=rules())(
+        abstract_mesh("data=1", machine)
+    )
+    bad = program(made, args, machine, "data=1", {"no_such_option": True})
+    for _ in range(2):
+        [(_, found)] = compile_all([bad], folder=tmp_path)
+        assert isinstance(found, Refused) and "no_such_option" in found.reason
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.slow
@@ -397,7 +412,10 @@ def test_fw_plan_says_what_it_lacks_and_writes(tmp_path, capsys):
     for heading in ("Memory of a device", "Where parameters lie", "Speed and memory"):
         assert heading in page
     assert main(["plan", "--list-hardware"]) == 0
-    assert all(name in capsys.readouterr().out + name for name in CHIPS)
+    listed = capsys.readouterr().out
+    for name, chip in CHIPS.items():
+        [sources] = [line for line in listed.splitlines() if line.startswith(f"{name}: ")]
+        assert f"\n{name} " in listed and all(said in sources for said in chip.sources.values())
     for wrong, said in (
         (["--hardware", "v5e:3x5"], "the nearest are"),
         (["--hardware", "v5e:4x4", "--batch", "-1"], "batch is -1"),
@@ -427,6 +445,22 @@ def test_training_takes_the_plan(tmp_path):
     path.write_text(json.dumps(saved | {"devices": 3}))
     with pytest.raises(FwError, match="a plan for 3 devices"):
         planned(Finetune(data="x.csv", plan=str(path), batch=8))
+
+
+def test_auto_plans_for_the_devices_there_are(tmp_path, monkeypatch):
+    from fw.planning import here, planned
+    from fw.recipe import Finetune
+
+    monkeypatch.setenv("FW_CACHE", str(tmp_path / "cache"))
+    model = make_model(tmp_path / "model")
+    recipe = Finetune(
+        task="classify", model=str(model), data="x.csv", plan="auto", batch=16, length=32
+    )
+    chosen = planned(recipe)
+    assert math.prod(sizes_of(chosen.mesh, jax.device_count()).values()) == here().devices
+    assert 16 % chosen.accumulate == 0
+    with pytest.raises(FwError, match="qat learns in float32"):
+        Finetune(data="x.csv", qat="int8", precision="bf16_activations")
 
 
 def test_a_plan_needs_no_devices_and_no_accelerator():

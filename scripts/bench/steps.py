@@ -6,13 +6,11 @@ are not here. `collectives.py` reads what they made of the steps.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.experimental import topologies
 from jax.sharding import Mesh
 from minimum import Parameter, Step
 
@@ -26,23 +24,18 @@ from fw.step import abstract_state, make_step
 from fw.tasks import cross_entropy
 from sharding import rules
 from sharding.layout import fit, is_names
+from sharding.plan import hardware
+from sharding.plan.worker import TPU
+from sharding.plan.worker import devices as told
 
 DEVICES = 8
 LOWERED = {"cpu": "cpu", "tpu": "tpu", "gpu": "cuda"}
 """By platform: what JAX calls it when it lowers a program."""
 
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}",
-    # A TPU's compiler is not to look for a TPU, nor to keep others from it.
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-}
+ENVIRONMENT = TPU | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}"}
 """For the process that compiles, before it starts."""
 
-_H100 = Path(__file__).with_name("h100.txtpb")
+_MACHINES = {"tpu": "v5e:2x4", "gpu": f"h100:1x{DEVICES}"}
 
 
 @dataclass(frozen=True)
@@ -72,13 +65,7 @@ class Sizes:
 
 def devices(platform: str) -> Sequence[Any]:
     """Of this machine, or those that a compiler is told of: v5e, 2 x 4; 8 H100 of one machine."""
-    if platform == "cpu":
-        return jax.devices()
-    if platform == "tpu":
-        return topologies.get_topology_desc("v5e:2x4", "tpu").devices
-    return topologies.get_topology_desc(
-        "h100", "cuda", topology=f"1x1x{DEVICES}", target_config=_H100.read_text()
-    ).devices
+    return jax.devices() if platform == "cpu" else told(hardware(_MACHINES[platform]))
 
 
 def compiled(

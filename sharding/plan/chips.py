@@ -24,11 +24,6 @@ def _tpu(page: str, **others: str) -> Mapping[str, str]:
     return MappingProxyType(found | others)
 
 
-def _gpu(sheet: str, **others: str) -> Mapping[str, str]:
-    found = dict.fromkeys(("memory", "flops", "hbm", "link"), sheet) | {"dcn": "DGX data sheet"}
-    return MappingProxyType(found | others)
-
-
 @dataclass(frozen=True, eq=False)
 class Chip:
     """One device as JAX sees it: a chip, but for tpu7x, of whose chips each is two devices.
@@ -48,11 +43,10 @@ class Chip:
         cores: compute cores that work as one device.
         dims: axes of the torus; 0 where there is none.
         together: devices of a chip.
-        host: chips of a host.
         most: chips of the largest slice.
         price: dollars a chip and hour; None where no list price is known here.
-        busy: the share of its peak that a kernel of attention reaches, its causal half not
-            counted; what the compiler says nothing of. The one number that is calibrated.
+        busy: the share of its peak that a kernel of attention is taken to reach with what it does
+            not skip; the compiler says nothing of it.
         target: what XLA's compiler for GPUs asks of a GPU.
         sources: of each figure.
     """
@@ -69,7 +63,6 @@ class Chip:
     cores: int = 1
     dims: int = 0
     together: int = 1
-    host: int = 8
     most: int = 0
     price: float | None = None
     busy: float = 0.5
@@ -86,13 +79,37 @@ REACHED = 0.95
 """Of a TPU's peak rate, what a large product reaches. By this a counted cycle has its seconds: the
 compilers of the generations count the same product at 70 (v6e) to 93 % (v4) of the peak."""
 
+GPU_SHARE = 0.92
+"""Of a GPU's memory, what a program can have where `XLA_PYTHON_CLIENT_MEM_FRACTION` says so; JAX
+leaves a quarter to others by default."""
+
+_HOPPER = {"bfloat16": 989.4e12, "float32": 494.7e12, "int8": 1979e12, "float8_e4m3fn": 1979e12}
+_HOPPER_UNITS = {
+    "cores": 132, "lanes": 128, "l2": 52_428_800, "clock": 1.98, "major": 9, "shared": 233_472,
+    "block": 232_448,
+}  # fmt: skip
+
+
+def _gpu(
+    name: str, kind: str, total: int, flops: Mapping[str, float], hbm: float,
+    units: Mapping[str, float], *, link: float = 450e9, dcn: float = 50e9,
+) -> Chip:  # fmt: skip
+    """A GPU: products of float32 as TF32, links as NVLink, `dcn` a network card's."""
+    sources = dict.fromkeys(("flops", "hbm", "link"), f"data sheet of the {name.upper()} SXM")
+    sources |= {"memory": f"{GPU_SHARE} of all", "dcn": "data sheet of the DGX"}
+    return Chip(
+        name, kind, "gpu", int(GPU_SHARE * total), flops, hbm, link, dcn,
+        target={**units, "memory": total}, sources=sources,
+    )  # fmt: skip
+
+
 CHIPS: Mapping[str, Chip] = MappingProxyType(
     {
         chip.name: chip
         for chip in (
             Chip(
                 "v4", "TPU v4", "tpu", int(30.75 * GiB), {"bfloat16": 275e12, "int8": 275e12},
-                hbm=1228e9, link=45e9, dcn=3.1e9, counted=243_057, cores=2, dims=3, host=4,
+                hbm=1228e9, link=45e9, dcn=3.1e9, counted=243_057, cores=2, dims=3,
                 most=4096, price=3.22, sources=_tpu("v4"),
             ),
             Chip(
@@ -103,7 +120,7 @@ CHIPS: Mapping[str, Chip] = MappingProxyType(
             ),
             Chip(
                 "v5p", "TPU v5", "tpu", int(95.73 * GiB), {"bfloat16": 459e12, "int8": 918e12},
-                hbm=2765e9, link=90e9, dcn=6.25e9, counted=236_349, cores=2, dims=3, host=4,
+                hbm=2765e9, link=90e9, dcn=6.25e9, counted=236_349, cores=2, dims=3,
                 most=6144, price=4.20, sources=_tpu("v5p"),
             ),
             Chip(
@@ -115,45 +132,29 @@ CHIPS: Mapping[str, Chip] = MappingProxyType(
             Chip(
                 "tpu7x", "TPU7x", "tpu", int(94.74 * GiB),
                 {"bfloat16": 1153.5e12, "float8_e4m3fn": 2307e12},
-                hbm=3690e9, link=90e9, dcn=6.25e9, counted=422_142, dims=3, together=2, host=4,
+                hbm=3690e9, link=90e9, dcn=6.25e9, counted=422_142, dims=3, together=2,
                 most=9216, price=12.0,
                 sources=_tpu("tpu7x", flops="docs.cloud.google.com/tpu/docs/tpu7x, half a chip",
-                             link="docs.cloud.google.com/tpu/docs/tpu7x, nine tenths",
-                             ),
+                             link="docs.cloud.google.com/tpu/docs/tpu7x, nine tenths"),
             ),
-            Chip(
-                "h100", "NVIDIA H100 80GB HBM3", "gpu", int(0.92 * 84942979072),
-                {"bfloat16": 989.4e12, "int8": 1979e12, "float8_e4m3fn": 1979e12},
-                hbm=3352e9, link=450e9, dcn=50e9,
-                target={"cores": 132, "lanes": 128, "l2": 52428800, "clock": 1.98, "major": 9,
-                        "shared": 233472, "block": 232448, "memory": 84942979072},
-                sources=_gpu("NVIDIA H100 SXM data sheet"),
+            _gpu("h100", "NVIDIA H100 80GB HBM3", 84_942_979_072, _HOPPER, 3352e9, _HOPPER_UNITS),
+            _gpu("h200", "NVIDIA H200", 151_397_597_184, _HOPPER, 4800e9, _HOPPER_UNITS),
+            _gpu(
+                "a100", "NVIDIA A100-SXM4-80GB", 85_100_068_864,
+                {"bfloat16": 312e12, "float32": 156e12, "int8": 624e12}, 2039e9,
+                {"cores": 108, "lanes": 64, "l2": 41_943_040, "clock": 1.41, "major": 8,
+                 "shared": 167_936, "block": 166_912},
+                link=300e9, dcn=25e9,
             ),
-            Chip(
-                "h200", "NVIDIA H200", "gpu", int(0.92 * 151397597184),
-                {"bfloat16": 989.4e12, "int8": 1979e12, "float8_e4m3fn": 1979e12},
-                hbm=4800e9, link=450e9, dcn=50e9,
-                target={"cores": 132, "lanes": 128, "l2": 52428800, "clock": 1.98, "major": 9,
-                        "shared": 233472, "block": 232448, "memory": 151397597184},
-                sources=_gpu("NVIDIA H200 SXM data sheet"),
-            ),
-            Chip(
-                "a100", "NVIDIA A100-SXM4-80GB", "gpu", int(0.92 * 85100068864),
-                {"bfloat16": 312e12, "int8": 624e12},
-                hbm=2039e9, link=300e9, dcn=25e9,
-                target={"cores": 108, "lanes": 64, "l2": 41943040, "clock": 1.41, "major": 8,
-                        "shared": 167936, "block": 166912, "memory": 85100068864},
-                sources=_gpu("NVIDIA A100 SXM data sheet"),
-            ),
-            Chip(
-                "b200", "NVIDIA B200", "gpu", int(0.92 * 191514411008),
-                {"bfloat16": 2250e12, "int8": 4500e12, "float8_e4m3fn": 4500e12},
-                hbm=7672e9, link=900e9, dcn=50e9,
-                target={"cores": 148, "lanes": 128, "l2": 132644864, "clock": 1.965, "major": 10,
-                        "shared": 233472, "block": 232448, "memory": 191514411008},
-                sources=_gpu("NVIDIA DGX B200 data sheet"),
+            _gpu(
+                "b200", "NVIDIA B200", 191_514_411_008,
+                {"bfloat16": 2250e12, "float32": 1100e12, "int8": 4500e12,
+                 "float8_e4m3fn": 4500e12}, 7672e9,
+                {"cores": 148, "lanes": 128, "l2": 132_644_864, "clock": 1.965, "major": 10,
+                 "shared": 233_472, "block": 232_448},
+                link=900e9,
             ),
         )
     }
 )  # fmt: skip
-"""By name. A GPU's memory is what is left of it where XLA takes all it may have: 0.92 of it."""
+"""By name."""

@@ -203,6 +203,9 @@ def _finish(program: Program, folder: Path, process: subprocess.Popen) -> Compil
     else:
         where.replace(place)
     found = _read(place)
+    if isinstance(found, Compiled) or (found is not None and found.needed is not None):
+        return found
+    shutil.rmtree(place)  # too little memory stays so; whatever else went wrong may go well
     return Refused("the compiler's result cannot be read") if found is None else found
 
 

@@ -8,7 +8,7 @@ import math
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from pathlib import Path
@@ -175,11 +175,6 @@ def this_cpu() -> Chip:
         "cpu", "cpu", "cpu", _memory(), {"float32": rate, "bfloat16": faster * rate},
         hbm=10e9 * cores, link=10e9, dcn=1e9, price=0.0, sources=sources,
     )  # fmt: skip
-
-
-def with_price(machine: Hardware, dollars: float | None) -> Hardware:
-    """The same machine at another price a chip and hour."""
-    return replace(machine, chip=replace(machine.chip, price=dollars))
 
 
 def _node(nodes: int, each: int) -> bool:

@@ -82,9 +82,11 @@ class Plan:
             if one.works:
                 return one
         least = min(self.layouts, key=lambda one: one.prediction.memory.peak)
+        over = least.prediction.memory.over
+        why = f"lacks {over / 2**30:.1f} GiB of a device" if over > 0 else f"was: {least.refused}"
         raise ShardingError(
-            f"none of {len(self.layouts)} layouts that were tried fits {self.machine}: {least} "
-            f"lacks {least.prediction.memory.over / 2**30:.1f} GiB of a device"
+            f"none of {len(self.layouts)} layouts that were tried works on {self.machine}; the "
+            f"least, {least}, {why}"
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -6,7 +6,6 @@ al. 2023, arXiv:2304.01433). GPUs of a node reach each other alike, others throu
 cards; slices through the data centre's network. What goes over both goes first within, then across.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -112,9 +111,3 @@ def seconds(kind: str, route: Way, link: float, operand: int, result: int) -> fl
     if m > 1:  # each member sends its part across
         found += times * (whole / n * (m - 1) / m / route.rate_outside + ACROSS)
     return found
-
-
-def bytes_by_axis(machine: Hardware, members: Sequence[np.ndarray]) -> tuple[int, ...]:
-    """The axes of the torus that a group extends along; for the table of bytes by link."""
-    found = {k for group in members for k in range(1, group.shape[1]) if len({*group[:, k]}) > 1}
-    return tuple(sorted(found))

@@ -12,7 +12,7 @@ from typing import Any
 from sharding.plan.chips import REACHED
 from sharding.plan.compiler import Compiled
 from sharding.plan.hardware import Hardware
-from sharding.plan.schedule import Schedule, schedule
+from sharding.plan.schedule import MEMORY_SHARE, PRODUCT_SHARE, Schedule, schedule
 from sharding.plan.survey import kind_of
 
 GAP = 0.35
@@ -128,7 +128,8 @@ def predict(
     for one in compiled.parameters:
         kind = kind_of(one["path"])
         kinds[kind] = kinds.get(kind, 0) + one["device_bytes"]
-    largest = sorted(((p["path"], p["device_bytes"]) for p in compiled.parameters), key=_size)
+    sizes = ((p["path"], p["device_bytes"]) for p in compiled.parameters)
+    largest = sorted(sizes, key=lambda one: -one[1])
     memory, chip = compiled.memory, machine.chip
     held = Held(
         kinds,
@@ -146,8 +147,10 @@ def predict(
         "seconds": f"{counted:.0%} the compiler's cycles, of which a large product has as many as "
         f"{REACHED:.0%} of the peak rate would; the rest as below"
         if chip.counted
-        else "products at 0.7 of the peak rate, or bytes at 0.75 of the memory's, the slower",
-        "kernels": f"attention at {chip.busy:.0%} of the peak",
+        else f"products at {PRODUCT_SHARE} of the peak rate, or bytes at {MEMORY_SHARE} of the "
+        "memory's, the slower",
+        "loops": "" if table.known else "one of unknown length counts as if it turned once",
+        "kernels": f"attention at {chip.busy:.0%} of the peak, others by their bytes",
         "collectives": f"links of {chip.link / 1e9:.0f} GB/s: {chip.sources.get('link', '')}",
         "memory": "the compiler",
         "capacity": chip.sources.get("memory", ""),
@@ -159,7 +162,3 @@ def predict(
         table.sent, table.waited, wire, roofline, sources,
     )  # fmt: skip
     return found, table
-
-
-def _size(item: tuple[str, int]) -> int:
-    return -item[1]

@@ -109,8 +109,7 @@ def program(
     platform = _LOWERED.get(machine.chip.platform, machine.chip.platform)
     checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in _KERNELS]
     checks.append(jax.export.DisabledSafetyCheck.platform())
-    info = jitted.trace(*args).args_info if hasattr(jitted, "trace") else None
-    donated = [bool(x.donated) for x in jax.tree.leaves(info)] if info else [False] * len(leaves)
+    donated = [bool(x.donated) for x in jax.tree.leaves(jitted.trace(*args).args_info)]
     try:
         exported = jax.export.export(jax.jit(flat), platforms=[platform], disabled_checks=checks)(
             dict(zip(names, leaves, strict=True))

@@ -9,7 +9,7 @@ another, and hold it up only where it waits for them.
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -27,6 +27,9 @@ from sharding.program.shapes import Array, leaves, read_shape
 MEMORY_SHARE = 0.75
 """Of a memory's peak rate, what large arrays read and written one after another reach. libtpu
 counts 2.5 times the cycles that the peak would need, on every generation; these count by this."""
+
+PRODUCT_SHARE = 0.7
+"""Of a peak rate, what products reach where the compiler counts no cycles: GPUs and CPUs."""
 
 COMPUTE, KERNEL, SEND = "compute", "kernel", "send"
 
@@ -79,6 +82,7 @@ class Schedule:
         sent: seconds that collectives take, exposed or not, by mesh axes and kind.
         waited: of these, exposed.
         events: in order; a loop is one.
+        known: whether it is known how often every loop turns; one that is not turns once.
     """
 
     seconds: float = 0.0
@@ -89,10 +93,12 @@ class Schedule:
     sent: dict[str, float] = field(default_factory=dict)
     waited: dict[str, float] = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)
+    known: bool = True
 
     def add(self, turn: "Schedule", times: int, name: str) -> None:
         """Takes in the turns of a loop."""
         start = self.seconds
+        self.known &= turn.known
         for key in ("seconds", "compute", "counted", "kernels", "exposed"):
             setattr(self, key, getattr(self, key) + times * getattr(turn, key))
         for mine, theirs in ((self.sent, turn.sent), (self.waited, turn.waited)):
@@ -107,7 +113,7 @@ class Schedule:
 
 
 class _Sent(NamedTuple):
-    one: Collective
+    collective: Collective
     seconds: float
 
 
@@ -166,14 +172,15 @@ class _Walk:
         free = {False: 0.0, True: 0.0}  # when the network is, inside a slice and across slices
         ends = {}  # when what was started is there
         for it in self.program.computations[computation].values():
-            one = self._collective(it)
+            sent = self._collective(it)
             chain = self._chain(it)
-            if one is not None:
-                across = one.one.axes == (ACROSS,)
+            if sent is not None:
+                one = sent.collective
+                across = one.axes == (ACROSS,)
                 began = max(found.seconds, free[across])
-                end = free[across] = began + one.seconds
-                key = _key(one.one)
-                found.sent[key] = found.sent.get(key, 0.0) + one.seconds
+                end = free[across] = began + sent.seconds
+                key = f"{one.kind} {one.along}"
+                found.sent[key] = found.sent.get(key, 0.0) + sent.seconds
                 if chain is not None or it.opcode.endswith("-start") or it.opcode == "send":
                     ends[chain or _meets(it) or it.name] = (end, key, len(found.events))
                     wait = 0.0
@@ -181,8 +188,8 @@ class _Walk:
                     wait = end - found.seconds
                     found.waited[key] = found.waited.get(key, 0.0) + wait
                 event = Event(
-                    SEND, f"{one.one.kind} {one.one.cause}", began, one.seconds, wait,
-                    axes=one.one.along, bytes=one.one.wire_bytes,
+                    SEND, f"{one.kind} {one.cause}", began, sent.seconds, wait,
+                    axes=one.along, bytes=one.wire_bytes,
                 )  # fmt: skip
                 found.events.append(event)
                 found.exposed += wait
@@ -204,6 +211,7 @@ class _Walk:
         if it.opcode == "while":
             trips = self.loops.trips(it)
             body = self.of(it.attributes["body"].lstrip("%"))
+            found.known &= trips is not None
             found.add(body, 1 if trips is None else trips, _name(it))
         elif it.opcode == "conditional":
             branches = [self.of(name) for _, name in it.called]
@@ -261,13 +269,9 @@ class _Walk:
             return COMPUTE, own if self._products(it) else min(own, memory), True
         if self.chip.counted:  # a TPU's compiler counts whatever takes time
             return COMPUTE, 0.0, True
-        rate = (
-            self.chip.flops["bfloat16" if self._narrow(it) else "float32"]
-            if ("float32" in self.chip.flops)
-            else self.chip.flops["bfloat16"] * (1 if self._narrow(it) else 0.4)
-        )
+        rate = self.chip.flops["bfloat16" if self._narrow(it) else "float32"]
         flops = sum(product_flops(*product) for product in self._products(it))
-        return COMPUTE, max(flops / (0.7 * rate), memory), False
+        return COMPUTE, max(flops / (PRODUCT_SHARE * rate), memory), False
 
     def _bytes(self, it: Instruction) -> int:
         """What it reads and writes of the large memory."""
@@ -326,10 +330,6 @@ def _meets(it: Instruction) -> str | None:
     return it.frontend("_xla_host_transfer_rendezvous")
 
 
-def _key(one: Collective) -> str:
-    return f"{one.kind} {one.along}"
-
-
 def _name(it: Instruction) -> str:
     """What people know it by: the end of the path of functions that made it."""
     parts = it.metadata.get("op_name", "").split("/")
@@ -378,10 +378,3 @@ def _attention_dims(x: Array) -> tuple[int, int, int, int]:
     """Batch, heads, length and head of an operand, whichever way round they lie."""
     batch, a, b, size = x.dims
     return (batch, a, b, size) if a <= b else (batch, b, a, size)
-
-
-def walk(events: Sequence[Event]) -> Iterator[Event]:
-    """All events, those inside of loops after their loop."""
-    for event in events:
-        yield event
-        yield from walk(event.inside)

@@ -20,14 +20,20 @@ def why(found: Plan, mesh: str, choices: Mapping[str, str] | None = None, **opti
         mesh: the layout's mesh.
         choices: of the variant; the first that has them is taken.
         **options: of `compile_all`.
+
+    Raises:
+        ShardingError: no mesh of the machine, or choices of none of the plan's variants.
     """
     machine = found.machine
     sizes = sizes_of(mesh, machine.devices)
     wanted = dict(choices or {})
-    variant, one = next(
-        (v, s) for v, s in found.surveys
-        if all(v.choices.get(key) == value for key, value in wanted.items())
-    )  # fmt: skip
+    alike = [
+        (variant, one) for variant, one in found.surveys
+        if all(variant.choices.get(key) == value for key, value in wanted.items())
+    ]  # fmt: skip
+    if not alike:
+        raise ShardingError(f"why: no variant of the plan has the choices {wanted}")
+    variant, one = alike[0]
     if (reason := against(divided(one), sizes)) is not None:
         return f"{mesh}: {reason}; {_nearest(found, sizes)}"
     took = estimate(one, sizes, machine, microbatches=variant.staged * sizes["pipe"])
@@ -42,10 +48,7 @@ def why(found: Plan, mesh: str, choices: Mapping[str, str] | None = None, **opti
             return f"{candidate}: {error}; {_nearest(found, sizes)}"
     prediction = layout.prediction
     if prediction.memory.over > 0:
-        largest = prediction.memory.largest or took.largest
-        what = ", ".join(
-            f"{name} {size / 2**30:.2f} GiB" for name, size in took.largest[:3] or largest
-        )
+        what = ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in took.largest[:3])
         return (
             f"{candidate}: {prediction.memory.over / 2**30:.2f} GiB too much of a device's "
             f"{prediction.memory.capacity / 2**30:.2f}; the largest are {what}; "

@@ -101,7 +101,7 @@ def devices(machine: Any) -> list[Any]:
     if chip.platform == "cpu":
         return jax.devices("cpu")[: machine.devices]
     if chip.platform == "gpu":
-        topology = f"{1}x{shape[0]}x{shape[1]}"
+        topology = f"1x{shape[0]}x{shape[1]}"
         found = topologies.get_topology_desc(
             chip.name, "cuda", topology=topology, target_config=target(chip)
         )
