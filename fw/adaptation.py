@@ -192,7 +192,8 @@ def coded(options: LoraOptions) -> Callable[[str, jax.Array], Any]:
             return leaf
         where = sharding_of(leaf)
         new, finite = by_layer(leaf, scheme)
-        if not finite:
+        # Of shapes alone, in a trace, nothing is known of numbers.
+        if not isinstance(finite, jax.core.Tracer) and not finite:
             raise FwError(f"{path}: holds NaN or infinity; expected the weights of a model")
         return new if where is None else jax.device_put(new, new.place(where))
 

@@ -23,12 +23,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
+from compress.arrays import is_compressed
+from compress.transform import named_leaves
 from fw import assets
+from fw.adaptation import LoraOptions, adapt
 from fw.errors import FwError
 from fw.hub.config import Head, choose_head, read_config
 from fw.hub.families import Family, family_of
 from fw.hub.files import CONFIG, read_json
-from fw.hub.folder import computed
+from fw.hub.folder import Loaded, computed
 from fw.model import Model
 from fw.models.flash import has_cudnn
 from fw.models.pixels import normalised
@@ -36,8 +39,10 @@ from fw.models.stack_layout import default_microbatches, scans
 from fw.optimizer import AdamW, optimizer
 from fw.step import abstract_state, make_step
 from fw.tasks import make_task
+from sharding import Rules, shardings
 from sharding import rules as make_rules
 from sharding.layout import fit
+from sharding.parallel.pipeline import PIPE
 from sharding.plan import CHIPS, Hardware, Plan, Variant, hardware, load, plan_variants
 from sharding.rules import BATCH
 
@@ -73,6 +78,10 @@ KNOWN: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 _SHARES = (1, 2, 4, 8, 16)  # microbatches that are tried
 
 
+WHOLE = LoraOptions()
+"""No adapters: the whole model is trained."""
+
+
 @dataclass(frozen=True)
 class Work:
     """What is to be trained.
@@ -90,6 +99,7 @@ class Work:
       moments: of the optimiser, that may be taken.
       accumulate: microbatches that may be taken; None for those that the batch divides into.
       causal_half: whether a model's own FLOPs leave out the half of attention that nobody sees.
+      adapters: that may be trained in place of the whole model, which `WHOLE` stands for.
     """
 
     model: str
@@ -104,6 +114,7 @@ class Work:
     moments: tuple[str, ...] = ("float32",)
     accumulate: tuple[int, ...] | None = None
     causal_half: bool = True
+    adapters: tuple[LoraOptions, ...] = (WHOLE,)
 
     def __post_init__(self):
         """Checks what can be checked before anything is read.
@@ -179,7 +190,10 @@ _WORDS = ("causal_lm", "masked_lm", "embedding")
 
 
 def build(
-    work: Work, source: _Source, choices: Mapping[str, str]
+    work: Work,
+    source: _Source,
+    choices: Mapping[str, str],
+    adapters: LoraOptions = WHOLE,
 ) -> Callable[[AbstractMesh | Mesh], tuple[Callable[..., Any], Sequence[Any]]]:
     """What makes the training step of a work for a mesh, as `sharding.plan` wants it.
 
@@ -187,6 +201,7 @@ def build(
       work: what is trained.
       source: its model.
       choices: `remat`, `accumulate`, `moments`, as in `fw.recipe.Finetune`.
+      adapters: what is trained in place of the whole model; the step takes what is frozen, too.
     """
     table = make_rules(work.rules)
     task = make_task(source.head.task, source.head.labels)
@@ -203,6 +218,9 @@ def build(
         arrays, pixels = _batch(work, source, model)
         if pixels:
             model = normalised(model, [0.5], [0.5])
+        frozen: tuple[Any, ...] = ()
+        if adapters.lora:
+            model, *frozen = _adapted(model, adapters, mesh, table)
         step = make_step(
             model, task.loss, tx, mesh=mesh, rules=table, precision=work.precision,
             accumulate=int(choices.get("accumulate", "1")),
@@ -212,9 +230,32 @@ def build(
             names = (BATCH, *[None] * (len(shape) - 1))
             where = fit(names, shape, mesh, table, activation=True, path=f"batch/{name}")
             batch[name] = jax.ShapeDtypeStruct(shape, dtype, sharding=where)
-        return step, (abstract_state(model, tx, mesh, table), batch)
+        return step, (abstract_state(model, tx, mesh, table), batch, *frozen)
 
     return made
+
+
+def _adapted(model: Model, adapters: LoraOptions, mesh: Any, table: Rules) -> tuple[Model, Any]:
+    """The model whose adapters are trained, and shapes of what is frozen where they lie."""
+    found: list[Model] = []
+
+    def split(variables: Any) -> Any:
+        made = adapt(Loaded(model, variables, ()), adapters)
+        found.append(made.trained.model)
+        return made.frozen
+
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    places = named_leaves(shardings(model.axes, shapes, mesh, table)["params"])[0]
+    leaves, tree = named_leaves(jax.eval_shape(split, shapes))
+    where = [
+        x.place(s) if is_compressed(x) else s for (_, x), (_, s) in zip(leaves, places, strict=True)
+    ]
+    frozen = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        jax.tree.unflatten(tree, [x for _, x in leaves]),
+        jax.tree.unflatten(tree, where),
+    )
+    return found[-1], frozen
 
 
 def _batch(
@@ -262,18 +303,32 @@ def variants(work: Work) -> tuple[list[Variant], _Source]:
         raise FwError(f"remat: {work.model} has no layers to compute again")
     shares = work.accumulate or tuple(n for n in _SHARES if work.batch % n == 0)
     found = []
-    for remat, share, moments in product(remats, shares, work.moments):
+    for remat, share, moments, one in product(remats, shares, work.moments, work.adapters):
         choices = {"remat": remat or "none", "accumulate": str(share), "moments": moments}
-        found.append(Variant(build(work, source, choices), choices))
+        if any(other.lora for other in work.adapters):
+            choices |= {"lora": f"{one.lora}:{one.lora_base}".removesuffix(":")}
+        built = build(work, source, choices, one)
+        more: dict[str, Any] = {}
+        if one.lora:
+            more = {
+                "kinds": {2: "frozen"}, "whole": (PIPE,), "flops": model_flops(work, source, 2)
+            }  # fmt: skip
+        found.append(Variant(built, choices, **more))
     return found, source
 
 
-def model_flops(work: Work, source: _Source | None = None) -> float:
+def model_flops(work: Work, source: _Source | None = None, products: int = 3) -> float:
     """Products and sums that a step of a work needs: three forward passes, nothing computed twice.
 
     A backward pass multiplies twice for each product of the forward pass (Kaplan et al. 2020,
     arXiv:2001.08361, section 2.1); attention counts whole, or half where it is causal and
     `causal_half` says so.
+
+    Args:
+      work: what is trained.
+      source: its model, where it was read.
+      products: for each with a kernel in the forward pass; 2 where kernels are frozen. What
+        adapters multiply beside them is left out.
     """
     from sharding.plan.survey import survey
 
@@ -287,7 +342,7 @@ def model_flops(work: Work, source: _Source | None = None) -> float:
     batch.pop("labels", None)
     counted = survey(lambda v, b: model.apply(v, b)[0], (variables, batch))
     half = 0.5 if work.causal_half and source.head.task == "causal_lm" else 1.0
-    return 3 * (counted.dense + half * counted.batched)
+    return products * counted.dense + 3 * half * counted.batched
 
 
 def plan_training(
@@ -335,8 +390,8 @@ def planned(recipe: Any) -> Any:
     """A recipe of `fw finetune` on the layout that its plan says; without one as it is.
 
     Args:
-      recipe: a `fw.recipe.Finetune`; of its `plan`, the best layout's mesh, remat, accumulate and
-        moments take the place of its own.
+      recipe: a `fw.recipe.Finetune`; of its `plan`, the best layout's mesh, remat, accumulate,
+        moments and adapters take the place of its own.
 
     Raises:
       FwError: a plan for another number of devices than there are, or no model to plan for.
@@ -346,9 +401,12 @@ def planned(recipe: Any) -> Any:
         return recipe
     count = jax.device_count()
     if recipe.plan == AUTO:
+        names = (field.name for field in dataclasses.fields(LoraOptions))
+        own = LoraOptions(**{name: getattr(recipe, name) for name in names})
         work = Work(
             recipe.model or "all-MiniLM-L6-v2", recipe.batch, recipe.length, task=recipe.long_task,
             precision=recipe.precision, rules=recipe.rules, moments=(recipe.moments,),
+            adapters=(own,),
         )  # fmt: skip
         best = plan_training(work, here(), compile=2, seconds=300.0).best
         mesh, choices, devices = best.candidate.mesh, best.candidate.variant.choices, count
@@ -363,7 +421,21 @@ def planned(recipe: Any) -> Any:
     known = {key: choices[key] for key in ("remat", "moments") if key in choices}
     if "accumulate" in choices:
         known["accumulate"] = int(choices["accumulate"])
+    if "lora" in choices:
+        known |= adapters_of(choices["lora"])
     return replace(recipe, mesh=mesh, **known)
+
+
+def adapters_of(text: str) -> dict[str, Any]:
+    """The options of adapters as a plan and `fw plan --lora` have them.
+
+    >>> adapters_of("16:nf4")
+    {'lora': 16, 'lora_base': 'nf4'}
+    """
+    rank, _, base = text.partition(":")
+    if not rank.isdecimal():
+        raise FwError(f"lora {text!r}: expected a rank, as 16, or one with a format, as 16:nf4")
+    return {"lora": int(rank), "lora_base": base}
 
 
 def here() -> Hardware:

@@ -102,6 +102,22 @@ def apply[R](fn: Callable[..., R], precision: str | Policy) -> Callable[..., R]:
     dtype('float32')
     """
     chosen = policy(precision)
+    inner = _apply(fn, chosen)
+    if not chosen.activations:
+        return inner
+
+    @functools.wraps(fn)
+    def wrapped(*args: Any, **kwargs: Any) -> R:
+        def widened(y: Any) -> Any:
+            return y.astype(np.float32) if getattr(y, "dtype", None) == chosen.activations else y
+
+        return jax.tree.map(widened, inner(*args, **kwargs))
+
+    return wrapped
+
+
+def _apply[R](fn: Callable[..., R], chosen: Policy) -> Callable[..., R]:
+    """`apply`, but that activations come out in the dtype in which they flow."""
 
     @functools.wraps(fn)
     def wrapped(*args: Any, **kwargs: Any) -> R:
@@ -111,10 +127,7 @@ def apply[R](fn: Callable[..., R], precision: str | Policy) -> Callable[..., R]:
             args, kwargs = _narrowed((args, kwargs), chosen.activations)
         with _applied(chosen), jax.default_matmul_precision(others):
             program = traced(fn, args, kwargs)
-        found = _evaluate(program.closed, chosen, program.arrays)
-        if chosen.activations:
-            found = [y.astype(np.float32) if y.dtype == chosen.activations else y for y in found]
-        return program.result(found)
+        return program.result(_evaluate(program.closed, chosen, program.arrays))
 
     return wrapped
 
@@ -156,7 +169,7 @@ def here[R](fn: Callable[..., R]) -> Callable[..., R]:
     >>> here(len) is len
     True
     """
-    return fn if _applied.value is None else apply(fn, _applied.value)
+    return fn if _applied.value is None else _apply(fn, _applied.value)
 
 
 def operands() -> str | None:
@@ -169,6 +182,18 @@ def operands() -> str | None:
     Array([1.], dtype=float32)
     """
     return None if _applied.value is None else _applied.value.weights
+
+
+def activations() -> str | None:
+    """The dtype of what flows between operations, under the policy that is applied to the caller.
+
+    None: as it is. For a model that makes floats of what is none, such as images of bytes.
+
+    >>> apply(lambda x: print(activations()) or x, "bf16_activations")(jnp.ones(1))
+    bfloat16
+    Array([1.], dtype=float32)
+    """
+    return None if _applied.value is None else _applied.value.activations
 
 
 def _evaluate(closed: Any, chosen: Policy, args) -> list:

@@ -15,6 +15,7 @@ from fw.models.bert import BertConfig, bert
 from fw.models.layers import layer_norm, swiglu
 from fw.models.llama import LlamaConfig, llama
 from fw.models.modernbert import ModernBertConfig, modernbert
+from fw.models.pixels import normalised
 from fw.models.resnet import ResNetConfig, resnet
 from fw.models.vit import vit
 from fw.models.vit_config import ViTConfig
@@ -186,3 +187,27 @@ def test_products_as_tpus_take_them(names):
     np.testing.assert_allclose(got, expected, atol=1e-5)
     for a, b in zip(own(g), pull(g), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["vit", "resnet"])
+def test_bytes_of_images_become_bfloat16(name):
+    model, variables, batch = case(name)
+    model = normalised(model, [0.5], [0.5])
+    images = {"images": (100 * np.abs(batch["pixel_values"])).clip(0, 255).astype(np.uint8)}
+    narrow, wide = (
+        precision.apply(model.apply, policy)(variables, images)[0]
+        for policy in ("bf16_activations", "f32")
+    )
+    assert off(narrow, wide) < 0.02
+
+
+def test_stages_hand_on_bfloat16():
+    config = LlamaConfig(48, 32, 4, 4, 64, num_key_value_heads=2, microbatches=2)
+    model, mesh, table = llama(config), make_mesh("pipe=2", jax.devices()[:2]), rules()
+    variables, (_, _, batch) = model.init(jax.random.key(3)), case("llama")
+    wide = model.apply(variables, batch)[0]["losses"]
+    with scope(mesh, table, differentiate=True):
+        run = jax.jit(lambda v, b: precision.apply(model.apply, "bf16_activations")(v, b)[0])
+        there = jax.device_put(variables, where(model.axes, variables, mesh, table))
+        narrow = run(there, batch)["losses"]
+    assert off(narrow, wide) < 0.02

@@ -16,6 +16,7 @@ time, memory of a device, price. DIR gets plan.json and plan.html.
   fw plan --model llama-2-70b --hardware v5p:8x8x16 --batch 1024 --length 4096 --out plan/
   fw plan --model all-MiniLM-L6-v2 --task token_classification --hardware cpu --batch 32
   fw plan --model my/config.json --hardware 2*v5e:16x16 --batch 2048 --layout fsdp=64,tensor=4
+  fw plan --model llama-3.1-70b --hardware v5e:4x4 --batch 64 --length 2048 --lora 16,16:nf4
   fw plan --list-hardware
   fw finetune ... --plan plan/plan.json             trains with the best of them
 """
@@ -43,6 +44,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     add("--config", default="", help="keys of the config that are others, as num_hidden_layers=16")
     add("--remat", default="", help="what may be computed again: none, dots, layer; with commas")
     add("--moments", default="float32", help="of the optimiser: float32, 8bit; with commas")
+    add("--lora", default="0", help="adapters that may be trained: 16, 16:nf4; 0: the whole model")
     add("--accumulate", default="", help="microbatches that may be taken, with commas")
     add("--rules", default="fsdp_tensor", help="preset of the layout (default: %(default)s)")
     add("--compile", type=int, default=4, help="layouts that the compiler decides among; 0: none")
@@ -56,7 +58,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> int:
     """Plans, prints, writes."""
-    from fw.planning import Work, plan_training, priced, read_prices
+    from fw.adaptation import LoraOptions
+    from fw.planning import Work, adapters_of, plan_training, priced, read_prices
     from sharding.plan import hardware, why
     from sharding.plan.terminal import hardware_table
 
@@ -72,6 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
         classes=arguments.classes, precision=arguments.precision, rules=arguments.rules,
         config=_pairs(arguments.config), remat=_remats(arguments.remat),
         moments=tuple(arguments.moments.split(",")), accumulate=_numbers(arguments.accumulate),
+        adapters=tuple(LoraOptions(**adapters_of(text)) for text in arguments.lora.split(",")),
     )  # fmt: skip
     found = plan_training(
         work, machine, compile=arguments.compile, seconds=60 * arguments.minutes, told=Told()

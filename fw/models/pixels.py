@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fw import precision
 from fw.model import Batch, Model, Variables
 
 
@@ -42,7 +43,8 @@ def normalised(
         others = dict(batch)
         if (images := others.pop("images", None)) is not None:
             scaled = images.astype(jnp.float32) * jnp.float32(scale)
-            others["pixel_values"] = (scaled - middle) / spread
+            pixels = (scaled - middle) / spread
+            others["pixel_values"] = pixels.astype(precision.activations() or pixels.dtype)
         return model.apply(variables, others, key=key, train=train)
 
     return replace(model, apply=apply)

@@ -20,7 +20,7 @@ from sharding.plan.analytic import placed
 from sharding.plan.schedule import SEND, Event
 
 _COLOURS = {
-    "parameters": "#4c78a8", "optimizer": "#9ecae9", "batch": "#bab0ac",
+    "parameters": "#4c78a8", "frozen": "#b279a2", "optimizer": "#9ecae9", "batch": "#bab0ac",
     "activations and temporaries": "#f58518", "compute": "#4c78a8", "kernel": "#72b7b2",
     "hidden": "#eeca3b", "exposed": "#e45756",
 }  # fmt: skip
@@ -126,7 +126,8 @@ def _memory(layouts: Sequence[Layout]) -> Element:
     line = tag("line", x1=full, x2=full, y1=16, y2=end, stroke="#e45756", stroke_width=2)
     capacity = size(layouts[0].prediction.memory.capacity)
     marks += [line, tag("text", capacity, x=full, y=12, text_anchor="middle")]
-    legend = _legend(["parameters", "optimizer", "batch", "activations and temporaries"])
+    kinds = {kind: None for one in layouts for kind in one.prediction.memory.kinds}
+    legend = _legend([*kinds, "activations and temporaries"])
     return tag("div", canvas("memory of a device", (WIDTH, end + 6), *marks), legend)
 
 

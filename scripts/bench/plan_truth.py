@@ -68,6 +68,8 @@ class Row:
 MID = decoder(4096, 64, 28_672, 32)
 LARGE = decoder(WIDE, 64, 28_672, 32)
 HUGE = decoder(WIDE, 128, 57_344, 64)
+WIDER = LARGE | {"num_hidden_layers": 64}
+GIANT = decoder(2 * WIDE, 128, 57_344, 64)
 LLAMA_3 = "llama-3.1-8b"
 ROWS = (
     Row("16B", MID, "v5e:16x16", "fsdp=256", 6, 2048, "layer", 0.611),
@@ -76,6 +78,15 @@ ROWS = (
     Row("128B", HUGE, "v5p:4x4x8", "fsdp=16,tensor=8", 1, 2048, "dots", 0.687),
     Row("Llama-2-70B", {}, "v5p:8x8x8", "fsdp=512", 4, 4096, "layer", 0.654, True, "llama-2-70b"),
     Row("Llama-3.1-8B", {}, "v6e:16x16", "fsdp=256", 3, 8192, "layer", 0.455, True, LLAMA_3),
+    Row("64B", WIDER, "v5e:16x16", "fsdp=256", 2, 2048, "layer", 0.599),
+    Row("16B", MID, "2*v5e:16x16", "dcn.data=2,fsdp=256", 6, 2048, "layer", 0.594),
+    Row("64B", WIDER, "v5p:4x4x4", "fsdp=16,tensor=4", 3, 2048, "dots", 0.703),
+    Row("32B", LARGE, "2*v5p:4x4x4", "dcn.data=2,fsdp=16,tensor=4", 6, 2048, "dots", 0.694),
+    Row("256B", GIANT, "v5p:8x8x8", "fsdp=64,tensor=8", 1, 2048, "dots", 0.671),
+    Row("512B", GIANT | {"num_hidden_layers": 128}, "v5p:8x8x8", "fsdp=64,tensor=8", 2, 2048, "layer", 0.640),
+    Row("Llama-2-70B", {}, "v6e:16x16", "fsdp=256", 4, 4096, "layer", 0.438, False, "llama-2-70b"),
+    Row("Llama-3.1-70B", {}, "v6e:16x16", "fsdp=256", 2, 8192, "layer", 0.503, False, "llama-3.1-70b"),
+    Row("Mixtral-8x7B", {}, "v5p:4x4x8", "fsdp=128", 8, 4096, "layer", 0.526, True, "mixtral-8x7b"),
 )  # fmt: skip
 
 
@@ -106,7 +117,7 @@ def main() -> int:
     )
     parser.add_argument("--only", default="", help="rows whose model and machine hold this")
     parser.add_argument("--best", action="store_true", help="let the planner look for a better one")
-    parser.add_argument("--compile", type=int, default=3, help="layouts it compiles")
+    parser.add_argument("--compile", type=int, default=4, help="layouts it compiles")
     options = parser.parse_args()
     rows = []
     for row in ROWS:

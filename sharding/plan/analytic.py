@@ -20,7 +20,7 @@ from sharding.mesh import AXES, arranged
 from sharding.plan.hardware import Hardware
 from sharding.plan.network import seconds, way
 from sharding.plan.schedule import MEMORY_SHARE
-from sharding.plan.survey import Argument, Kept, Survey, kind_of
+from sharding.plan.survey import Argument, Kept, Survey
 
 PRODUCTS = 0.85
 """Of the peak rate, what large products reach."""
@@ -30,7 +30,9 @@ SPARE = 1.15
 """What alignment and fragments add to arrays that live for a time."""
 
 
-_KINDS = ("parameters", "optimizer", "batch", "activations", "temporaries")
+FOR_A_TIME = ("activations", "temporaries")
+"""Kinds of bytes that no argument of the step is."""
+_KINDS = ("parameters", "frozen", "optimizer", "batch", *FOR_A_TIME)
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class Estimate:
         compute: seconds of arithmetic.
         sent: seconds of collectives, by what they are for.
         exposed: of these, what nothing hides.
-        held: bytes of a device by kind: parameters, optimizer, batch, activations, temporaries.
+        held: bytes of a device by kind: parameters, frozen, optimizer, batch, activations,
+            temporaries.
         largest: the largest arrays of a device, as (what, bytes).
     """
 
@@ -98,7 +101,7 @@ def _held(
     largest = []
     for argument in found.arguments:
         mine = share(argument, sizes)
-        held[kind_of(argument.path)] += mine
+        held[argument.kind] += mine
         largest.append((argument.path, mine))
     for one in found.kept:
         mine = _part(one, sizes)
@@ -121,7 +124,7 @@ def _of_parameters(
 
     for number, uses in found.uses.items():
         argument = found.arguments[number]
-        if kind_of(argument.path) != "parameters":
+        if argument.kind not in ("parameters", "frozen"):
             continue
         cut = [a for axes in argument.cuts for a in axes if sizes.get(a, 1) > 1]
         stored = tuple(a for a in cut if a in found.batch)  # gathered where it is read
@@ -134,10 +137,14 @@ def _of_parameters(
             each = whole // turns
             route, link = _route(machine, tuple(sizes.items()), stored)
             gather = uses * turns * seconds("all-gather", route, link, each // n, each)
-            scatter = turns * seconds("reduce-scatter", route, link, each, each // n)
             add("gather parameters", gather)
+            hidden += gather
+        if argument.kind == "frozen":  # it has no gradient
+            continue
+        if stored:
+            scatter = turns * seconds("reduce-scatter", route, link, each, each // n)
             add("scatter gradients", scatter)
-            hidden += gather + scatter
+            hidden += scatter
         rest = tuple(a for a in found.batch if sizes.get(a, 1) > 1 and a not in stored)
         if rest:
             route, link = _route(machine, tuple(sizes.items()), rest)

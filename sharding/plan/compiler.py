@@ -93,6 +93,11 @@ def missing(machine: Hardware) -> str | None:
     return None
 
 
+def at_once() -> int:
+    """Programs that are compiled at a time: half the cores, since compilers use several."""
+    return max(1, (os.cpu_count() or 2) // 2)
+
+
 def compile_all(
     programs: Sequence[Program],
     *,
@@ -107,7 +112,7 @@ def compile_all(
         programs: what to compile, the most promising first.
         folder: of what is kept; `cache()` by default.
         limit: seconds of one program.
-        workers: processes at a time; half the cores by default, since compilers use several.
+        workers: processes at a time; `at_once()` by default.
         until: `time.monotonic` after which nothing more is begun.
 
     Yields:
@@ -115,7 +120,7 @@ def compile_all(
     """
     folder = cache() if folder is None else folder
     folder.mkdir(parents=True, exist_ok=True)
-    workers = workers or max(1, (os.cpu_count() or 2) // 2)
+    workers = workers or at_once()
     waiting = []
     for number, program in enumerate(programs):
         known = _read(folder / program.key)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sharding.errors import ShardingError
+from sharding.plan.analytic import FOR_A_TIME
 from sharding.plan.compiler import Compiled, Refused
 from sharding.plan.hardware import Hardware
 from sharding.plan.options import OPTIONS
@@ -142,20 +143,21 @@ def judged(
         memory = replace(rough.memory, peak=max(result.needed, rough.memory.capacity + 1))
         return Layout(one, replace(rough, memory=memory), compiled=True, refused=result.reason)
     found, table = predict(
-        result, machine, tokens=tokens, flops=flops, roofline=one.estimate.seconds
-    )
+        result, machine, tokens=tokens, flops=one.variant.flops or flops,
+        roofline=one.estimate.seconds, kinds=one.variant.kinds,
+    )  # fmt: skip
     return Layout(one, found, compiled=True, table=table)
 
 
 def rough_prediction(one: Candidate, machine: Hardware, tokens: int, flops: float) -> Prediction:
     """A prediction by the estimate alone."""
     own = one.estimate
-    short = {k: v for k, v in own.held.items() if k in ("parameters", "optimizer", "batch")}
-    for_a_time = own.held["activations"] + own.held["temporaries"]
+    short = {k: v for k, v in own.held.items() if k not in FOR_A_TIME and v}
+    for_a_time = sum(own.held[k] for k in FOR_A_TIME)
     held = Held(short, for_a_time, own.peak, machine.chip.memory, own.largest)
     return Prediction(
-        own.seconds, tokens, flops, machine, held, own.compute, own.exposed, own.sent, {}, {},
-        own.seconds, {"seconds": "an estimate; no compiler was asked"},
+        own.seconds, tokens, one.variant.flops or flops, machine, held, own.compute, own.exposed,
+        own.sent, {}, {}, own.seconds, {"seconds": "an estimate; no compiler was asked"},
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from sharding.context import scope
 from sharding.errors import ShardingError
 from sharding.layout import fit, is_names, shardings
 from sharding.names import names
-from sharding.plan.compiler import LIMIT, Compiled, compile_all, missing
+from sharding.plan.compiler import LIMIT, Compiled, Refused, at_once, compile_all, missing
 from sharding.plan.hardware import Hardware, hardware
 from sharding.plan.layouts import Layout, Plan, judged, program_of, rough_prediction
 from sharding.plan.program import abstract_mesh
@@ -25,6 +25,8 @@ from sharding.plan.search import (
     Candidate,
     Variant,
     candidates,
+    kind,
+    promising,
     shortlist,
 )
 from sharding.plan.survey import Survey, survey
@@ -185,23 +187,35 @@ def _compile(
     until: float, limit: float, folder: Path | None, say: Callable[[str, float], None],
     *, tokens: int, flops: float,
 ) -> None:  # fmt: skip
-    """Compiles candidates until as many as wanted fit, each round what is most promising."""
+    """Compiles candidates until as many as wanted fit, each round what is most promising.
+
+    What estimates do not know, they do not know of all layouts of a kind: after each round, those
+    that wait are expected to be as much slower, or larger, as what was compiled of their kind.
+    """
     waiting, good, took = list(chosen), 0, []
+    learnt: dict[Any, tuple[float, float]] = {}
     while waiting and good < count and time.monotonic() < until:
-        batch, waiting = waiting[: count - good], waiting[count - good :]
+        batch = promising(waiting, min(at_once(), count - good), learnt, machine.chip.memory)
+        waiting = [one for one in waiting if one not in batch]
         programs, kept = [], []
         for one in batch:
             try:
                 programs.append(program_of(one, machine))
                 kept.append(one)
-            except ShardingError as error:
+            except Exception as error:  # of the user's step; other layouts may well be traced
                 layouts[id(one)] = replace(layouts[id(one)], refused=str(error))
+                say(f"not traced {one}: {str(error).splitlines()[0][:90]}", 0.0)
         options: dict[str, Any] = {"limit": limit, "folder": folder, "until": until}
         for number, result in compile_all(programs, **options):
             one = kept[number]
             layouts[id(one)] = judged(one, result, machine, tokens, flops)
             if isinstance(result, Compiled):
                 took.append(result.seconds)
+                said, own = layouts[id(one)].prediction, one.estimate
+                learnt[kind(one)] = said.seconds / own.seconds, said.memory.peak / own.peak
+            elif isinstance(result, Refused) and result.needed is not None:
+                slower = learnt.get(kind(one), (1.0, 1.0))[0]
+                learnt[kind(one)] = slower, result.needed / one.estimate.peak
             good += layouts[id(one)].works
             left = (sum(took) / len(took) if took else 60.0) * max(count - good, 0)
             say(f"compiled {one}: {_said(layouts[id(one)])}", min(left, until - time.monotonic()))
@@ -226,7 +240,7 @@ def surveyed(
     found = []
     for number, variant in enumerate(variants):
         begin = time.monotonic()
-        found.append((variant, survey(*variant.build(mesh))))
+        found.append((variant, survey(*variant.build(mesh), variant.kinds)))
         left = (time.monotonic() - begin) * (len(variants) - number - 1)
         say(f"traced variant {number + 1} of {len(variants)}", left)
     return found

@@ -13,7 +13,7 @@ from sharding.plan.chips import REACHED
 from sharding.plan.compiler import Compiled
 from sharding.plan.hardware import Hardware
 from sharding.plan.schedule import MEMORY_SHARE, PRODUCT_SHARE, Schedule, schedule
-from sharding.plan.survey import kind_of
+from sharding.plan.survey import NONE, kind_of
 
 GAP = 0.35
 """Of the longer of two estimates, the difference from which on they are said to disagree."""
@@ -24,7 +24,7 @@ class Held:
     """Bytes that one device holds.
 
     Attributes:
-        kinds: of what goes in, by kind: parameters, optimizer, batch.
+        kinds: of what goes in, by kind: parameters, frozen, optimizer, batch.
         activations: that are kept from the forward to the backward pass, and all else for a time.
         peak: the most at once.
         capacity: of the device.
@@ -113,8 +113,9 @@ class Prediction:
 
 
 def predict(
-    compiled: Compiled, machine: Hardware, *, tokens: int, flops: float, roofline: float
-) -> tuple[Prediction, Schedule]:
+    compiled: Compiled, machine: Hardware, *, tokens: int, flops: float, roofline: float,
+    kinds: Mapping[int, str] = NONE,
+) -> tuple[Prediction, Schedule]:  # fmt: skip
     """Of a compiled program.
 
     Args:
@@ -122,17 +123,18 @@ def predict(
         machine: what it was compiled for.
         tokens, flops: of a step, of all devices.
         roofline: seconds by the other estimate.
+        kinds: of arguments, as `kind_of` takes them.
     """
     table = schedule(compiled.text, compiled.collectives, machine, compiled.coords)
-    kinds: dict[str, int] = {}
+    bytes_of: dict[str, int] = {}
     for one in compiled.parameters:
-        kind = kind_of(one["path"])
-        kinds[kind] = kinds.get(kind, 0) + one["device_bytes"]
+        kind = kind_of(one["path"], kinds)
+        bytes_of[kind] = bytes_of.get(kind, 0) + one["device_bytes"]
     sizes = ((p["path"], p["device_bytes"]) for p in compiled.parameters)
     largest = sorted(sizes, key=lambda one: -one[1])
     memory, chip = compiled.memory, machine.chip
     held = Held(
-        kinds,
+        bytes_of,
         activations=memory.temporaries + memory.outputs - memory.aliased,
         # A TPU's compiler refuses what does not fit; of what it took, it knows what lives at once.
         peak=memory.live if chip.platform == "tpu" and memory.live else memory.peak,

@@ -14,13 +14,15 @@ from sharding.errors import ShardingError
 from sharding.mesh import AXES
 from sharding.plan.analytic import Estimate, estimate
 from sharding.plan.hardware import Hardware
-from sharding.plan.survey import Survey, kind_of
+from sharding.plan.survey import Survey
 
 ROOM = 1.3
 """How many times the memory an estimate may exceed before the compiler is not asked: estimates know
 neither what the compiler fuses nor what it fragments."""
 LONGEST = {"tensor": 64, "sequence": 64, "pipe": 64, "expert": 256}
 """The most parts along an axis that are tried."""
+
+_INNER = ("tensor", "sequence", "pipe", "expert")
 
 Build = Callable[[Any], tuple[Callable[..., Any], Sequence[Any]]]
 """Makes a step for a mesh, abstract or not: a function, and its arguments as they lie there."""
@@ -34,11 +36,17 @@ class Variant:
         build: makes the step for a mesh: a function, and its arguments with shardings of the mesh.
         choices: what distinguishes it, for people and for whoever trains by the plan.
         staged: microbatches for each stage of a pipeline.
+        kinds: what whole arguments are, by number, where their paths do not say; see `kind_of`.
+        flops: that this way needs, where it needs less than others.
+        whole: mesh axes that it cannot be cut over.
     """
 
     build: Build
     choices: Mapping[str, str] = field(default_factory=dict)
     staged: int = 2
+    kinds: Mapping[int, str] = field(default_factory=dict)
+    flops: float | None = None
+    whole: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,8 +86,8 @@ def spec_of(sizes: Mapping[str, int], machine: Hardware) -> str:
     return (outer + text).rstrip(",") or "data=1"
 
 
-def meshes(found: Survey, machine: Hardware) -> Iterator[dict[str, int]]:
-    """Sizes of all meshes that the step's arrays can be cut over.
+def meshes(found: Survey, machine: Hardware, whole: Sequence[str] = ()) -> Iterator[dict[str, int]]:
+    """Sizes of all meshes that the step's arrays can be cut over, but for axes that stay whole.
 
     Raises:
         ShardingError: there are none; what stands against the last way to cut.
@@ -98,6 +106,7 @@ def meshes(found: Survey, machine: Hardware) -> Iterator[dict[str, int]]:
         if a == "expert" and cut == ("expert",)
     }
     axes = [a for a in AXES if a in inner | shared | ({*found.batch} - {"expert"})]
+    axes = [a for a in axes if a not in whole]
     shapes = divided(found)
     any_fits = False
     for sizes in _factors(devices, axes):
@@ -120,7 +129,7 @@ def divided(found: Survey) -> list[tuple[tuple[int, ...], Any]]:
 
     Not what an optimiser keeps: what of that does not divide lies whole.
     """
-    own = [a for a in found.arguments if kind_of(a.path) != "optimizer"]
+    own = [a for a in found.arguments if a.kind != "optimizer"]
     return [*((a.shape, a.cuts) for a in own), *found.said.items()]
 
 
@@ -155,7 +164,7 @@ def candidates(surveys: Sequence[tuple[Variant, Survey]], machine: Hardware) -> 
     """
     found = []
     for variant, one in surveys:
-        for sizes in meshes(one, machine):
+        for sizes in meshes(one, machine, variant.whole):
             took = estimate(one, sizes, machine, microbatches=variant.staged * sizes["pipe"])
             found.append(Candidate(spec_of(sizes, machine), sizes, variant, took))
     could = [c for c in found if c.estimate.peak <= ROOM * machine.chip.memory]
@@ -170,27 +179,66 @@ def candidates(surveys: Sequence[tuple[Variant, Survey]], machine: Hardware) -> 
     return sorted(could, key=lambda c: (c.estimate.seconds, c.estimate.peak))
 
 
+def kind(one: Candidate) -> tuple[Any, ...]:
+    """What layouts have in common whose estimates err alike: ways to cut, and to write the step."""
+    parts = (one.sizes.get(a, 1) > 1 for a in _INNER)
+    return *parts, *(v for k, v in one.variant.choices.items() if k != "accumulate")
+
+
 def shortlist(every: Sequence[Candidate], count: int, memory: int) -> list[Candidate]:
-    """The first to compile: fast, likely to fit, and unlike each other.
+    """The few that may be compiled: fast, likely to fit, and unlike each other.
 
     Of the meshes that cut products, lengths and layers alike, at most two are taken with each way
-    to compute again; those whose estimate exceeds the memory wait behind those that do not, unless
-    they are a tenth faster. Seconds that should be hidden count a tenth: some never are.
+    to write the step, microbatches aside.
     """
-
-    def place(one: Candidate) -> tuple[float, float]:
-        own = one.estimate
-        risk = own.seconds + 0.1 * sum(own.sent.values())
-        return risk * (1.1 if own.peak > memory else 1.0), own.peak
-
     chosen: list[Candidate] = []
     often: dict[Any, int] = {}
-    for one in sorted(every, key=place):
-        alike = tuple(one.sizes.get(a, 1) for a in ("tensor", "sequence", "pipe", "expert"))
-        key = alike, one.variant.choices.get("remat")
+    for one in sorted(every, key=lambda one: _place(one, memory)):
+        key = kind(one), *(one.sizes.get(a, 1) for a in _INNER)
         if often.get(key, 0) < 2:
             often[key] = often.get(key, 0) + 1
             chosen.append(one)
         if len(chosen) == count:
             break
     return chosen
+
+
+def promising(
+    waiting: Sequence[Candidate], count: int, learnt: Mapping[Any, tuple[float, float]], memory: int
+) -> list[Candidate]:
+    """Which to compile next, of as many kinds as there are.
+
+    The first is cut over as few axes as can be: its estimate errs least, and others are measured
+    by it until their own kind is known.
+
+    Args:
+        waiting: those that could be.
+        count: how many.
+        learnt: by `kind`, how many times an estimate's seconds and bytes were exceeded.
+        memory: of a device.
+    """
+    usual = min((slower for slower, _ in learnt.values()), default=1.0)
+
+    def place(one: Candidate) -> tuple[int, tuple[bool, float, float]]:
+        slower, larger = learnt.get(kind(one), (usual, 1.0))
+        axes = 0 if learnt else sum(kind(one)[: len(_INNER)])
+        return axes, _place(one, memory, slower, larger)
+
+    ranked = sorted(waiting, key=place)
+    first = {kind(one): one for one in reversed(ranked)}
+    unlike = [one for one in ranked if first[kind(one)] is one]
+    return [*unlike, *(one for one in ranked if one not in unlike)][:count]
+
+
+def _place(
+    one: Candidate, memory: int, slower: float = 1.0, larger: float = 1.0
+) -> tuple[bool, float, float]:
+    """Where a candidate stands in the queue for the compiler.
+
+    What should not fit waits behind what should, unless it may and is a tenth faster. Seconds that
+    should be hidden count a tenth: some never are.
+    """
+    own = one.estimate
+    risk = slower * (own.seconds + 0.1 * sum(own.sent.values()))
+    peak = larger * own.peak
+    return peak > ROOM * memory, risk * (1.1 if peak > memory else 1.0), peak

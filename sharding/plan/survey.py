@@ -7,8 +7,9 @@ seconds and bytes of it.
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ from sharding.rules import mesh_axes
 
 Cuts = tuple[tuple[str, ...], ...]
 """The mesh axes that cut each axis of an array."""
+NONE: Mapping[int, str] = MappingProxyType({})
 
 _SEES = re.compile(r"sees_(\d+(?:\.\d+)?)")
 # What passes an argument on as it is, for who asks which product reads which parameter.
@@ -39,12 +41,14 @@ class Argument:
         path: where it stands in the arguments.
         shape, dtype: of the whole.
         cuts: the mesh axes that cut each of its axes.
+        kind: what it is to the step; see `kind_of`.
     """
 
     path: str
     shape: tuple[int, ...]
     dtype: str
     cuts: Cuts
+    kind: str
 
     @property
     def bytes(self) -> int:
@@ -106,12 +110,21 @@ class Survey:
         return self.dense + self.batched
 
 
-def kind_of(path: str) -> str:
-    """What an argument of a training step is, by its path.
+def kind_of(path: str, kinds: Mapping[int, str] = NONE) -> str:
+    """What an array that goes into a training step is, by its path.
+
+    Args:
+        path: the number of its argument, and where it stands in that.
+        kinds: of all arrays of an argument, by its number; they need not be guessed.
 
     >>> kind_of("0/variables/params/norm/scale"), kind_of("0/optimizer/0/mu/norm/scale")
     ('parameters', 'optimizer')
+    >>> kind_of("2/norm/scale", {2: "frozen"})
+    'frozen'
     """
+    number = path.partition("/")[0]
+    if number.isdecimal() and int(number) in kinds:
+        return kinds[int(number)]
     if "optimizer" in path or "opt_state" in path or "/mu/" in path or "/nu/" in path:
         return "optimizer"
     if "params" in path or "variables" in path or path.startswith("0/"):
@@ -119,12 +132,13 @@ def kind_of(path: str) -> str:
     return "batch"
 
 
-def survey(fn: Callable[..., Any], args: Sequence[Any]) -> Survey:
+def survey(fn: Callable[..., Any], args: Sequence[Any], kinds: Mapping[int, str] = NONE) -> Survey:
     """Trace a function and count.
 
     Args:
         fn: any function; its model says what its activations are with `constrain`, within a scope.
         args: `jax.ShapeDtypeStruct`s with shardings.
+        kinds: of arguments, as `kind_of` takes them.
 
     >>> x = jax.ShapeDtypeStruct((8, 16), "float32")
     >>> w = jax.ShapeDtypeStruct((3, 16, 16), "float32")
@@ -137,7 +151,10 @@ def survey(fn: Callable[..., Any], args: Sequence[Any]) -> Survey:
     leaves = jax.tree.leaves(args)
     found = Survey()
     for path, leaf in zip(paths(args), leaves, strict=True):
-        found.arguments.append(Argument(path, tuple(leaf.shape), str(leaf.dtype), _cuts(leaf)))
+        kind = kind_of(path, kinds)
+        found.arguments.append(
+            Argument(path, tuple(leaf.shape), str(leaf.dtype), _cuts(leaf), kind)
+        )
     # Rows are what most mesh axes cut, until the function says more.
     found.batch = max((a.cuts[0] for a in found.arguments if a.cuts), key=len, default=())
     walk = _Walk(found)
