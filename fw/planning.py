@@ -140,6 +140,18 @@ class _Source:
         config = read_config(self.family, self.source, CONFIG, self.head, 2**31 - 1, own)
         return self.family.model(config)
 
+    def dense(self) -> "_Source":
+        """With as many products, but none in vain: in place of experts one, as large as are chosen.
+
+        How rows are brought to their experts may need more, to fill blocks.
+        """
+        chosen = self.source.get("num_experts_per_tok")
+        if not chosen:
+            return self
+        size = chosen * self.source["intermediate_size"]
+        one = {"num_local_experts": 1, "num_experts_per_tok": 1, "intermediate_size": size}
+        return replace(self, source={**self.source, **one})
+
     @property
     def fields(self) -> set[str]:
         return {field.name for field in dataclasses.fields(self.family.config)}  # type: ignore[arg-type]
@@ -332,7 +344,7 @@ def model_flops(work: Work, source: _Source | None = None, products: int = 3) ->
     """
     from sharding.plan.survey import survey
 
-    source = source or source_of(work)
+    source = (source or source_of(work)).dense()
     model = source.model()
     arrays, pixels = _batch(work, source, model)
     if pixels:

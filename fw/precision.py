@@ -26,6 +26,7 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend import core, source_info_util
 
 from compress.programs import Values, as_closed, is_program, run, traced
@@ -207,6 +208,8 @@ def _evaluate(closed: Any, chosen: Policy, args) -> list:
             if name == "dot_general":
                 lhs, rhs = values.read(eqn.invars)
                 out = [_dot(lhs, rhs, eqn.params, chosen)]
+            elif name == "ragged_dot_general":
+                out = [_ragged(*values.read(eqn.invars), chosen)]
             elif name == "conv_general_dilated":
                 lhs, rhs = values.read(eqn.invars)
                 out = [_convolution(lhs, rhs, eqn.params, chosen)]
@@ -313,6 +316,42 @@ def _dot(lhs, rhs, params, chosen: Policy):
     if floating and chosen.precision is not None:
         params["precision"] = (chosen.precision, chosen.precision)
     return lax.dot_general_p.bind(lhs, rhs, **params)
+
+
+_TILES = {"ragged_dot_tiling": "512,1024,1024"}
+_TILES_OF_SUMS = {"ragged_dot_tiling": "512,512,1024"}
+"""What a TPU's kernel for products of uneven groups takes at a time: rows, sum and columns. Its own
+choice reads the experts again for each 128 rows, which the memory is too slow for; larger tiles do
+not fit a v5e's fast memory."""
+
+
+def _ragged(lhs, rhs, sizes, chosen: Policy):
+    """`lax.ragged_dot`, which has rows in groups and a matrix for each group, under a policy."""
+    return _of_groups(lhs, rhs, sizes, chosen.weights or str(lhs.dtype), chosen.precision)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _of_groups(lhs, rhs, sizes, dtype, precision):
+    with set_xla_metadata(**_TILES):
+        return lax.ragged_dot(
+            lhs.astype(dtype), rhs.astype(dtype), sizes, precision=precision,
+            preferred_element_type=lhs.dtype,
+        )  # fmt: skip
+
+
+def _of_groups_bwd(dtype, precision, saved, g):
+    lhs, rhs, sizes = saved
+    of_rows = _of_groups(g, jnp.swapaxes(rhs, 1, 2), sizes, dtype, precision).astype(lhs.dtype)
+    sums = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), (0,), ())  # aᵀ · b of each group
+    with set_xla_metadata(**_TILES_OF_SUMS):
+        of_kernels = lax.ragged_dot_general(
+            lhs.astype(dtype), g.astype(dtype), sizes, sums, precision=precision,
+            preferred_element_type=rhs.dtype,
+        )  # fmt: skip
+    return of_rows, of_kernels, None
+
+
+_of_groups.defvjp(lambda *args: (_of_groups(*args), args[:3]), _of_groups_bwd)
 
 
 def _accelerated() -> bool:

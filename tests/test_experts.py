@@ -20,7 +20,7 @@ from fw.models.experts import Experts, ExpertsConfig, mlp, router_logits
 from sharding import ShardingError, create, gather, inspect, make_mesh, put, rules, scope, shardings
 from sharding.parallel.experts import experts
 from sharding.parallel.routing import balance_loss, queue, route, z_loss
-from sharding.parallel.rows import grouped
+from sharding.parallel.rows import Expert, grouped
 from tests.marks import slow
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
@@ -160,16 +160,24 @@ def tanh_expert(w, x):
     return jnp.tanh(x @ w)
 
 
-@jax.jit
-def grouped_and_gradients(w, x, ids, c):
-    y, back = jax.vjp(lambda w, x: grouped(tanh_expert, w, x, ids), w, x)
+def tanh_experts(w, x, sizes):
+    return jnp.tanh(jax.lax.ragged_dot(x, w, sizes))
+
+
+WAYS = {"blocks": tanh_expert, "ragged": Expert(tanh_expert, tanh_experts)}
+
+
+@partial(jax.jit, static_argnums=0)
+def grouped_and_gradients(way, w, x, ids, c):
+    y, back = jax.vjp(lambda w, x: grouped(WAYS[way], w, x, ids), w, x)
     return y, *back(c)
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("rows", "number"), [(1, 3), (40, 1), (40, 4), (7, 9)])
 @few
 @given(seeds)
-def test_grouped_applies_to_each_row_its_own_expert(rows, number, seed):
+def test_grouped_applies_to_each_row_its_own_expert(rows, number, way, seed):
     random = np.random.default_rng(seed)
     x, w = random.normal(size=(rows, 3)), random.normal(size=(number, 3, 2))
     # From all rows of one expert to all kinds; some rows of none.
@@ -177,7 +185,7 @@ def test_grouped_applies_to_each_row_its_own_expert(rows, number, seed):
     c = random.normal(size=(rows, 2))
     whole = np.concatenate([w, np.zeros((1, 3, 2))])[ids]
     with jax.enable_x64(True):
-        y, dw, dx = grouped_and_gradients(w, x, ids, c)
+        y, dw, dx = grouped_and_gradients(way, w, x, ids, c)
     expected = np.tanh(np.einsum("nd,ndf->nf", x, whole))
     np.testing.assert_allclose(y, expected, atol=1e-14)
     inner = c * (1 - expected**2) * (ids < number)[:, None]

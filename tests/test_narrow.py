@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from fw import precision
 from fw.model import Model
 from fw.models.bert import BertConfig, bert
+from fw.models.experts import mlp, mlps
 from fw.models.layers import layer_norm, swiglu
 from fw.models.llama import LlamaConfig, llama
 from fw.models.modernbert import ModernBertConfig, modernbert
@@ -22,6 +23,7 @@ from fw.models.vit_config import ViTConfig
 from sharding import constrain, inspect, linear, make_mesh, put, rules, scope, word_losses
 from sharding import shardings as where
 from sharding.parallel.linear import _by_heads, _kernel_first
+from sharding.parallel.rows import Expert, grouped
 
 LABELS = {"num_labels": 3, "task": "token_classification"}
 IMAGES = {"num_labels": 3, "task": "image_classification"}
@@ -211,3 +213,29 @@ def test_stages_hand_on_bfloat16():
         there = jax.device_put(variables, where(model.axes, variables, mesh, table))
         narrow = run(there, batch)["losses"]
     assert off(narrow, wide) < 0.02
+
+
+@pytest.mark.parametrize("policy", precision.POLICIES)
+def test_products_of_all_experts_at_once_are_those_of_each(policy):
+    rng = np.random.default_rng(4)
+    number, size, inner, rows = 3, 16, 24, 40
+    params = {
+        "up": rng.normal(0, 0.2, (number, size, 2, inner)).astype(np.float32),
+        "down": rng.normal(0, 0.2, (number, inner, size)).astype(np.float32),
+    }
+    x = rng.normal(size=(rows, size)).astype(np.float32)
+    ids = rng.integers(0, number + 1, rows).astype(np.int32)  # some rows of none
+    own = rng.normal(size=(rows, size)).astype(np.float32)
+
+    def run(params, x, at_once):
+        def layer(params, x):
+            one, all_of_them = precision.here(mlp), precision.here(mlps)
+            return grouped(Expert(one, all_of_them) if at_once else one, params, x, ids)
+
+        return jnp.sum(precision.apply(layer, policy)(params, x) * own)
+
+    each, all_of_them = (
+        jax.jit(jax.value_and_grad(partial(run, at_once=way), argnums=(0, 1)))(params, x)
+        for way in (False, True)
+    )
+    assert off(all_of_them, each) < (1e-2 if policy == "bf16_activations" else 1e-6)

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fw
+from fw.adaptation import LoraOptions
 from fw.cli import main
 from fw.errors import FwError
 from fw.planning import KNOWN, Work, build, model_flops, plan_training, source_of, variants
@@ -27,9 +29,10 @@ from sharding.plan.compiler import Compiled, Refused, compile_all
 from sharding.plan.hardware import GPUS
 from sharding.plan.network import HOP, seconds, way
 from sharding.plan.plan import placed as placed_step
+from sharding.plan.plan import surveyed
 from sharding.plan.program import abstract_mesh, program
 from sharding.plan.schedule import schedule
-from sharding.plan.search import candidates, meshes
+from sharding.plan.search import candidates, kind, meshes, promising, shortlist
 from sharding.plan.survey import survey
 from sharding.program.collectives import collectives
 from sharding.program.hlo import read
@@ -398,6 +401,58 @@ def test_moments_in_a_byte_need_less():
     assert held["8bit"] < 0.3 * held["float32"]
 
 
+def _surveyed(work, machine):
+    return surveyed(variants(work)[0], machine, lambda text, left: None)
+
+
+def test_adapters_are_planned_for(tmp_path):
+    ways = (LoraOptions(), LoraOptions(lora=4), LoraOptions(lora=4, lora_base="nf4"))
+    work = Work("llama-2-7b", 16, 64, config=_tiny(), adapters=ways, remat=(None,), accumulate=(1,))
+    machine, ones = hardware("2*cpu"), dict.fromkeys(AXES, 1)
+    found = _surveyed(work, machine)
+    held = {v.choices["lora"]: estimate(one, ones, machine).held for v, one in found}
+    assert [*held] == ["0", "4", "4:nf4"]
+    assert held["0"]["frozen"] == 0 and held["4"]["parameters"] < 0.05 * held["0"]["parameters"]
+    assert held["4"]["frozen"] == pytest.approx(held["0"]["parameters"], rel=1e-3)
+    assert held["4:nf4"]["frozen"] < 0.2 * held["4"]["frozen"]
+    (whole, _), (thin, one), _ = found
+    assert whole.flops is None and thin.flops is not None
+    assert 2 / 3 <= thin.flops / model_flops(work) < 0.75  # attention has its whole derivative
+    assert not any("pipe" in c.mesh for c in candidates([(thin, one)], machine))
+    best = plan_training(
+        replace(work, adapters=ways[2:]), machine, compile=1, folder=tmp_path / "cache"
+    ).best
+    assert best.compiled and best.prediction.memory.kinds["frozen"] > 0
+
+
+def test_products_of_experts_count_once_for_each_that_is_chosen():
+    sizes = _tiny(num_local_experts=4, num_experts_per_tok=2)
+    work = Work("mixtral-8x7b", 4, 64, config=sizes, causal_half=False, remat=(None,))
+    wide = replace(work, config={**sizes, "intermediate_size": 2 * sizes["intermediate_size"]})
+    experts = (model_flops(wide) - model_flops(work)) / 2
+    tokens, layer = 4 * 64, 3 * sizes["hidden_size"] * sizes["intermediate_size"]
+    assert experts == 6 * tokens * sizes["num_hidden_layers"] * layer
+    # On TPUs by products of uneven groups, which need no padding; once more on the way back.
+    counted = _surveyed(work, hardware("v5e:2x2"))[0][1]
+    again = model_flops(work) + experts / 3
+    assert counted.dense + counted.batched == pytest.approx(again, rel=0.03)
+
+
+def test_what_the_compiler_said_moves_all_of_a_kind():
+    work = Work("llama-3.1-8b", 256, 4096, remat=("dots",), accumulate=(1,))
+    machine = hardware("v5p:4x4x4")
+    memory = machine.chip.memory
+    every = shortlist(candidates(_surveyed(work, machine), machine), 40, memory)
+    [first] = promising(every, 1, {}, memory)
+    assert not any(kind(first)[:4])  # nothing but rows is cut
+    two = promising(every, 2, {kind(first): (1.2, 1.0)}, memory)
+    assert kind(two[0]) != kind(two[1])
+    known = {kind(one): (1.2 if kind(one) == kind(first) else 9.0, 1.0) for one in every}
+    assert kind(promising(every, 1, known, memory)[0]) == kind(first)
+    known[kind(first)] = 1.2, 1e3  # it does not fit after all
+    assert kind(promising(every, 1, known, memory)[0]) != kind(first)
+
+
 def test_fw_plan_says_what_it_lacks_and_writes(tmp_path, capsys):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(CONFIGS["llama"]))
@@ -434,7 +489,7 @@ def test_training_takes_the_plan(tmp_path):
     saved = {
         "version": 1, "hardware": "8*cpu", "devices": jax.device_count(), "layouts": [],
         "best": {"mesh": "data=4,tensor=2", "choices": {"remat": "dots", "accumulate": "2",
-                                                        "moments": "8bit"}},
+                                                        "moments": "8bit", "lora": "8:int8"}},
     }  # fmt: skip
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(saved))
@@ -442,6 +497,7 @@ def test_training_takes_the_plan(tmp_path):
     assert (recipe.mesh, recipe.remat, recipe.accumulate, recipe.moments) == (
         "data=4,tensor=2", "dots", 2, "8bit",
     )  # fmt: skip
+    assert (recipe.lora, recipe.lora_base) == (8, "int8")
     path.write_text(json.dumps(saved | {"devices": 3}))
     with pytest.raises(FwError, match="a plan for 3 devices"):
         planned(Finetune(data="x.csv", plan=str(path), batch=8))

@@ -70,6 +70,9 @@ LARGE = decoder(WIDE, 64, 28_672, 32)
 HUGE = decoder(WIDE, 128, 57_344, 64)
 WIDER = LARGE | {"num_hidden_layers": 64}
 GIANT = decoder(2 * WIDE, 128, 57_344, 64)
+TALLER = GIANT | {"num_hidden_layers": 128}
+LLAMA_70 = "llama-3.1-70b"
+MIXTRAL = "mixtral-8x7b"
 LLAMA_3 = "llama-3.1-8b"
 ROWS = (
     Row("16B", MID, "v5e:16x16", "fsdp=256", 6, 2048, "layer", 0.611),
@@ -83,10 +86,10 @@ ROWS = (
     Row("64B", WIDER, "v5p:4x4x4", "fsdp=16,tensor=4", 3, 2048, "dots", 0.703),
     Row("32B", LARGE, "2*v5p:4x4x4", "dcn.data=2,fsdp=16,tensor=4", 6, 2048, "dots", 0.694),
     Row("256B", GIANT, "v5p:8x8x8", "fsdp=64,tensor=8", 1, 2048, "dots", 0.671),
-    Row("512B", GIANT | {"num_hidden_layers": 128}, "v5p:8x8x8", "fsdp=64,tensor=8", 2, 2048, "layer", 0.640),
+    Row("512B", TALLER, "v5p:8x8x8", "fsdp=64,tensor=8", 2, 2048, "layer", 0.640),
     Row("Llama-2-70B", {}, "v6e:16x16", "fsdp=256", 4, 4096, "layer", 0.438, False, "llama-2-70b"),
-    Row("Llama-3.1-70B", {}, "v6e:16x16", "fsdp=256", 2, 8192, "layer", 0.503, False, "llama-3.1-70b"),
-    Row("Mixtral-8x7B", {}, "v5p:4x4x8", "fsdp=128", 8, 4096, "layer", 0.526, True, "mixtral-8x7b"),
+    Row("Llama-3.1-70B", {}, "v6e:16x16", "fsdp=256", 1, 8192, "layer", 0.503, False, LLAMA_70),
+    Row("Mixtral-8x7B", {}, "v5p:4x4x8", "fsdp=128", 8, 4096, "layer", 0.526, False, MIXTRAL),
 )  # fmt: skip
 
 

@@ -19,10 +19,11 @@ from jax.typing import DTypeLike
 from sharding.context import current, mapped
 from sharding.errors import ShardingError
 from sharding.layout import fit, is_names, paths
+from sharding.mesh import platform
 from sharding.parallel.collect import collect
 from sharding.parallel.exchange import everything, some
 from sharding.parallel.routing import Load, Priority, Routing, counts
-from sharding.parallel.rows import Fn
+from sharding.parallel.rows import Expert, Fn, Together
 from sharding.rules import BATCH, Names, Rules, mesh_axes
 
 EXPERTS, LENGTH = "experts", "length"
@@ -39,6 +40,7 @@ def experts(
     group: int | None = None,
     priority: Priority = "order",
     operands: DTypeLike | None = None,
+    together: Together | None = None,
 ) -> tuple[jax.Array, Load]:
     """y = Σᵢ weightᵢ · fn(params of expertᵢ, x), over the k experts of each token.
 
@@ -70,6 +72,10 @@ def experts(
         operands: the dtype to which `fn` rounds the operands of its products, its own gradients'
             among them. So tokens, gradients and parameters [experts, in, out, ...] are rounded
             before they travel to it, and not after; what it returns travels as it is.
+        together: all experts at once, `together(params, rows [n, embed], sizes int32 [experts])`,
+            the first rows the first expert's, as `lax.ragged_dot` takes them. It is called in place
+            of `fn` where no capacity is and such products are fast: on TPUs, unless a mesh axis
+            cuts the experts' own products.
 
     Returns:
         y [batch, length, embed] of x's dtype, and the load.
@@ -102,6 +108,8 @@ def experts(
             run = partial(some, most=most, group=group, priority=priority, operands=operands)
     names = _names(params, axes)
     place = _place(params, names, x)
+    if together is not None and capacity is None and _ragged(place):
+        fn = Expert(fn, together)
     if place is None:
         y, kept = run(fn, params, x, routing.experts, routing.weights, number, (), ())
     else:
@@ -150,6 +158,15 @@ def _place(params: Any, names: Sequence[Names], x: jax.Array) -> _Place | None:
 
     rows = PartitionSpec(batch or None, along or None)
     return _Place(mesh, manual, rows, structure.unflatten(stored), over, along)
+
+
+def _ragged(place: _Place | None) -> bool:
+    """Whether products of uneven groups are fast where the scope's mesh is, and whole there."""
+    found = current()
+    if found is None or platform(found[0]) != "tpu":
+        return False
+    manual = () if place is None else place.manual
+    return all(size == 1 for axis, size in found[0].shape.items() if axis not in manual)
 
 
 def _on_mesh(

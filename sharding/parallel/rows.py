@@ -6,6 +6,7 @@ and computes only the blocks there are, not every expert on every row.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,21 @@ from jax.custom_batching import custom_vmap
 
 Fn = Callable[[Any, jax.Array], jax.Array]
 """One expert: `fn(its parameters, rows [n, in]) -> [n, out]`, each row for itself."""
+
+Together = Callable[[Any, jax.Array, jax.Array], jax.Array]
+"""All experts: `fn(parameters [experts, ...], rows [n, in] in their order, how many each has)`."""
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One expert, and all of them at once for a platform that has products of uneven groups."""
+
+    one: Fn
+    together: Together
+
+    def __call__(self, params: Any, rows: jax.Array) -> jax.Array:
+        """As `one`."""
+        return self.one(params, rows)
 
 
 @jax.custom_vjp
@@ -99,10 +115,11 @@ def grouped(fn: Fn, params: Any, rows: jax.Array, ids: jax.Array) -> jax.Array:
     2022, arXiv:2211.15841); the blocks are one batched product. A block holds half of what an
     expert gets on average, so about a quarter of it all is padding, and three times the experts'
     parameters are held for a while. `lax.ragged_dot` has neither, but on a CPU computes every
-    expert on every row. The backward pass keeps `rows` alone and calls `fn` again.
+    expert on every row: an `Expert` says how to use it where it is fast. The backward pass keeps
+    `rows` alone and calls `fn` again.
 
     Args:
-        fn: one expert. It may not hold arrays that need gradients.
+        fn: one expert, or an `Expert`. It may not hold arrays that need gradients.
         params: a tree with leaves [experts, ...].
         rows: [n, in].
         ids: int32 [n], the expert of each row; the number of experts for none.
@@ -116,10 +133,12 @@ def grouped(fn: Fn, params: Any, rows: jax.Array, ids: jax.Array) -> jax.Array:
     """
 
     def forward(params, rows, ids):
+        if isinstance(fn, Expert):
+            return _in_order(fn.together, params, rows, ids)
         return _blockwise(fn, params, rows, ids)
 
     def backward(params, rows, ids, g):
-        return jax.vjp(lambda params, rows: _blockwise(fn, params, rows, ids), params, rows)[1](g)
+        return jax.vjp(lambda params, rows: forward(params, rows, ids), params, rows)[1](g)
 
     once = _folded(forward, 0)
     call = jax.custom_vjp(once)
@@ -171,6 +190,16 @@ def _folded(half: Callable[..., Any], of_params: int) -> Callable[..., Any]:
 
 def _spread(size: int, batched: bool, leaf: jax.Array) -> jax.Array:
     return leaf if batched else jnp.broadcast_to(leaf, (size, *leaf.shape))
+
+
+def _in_order(together: Together, params: Any, rows: jax.Array, ids: jax.Array) -> jax.Array:
+    number = jax.tree.leaves(params)[0].shape[0]
+    ordered, source = sort(ids)
+    back = inverse(source, source.shape[0])
+    out = together(params, move(rows, source, back), jnp.diff(starts(ordered, number)))
+    # Rows without an expert are in no group: what becomes of them is not said.
+    out = jnp.where((ordered < number)[:, None], out, jnp.zeros((), out.dtype))
+    return move(out, back, source)
 
 
 def _blockwise(fn: Fn, params: Any, rows: jax.Array, ids: jax.Array) -> jax.Array:

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from sharding.plan.chips import REACHED
 from sharding.plan.compiler import Compiled
 from sharding.plan.hardware import Hardware
 from sharding.plan.schedule import MEMORY_SHARE, PRODUCT_SHARE, Schedule, schedule
@@ -147,7 +146,7 @@ def predict(
     counted = table.counted / table.seconds if table.seconds else 0.0
     sources = {
         "seconds": f"{counted:.0%} the compiler's cycles, of which a large product has as many as "
-        f"{REACHED:.0%} of the peak rate would; the rest as below"
+        f"{chip.reached:.0%} of the peak rate would; the rest as below"
         if chip.counted
         else f"products at {PRODUCT_SHARE} of the peak rate, or bytes at {MEMORY_SHARE} of the "
         "memory's, the slower",

@@ -31,6 +31,10 @@ counts 2.5 times the cycles that the peak would need, on every generation; these
 PRODUCT_SHARE = 0.7
 """Of a peak rate, what products reach where the compiler counts no cycles: GPUs and CPUs."""
 
+RAGGED_SHARE = 0.85
+"""Of a TPU's peak rate, what its kernel for products of uneven groups reaches, of which the compiler
+counts nothing: a large product's share, and a tile of each group that is half empty."""
+
 COMPUTE, KERNEL, SEND = "compute", "kernel", "send"
 
 _CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
@@ -309,10 +313,13 @@ class _Walk:
         attention = "splash" in name or "flash" in name or "fmha" in target
         if not (attention or "tpu_custom_call" in target):
             return None
-        if not attention:
-            return 0.0
         body = self.program.computations[it.computation]
         shapes = [next(leaves(body[n].shape)) for n in it.operands if n in body]
+        if "ragged-dot" in name and (out := next(leaves(it.shape))).dtype != "s32":
+            flops = _ragged_flops([*shapes[-2:], out])
+            return flops / (RAGGED_SHARE * self.chip.flops["bfloat16"])
+        if not attention:
+            return 0.0
         large = [s for s in shapes if len(s.dims) == 4 and s.dtype in ("bf16", "f16")]
         if not large:
             return 0.0
@@ -372,6 +379,12 @@ def product_flops(it: Instruction, body: dict[str, Instruction]) -> int:
         batch = math.prod(lhs.dims[int(d)] for d in dims[1].split(","))
     # [batch, m, k] x [batch, k, n] -> [batch, m, n]
     return int(2 * out * math.sqrt(sides[0] * sides[1] / (out * batch)) + 0.5)
+
+
+def _ragged_flops(arrays: list[Array]) -> float:
+    """Of [m, k], [groups, k, n] and [m, n], of which two make the third."""
+    groups = next((a.dims[0] for a in arrays if len(a.dims) == 3), 1)
+    return 2 * math.sqrt(math.prod(a.size for a in arrays) / groups)
 
 
 def _attention_dims(x: Array) -> tuple[int, int, int, int]:

@@ -25,6 +25,7 @@ Cuts = tuple[tuple[str, ...], ...]
 NONE: Mapping[int, str] = MappingProxyType({})
 
 _SEES = re.compile(r"sees_(\d+(?:\.\d+)?)")
+PRODUCTS = ("dot_general", "ragged_dot_general", "conv_general_dilated")
 # What passes an argument on as it is, for who asks which product reads which parameter.
 _SAME = {
     *("convert_element_type", "reshape", "transpose", "squeeze", "copy", "copy_p", "slice"),
@@ -208,7 +209,7 @@ class _Walk:
         for eqn in jaxpr.eqns:
             name = eqn.primitive.name
             into = [origins.get(v) if isinstance(v, core.Var) else None for v in eqn.invars]
-            if name in ("dot_general", "conv_general_dilated"):
+            if name in PRODUCTS:
                 self._product(eqn, into, times)
             elif name == "pallas_call" or "fmha" in name or name == "dot_product_attention_fwd":
                 self._kernel(eqn, times)
@@ -227,6 +228,8 @@ class _Walk:
                 self._call(eqn, inner[0], own, origins, times)
             elif name in _SAME and into and into[0] is not None:
                 origins[eqn.outvars[0]] = into[0]
+            elif name == "gather" and into[0] is not None and eqn.invars[0].aval.ndim > 2:
+                origins[eqn.outvars[0]] = into[0]  # kernels of experts, picked for their rows
         return origins
 
     def _call(self, eqn: Any, inner: Any, into: list, origins: dict, times: int) -> None:
@@ -284,19 +287,22 @@ class _Walk:
         lhs, rhs = (v.aval for v in eqn.invars[:2])
         out = eqn.outvars[0].aval
         flops, batched = _one(eqn)
-        if batched:
+        # Attention has no kernels; experts have, one for each entry of a batch axis.
+        if batched and all(origin is None for origin in into[:2]):
             self.found.batched += times * flops
         else:
             self.found.dense += times * flops
         sizes = sum(math.prod(a.shape) * min(2, _itemsize(str(a.dtype))) for a in (lhs, rhs, out))
         self.found.moved += times * sizes
+        for origin in into[:2]:
+            if origin is not None:
+                self.found.uses[origin] = self.found.uses.get(origin, 0) + 1
         if eqn.primitive.name != "dot_general":
             return
         contract = eqn.params["dimension_numbers"][0]
         for side, origin in enumerate(into[:2]):
             if origin is None:
                 continue
-            self.found.uses[origin] = self.found.uses.get(origin, 0) + 1
             argument = self.found.arguments[origin]
             shape = (lhs, rhs)[side].shape
             lead = len(argument.shape) - len(shape)
@@ -335,6 +341,11 @@ def _one(eqn: Any) -> tuple[int, bool]:
         numbers = eqn.params["dimension_numbers"]
         features = rhs.shape[numbers.rhs_spec[0]]
         return 2 * out * math.prod(rhs.shape) // max(features, 1), False
+    if eqn.primitive.name == "ragged_dot_general":
+        # [m, k] x [groups, k, n] -> [m, n], or two of these three make the third.
+        shapes = [lhs.shape, rhs.shape, eqn.outvars[0].aval.shape]
+        groups = next(shape[0] for shape in shapes if len(shape) == 3)
+        return 2 * math.isqrt(math.prod(map(math.prod, shapes)) // groups), False
     (contract, _), (batch, _) = eqn.params["dimension_numbers"]
     return 2 * out * math.prod(lhs.shape[axis] for axis in contract), bool(batch)
 
@@ -342,7 +353,7 @@ def _one(eqn: Any) -> tuple[int, bool]:
 def _flops(jaxpr: Any) -> float:
     total = 0.0
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
+        if eqn.primitive.name in PRODUCTS:
             total += _one(eqn)[0]
         times = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
         total += sum(times * _flops(inner) for inner in _inner(eqn))
