@@ -32,8 +32,8 @@ PRODUCT_SHARE = 0.7
 """Of a peak rate, what products reach where the compiler counts no cycles: GPUs and CPUs."""
 
 RAGGED_SHARE = 0.85
-"""Of a TPU's peak rate, what its kernel for products of uneven groups reaches, of which the compiler
-counts nothing: a large product's share, and a tile of each group that is half empty."""
+"""Of a TPU's peak rate, what its kernel for products of uneven groups reaches, of which its
+compiler counts nothing: a large product's share, and a tile of each group that is half empty."""
 
 COMPUTE, KERNEL, SEND = "compute", "kernel", "send"
 
