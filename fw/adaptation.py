@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 import compress
 from compress import adapter_trees
@@ -193,7 +194,7 @@ def coded(options: LoraOptions) -> Callable[[str, jax.Array], Any]:
         where = sharding_of(leaf)
         new, finite = by_layer(leaf, scheme)
         # Of shapes alone, in a trace, nothing is known of numbers.
-        if not isinstance(finite, jax.core.Tracer) and not finite:
+        if not isinstance(finite, Tracer) and not finite:
             raise FwError(f"{path}: holds NaN or infinity; expected the weights of a model")
         return new if where is None else jax.device_put(new, new.place(where))
 

@@ -230,7 +230,7 @@ def build(
         arrays, pixels = _batch(work, source, model)
         if pixels:
             model = normalised(model, [0.5], [0.5])
-        frozen: tuple[Any, ...] = ()
+        frozen = []
         if adapters.lora:
             model, *frozen = _adapted(model, adapters, mesh, table)
         step = make_step(

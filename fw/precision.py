@@ -209,7 +209,8 @@ def _evaluate(closed: Any, chosen: Policy, args) -> list:
                 lhs, rhs = values.read(eqn.invars)
                 out = [_dot(lhs, rhs, eqn.params, chosen)]
             elif name == "ragged_dot_general":
-                out = [_ragged(*values.read(eqn.invars), chosen)]
+                lhs, rhs, sizes = values.read(eqn.invars)
+                out = [_ragged(lhs, rhs, sizes, chosen)]
             elif name == "conv_general_dilated":
                 lhs, rhs = values.read(eqn.invars)
                 out = [_convolution(lhs, rhs, eqn.params, chosen)]

@@ -224,7 +224,7 @@ def test_products_of_all_experts_at_once_are_those_of_each(policy):
         "down": rng.normal(0, 0.2, (number, inner, size)).astype(np.float32),
     }
     x = rng.normal(size=(rows, size)).astype(np.float32)
-    ids = rng.integers(0, number + 1, rows).astype(np.int32)  # some rows of none
+    ids = jnp.asarray(rng.integers(0, number + 1, rows), jnp.int32)  # some rows of none
     own = rng.normal(size=(rows, size)).astype(np.float32)
 
     def run(params, x, at_once):

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import fw
 from fw.adaptation import LoraOptions
@@ -543,3 +545,15 @@ def test_compiled_is_what_was_written(tmp_path):
     assert isinstance(found, Compiled)
     assert [p["path"] for p in found.parameters] == [*one.names]
     assert found.text.devices == 1 and found.collectives == ()
+
+
+def test_a_program_is_known_by_what_it_does_and_not_by_its_lines():
+    fns = [
+        lambda x: x + 1,
+        lambda x: x + 1,
+        lambda x: x + 2,
+    ]
+    machine = hardware("cpu")
+    x = SHAPE((4,), "float32", sharding=NamedSharding(abstract_mesh("data=1", machine), P()))
+    keys = [program(fn, (x,), machine, "data=1").key for fn in fns]
+    assert keys[0] == keys[1] != keys[2]

@@ -131,7 +131,7 @@ def _of_parameters(
         apart = math.prod(sizes[a] for a in cut if a not in found.batch)
         wide = 2 if argument.dtype == "float32" else 1  # it travels in half of them
         whole = argument.bytes // apart // wide
-        turns = _turns(found, argument)
+        turns, learns = _turns(found, argument), argument.kind == "parameters"
         if stored:
             n = math.prod(sizes[a] for a in stored)
             each = whole // turns
@@ -139,14 +139,12 @@ def _of_parameters(
             gather = uses * turns * seconds("all-gather", route, link, each // n, each)
             add("gather parameters", gather)
             hidden += gather
-        if argument.kind == "frozen":  # it has no gradient
-            continue
-        if stored:
-            scatter = turns * seconds("reduce-scatter", route, link, each, each // n)
-            add("scatter gradients", scatter)
-            hidden += scatter
+            if learns:
+                scatter = turns * seconds("reduce-scatter", route, link, each, each // n)
+                add("scatter gradients", scatter)
+                hidden += scatter
         rest = tuple(a for a in found.batch if sizes.get(a, 1) > 1 and a not in stored)
-        if rest:
+        if rest and learns:
             route, link = _route(machine, tuple(sizes.items()), rest)
             part = whole // max(1, math.prod(sizes[a] for a in stored))
             took = seconds("all-reduce", route, link, part, part)

@@ -7,6 +7,7 @@ is pickled, and the function may come from anywhere, a notebook too.
 import contextlib
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,10 @@ _KERNELS = (
     "__cudnn$fmhaSoftmax",
     "__cudnn$fmhaSoftmaxBackward",
 )
+
+
+# Where in the source an operation stands, as MLIR writes it: at its end, and in lines of their own.
+_LINES = re.compile(r"^#loc.*\n| ?loc\((?:#loc\d*|unknown)\)", re.MULTILINE)
 
 
 def abstract_mesh(spec: str, machine: Hardware) -> AbstractMesh:
@@ -58,6 +63,7 @@ class Program:
 
     Attributes:
         code: what `jax.export` wrote.
+        content: a digest of the code, but for the lines of source that it comes from.
         names: the paths of its arguments.
         donated: whether each is.
         mesh: its spec.
@@ -66,6 +72,7 @@ class Program:
     """
 
     code: bytes
+    content: str
     names: tuple[str, ...]
     donated: tuple[bool, ...]
     mesh: str
@@ -76,7 +83,7 @@ class Program:
     def key(self) -> str:
         """What compiling it depends on, as a name."""
         rest = json.dumps([self.donated, self.mesh, self.machine, self.options, _versions()])
-        return hashlib.sha256(self.code + rest.encode()).hexdigest()[:32]
+        return hashlib.sha256((self.content + rest).encode()).hexdigest()[:32]
 
 
 def program(
@@ -116,8 +123,9 @@ def program(
         )
     except RuntimeError as error:
         raise ShardingError(f"cannot trace for {machine}: {error}") from error
+    content = hashlib.sha256(_LINES.sub("", exported.mlir_module()).encode()).hexdigest()
     return Program(
-        bytes(exported.serialize()), tuple(names), tuple(donated), mesh, str(machine),
+        bytes(exported.serialize()), content, tuple(names), tuple(donated), mesh, str(machine),
         tuple(sorted((options or {}).items())),
     )  # fmt: skip
 
