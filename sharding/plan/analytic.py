@@ -24,8 +24,6 @@ from sharding.plan.survey import Argument, Kept, Survey
 
 PRODUCTS = 0.85
 """Of the peak rate, what large products reach."""
-HIDDEN = 0.9
-"""Of computation, what can hide gathers and scatters of parameters."""
 SPARE = 1.15
 """What alignment and fragments add to arrays that live for a time."""
 
@@ -76,7 +74,7 @@ def estimate(
     compute = _compute(found, sizes, machine, microbatches)
     held, largest = _held(found, sizes)
     sent, hidden = _of_parameters(found, sizes, machine)
-    exposed = max(0.0, hidden - HIDDEN * compute)
+    exposed = max(0.0, hidden - machine.chip.hides * compute)
     more, waits = _of_activations(found, sizes, machine, microbatches)
     exposed += waits
     return Estimate(compute + exposed, compute, sent | more, exposed, held, largest)

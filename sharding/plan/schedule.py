@@ -43,7 +43,7 @@ _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "iota", "after-all"),
     *("partition-id", "replica-id", "opt-barrier", "optimization-barrier", "copy-start"),
     *("copy-done", "slice-start", "slice-done", "broadcast", "async-start", "async-done"),
-    *("async-update", "add-dependency", "domain", "get-dimension-size"),
+    *("async-update", "call-update", "add-dependency", "domain", "get-dimension-size"),
 }  # fmt: skip
 
 
@@ -235,7 +235,7 @@ class _Walk:
         """What an instruction sends: itself, or what it calls."""
         if it.line in self.sent:
             return self.sent[it.line]
-        if it.opcode in ("fusion", "async-start"):
+        if it.opcode in ("fusion", "async-start", "call-start"):  # the last on sparse cores
             for _, name in it.called:
                 if held := self.held.get(name):
                     return self.sent[held[0]]
@@ -256,9 +256,14 @@ class _Walk:
             return chain
         if it.opcode.endswith("-done"):
             body = self.program.computations[it.computation]
-            known = [_meets(body[name]) or name for name in it.operands if name in body]
+            started = (self._started(body, name) for name in it.operands if name in body)
+            known = [_meets(body[name]) or name for name in started]
             return next((name for name in known if name in ends), None)
         return None
+
+    def _started(self, body: dict[str, Instruction], name: str) -> str:
+        """What began what a `-done` ends: its operand, behind an `-update` where there is one."""
+        return body[name].operands[0] if body[name].opcode.endswith("-update") else name
 
     # --- computation ---
 
