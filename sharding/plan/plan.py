@@ -204,7 +204,8 @@ def _compile(
                 kept.append(one)
             except Exception as error:  # of the user's step; other layouts may well be traced
                 layouts[id(one)] = replace(layouts[id(one)], refused=str(error))
-                say(f"not traced {one}: {str(error).splitlines()[0][:90]}", 0.0)
+                why = f"{type(error).__name__}: {error}".splitlines()[0]
+                say(f"not traced {one}: {why[:90]}", 0.0)
         options: dict[str, Any] = {"limit": limit, "folder": folder, "until": until}
         for number, result in compile_all(programs, **options):
             one = kept[number]
@@ -212,10 +213,11 @@ def _compile(
             if isinstance(result, Compiled):
                 took.append(result.seconds)
                 said, own = layouts[id(one)].prediction, one.estimate
-                learnt[kind(one)] = said.seconds / own.seconds, said.memory.peak / own.peak
+                slower = said.seconds / own.seconds if own.seconds else 1.0
+                learnt[kind(one)] = slower, said.memory.peak / max(own.peak, 1)
             elif isinstance(result, Refused) and result.needed is not None:
                 slower = learnt.get(kind(one), (1.0, 1.0))[0]
-                learnt[kind(one)] = slower, result.needed / one.estimate.peak
+                learnt[kind(one)] = slower, result.needed / max(one.estimate.peak, 1)
             good += layouts[id(one)].works
             left = (sum(took) / len(took) if took else 60.0) * max(count - good, 0)
             say(f"compiled {one}: {_said(layouts[id(one)])}", min(left, until - time.monotonic()))
