@@ -49,7 +49,7 @@ class Chip:
             seconds: the compilers of the generations count the same product at 70 (v6e) to 93 %
             (v4) of the peak.
         hides: of computation, what can hide gathers and scatters of parameters, as its compiler
-            schedules them: a v4's and a v6e's has them one after another.
+            schedules them: of TPUs only a v5e's does.
         busy: the share of its peak that a kernel of attention is taken to reach with what it does
             not skip; the compiler says nothing of it.
         target: what XLA's compiler for GPUs asks of a GPU.
@@ -124,7 +124,7 @@ CHIPS: Mapping[str, Chip] = MappingProxyType(
             Chip(
                 "v5p", "TPU v5", "tpu", int(95.73 * GiB), {"bfloat16": 459e12, "int8": 918e12},
                 hbm=2765e9, link=90e9, dcn=6.25e9, counted=236_349, cores=2, dims=3,
-                most=6144, price=4.20, sources=_tpu("v5p"),
+                most=6144, price=4.20, hides=0.0, sources=_tpu("v5p"),
             ),
             Chip(
                 "v6e", "TPU v6 lite", "tpu", int(31.24 * GiB),
@@ -137,7 +137,7 @@ CHIPS: Mapping[str, Chip] = MappingProxyType(
                 "tpu7x", "TPU7x", "tpu", int(94.74 * GiB),
                 {"bfloat16": 1153.5e12, "float8_e4m3fn": 2307e12},
                 hbm=3690e9, link=90e9, dcn=6.25e9, counted=422_142, dims=3, together=2,
-                most=9216, price=12.0,
+                most=9216, price=12.0, hides=0.0,
                 sources=_tpu("tpu7x", flops="docs.cloud.google.com/tpu/docs/tpu7x, half a chip",
                              link="docs.cloud.google.com/tpu/docs/tpu7x, nine tenths"),
             ),

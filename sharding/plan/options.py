@@ -1,9 +1,9 @@
 """The compilers' options by chip: what lets communication run beside computation.
 
-A v5e's compiler does so by itself, by fusions that it refuses for other TPUs. Those of a v5p and a
-tpu7x have sparse cores, which send while the others compute if they are told to: what a 70B model's
-step on 512 v5p waits falls from 6 % to nothing (`scripts/bench/LOG.md`; Google's recipes for tpu7x
-do the same). GPUs' compiler has a scheduler for it, which newer versions take unasked.
+A v5e's compiler does so by itself, by fusions that it refuses for other TPUs. These have sparse
+cores, which could send while the others compute; what that gains was seen on no chip yet, and is
+not asked for (`scripts/bench/LOG.md`). GPUs' compiler has a scheduler for it, which newer versions
+take unasked.
 """
 
 from collections.abc import Mapping
@@ -15,20 +15,8 @@ from sharding.plan.chips import CHIPS
 
 _GPU = MappingProxyType({"xla_gpu_enable_latency_hiding_scheduler": True})
 
-_OFFLOAD = "xla_tpu_enable_sparse_core_collective_offload_"
-_KINDS = (
-    *("all_gather", "2d_all_gather", "3d_all_gather"),
-    *("reduce_scatter", "nd_reduce_scatter", "all_reduce"),
-)
-_SPARSE = MappingProxyType(
-    {_OFFLOAD + kind: True for kind in _KINDS}
-    # A gather over a whole slice is else a sum of zeros, with twice the bytes.
-    | {"xla_tpu_prefer_async_allgather_to_allreduce": True}
-)
-
 OPTIONS: Mapping[str, Mapping[str, bool]] = MappingProxyType(
     {chip.name: _GPU for chip in CHIPS.values() if chip.platform == "gpu"}
-    | {"v5p": _SPARSE, "tpu7x": _SPARSE}
 )
 """`compiler_options` of `jax.jit`, by the chip's name; no entry, no options."""
 
