@@ -193,13 +193,14 @@ def _spread(size: int, batched: bool, leaf: jax.Array) -> jax.Array:
 
 
 def _in_order(together: Together, params: Any, rows: jax.Array, ids: jax.Array) -> jax.Array:
-    number = jax.tree.leaves(params)[0].shape[0]
+    n, number = rows.shape[0], jax.tree.leaves(params)[0].shape[0]
     ordered, source = sort(ids)
-    back = inverse(source, source.shape[0])
-    out = together(params, move(rows, source, back), jnp.diff(starts(ordered, number)))
-    # Rows without an expert are in no group: what becomes of them is not said.
-    out = jnp.where((ordered < number)[:, None], out, jnp.zeros((), out.dtype))
-    return move(out, back, source)
+    # Rows without an expert stay away: they are in no group, and what becomes of these, and of
+    # their gradients, is not said.
+    there = jnp.where(ordered < number, source, n)
+    back = inverse(there, n)
+    out = together(params, move(rows, there, back), jnp.diff(starts(ordered, number)))
+    return move(out, back, there)
 
 
 def _blockwise(fn: Fn, params: Any, rows: jax.Array, ids: jax.Array) -> jax.Array:
