@@ -201,10 +201,31 @@ ENTRY %main (x: bf16[1024,1024]) -> bf16[4096,1024] {{
 """
 
 
+_STARTED = f"({_PART}, {_WHOLE}) call-"
+ON_SPARSE_CORES = (  # as a TPU's compiler has it, in a computation of its own
+    HLO.replace(
+        "ENTRY",
+        f"""%sparse (q: bf16[1024,1024]) -> bf16[4096,1024] {{
+  %q = {_PART} parameter(0)
+  ROOT %gather = {_WHOLE} all-gather(%q), {_ALL}, dimensions={{0}}
+}}, execution_thread="sparsecore"
+
+ENTRY""",
+    )
+    .replace(
+        f"({_PART}, {_WHOLE}) all-gather-start(%x), {_ALL}, dimensions={{0}}",
+        f'{_STARTED}start(%x), async_execution_thread="sparsecore", to_apply=%sparse\n'
+        f"  %going = {_STARTED}update(%start)",
+    )
+    .replace("all-gather-done(%start)", "call-done(%going)")
+)
+
+
+@pytest.mark.parametrize("program", [HLO, ON_SPARSE_CORES], ids=["plain", "sparse"])
 @pytest.mark.parametrize("beside", [10, 10**9])
-def test_what_travels_beside_computation_holds_it_up_only_where_it_is_late(beside):
+def test_what_travels_beside_computation_holds_it_up_only_where_it_is_late(beside, program):
     machine = hardware("v5e:2x2")
-    text = read(HLO.replace("CYCLES", str(beside)))
+    text = read(program.replace("CYCLES", str(beside)))
     sent = collectives(text, np.arange(4).reshape(4, 1), ("fsdp",), lambda *_: "x", lambda *_: "y")
     found = schedule(text, sent, machine, machine.coords)
     gather, summed = (

@@ -130,7 +130,7 @@ CHIPS: Mapping[str, Chip] = MappingProxyType(
                 "v6e", "TPU v6 lite", "tpu", int(31.24 * GiB),
                 {"bfloat16": 918e12, "int8": 1836e12},
                 hbm=1638e9, link=90e9, dcn=12.5e9, counted=369_231, dims=2, most=256, price=2.70,
-                # At 0.95, as all others, three published runs come out 11 to 12 % too fast.
+                # At 0.95, as all others, three published runs come out 10 to 12 % too fast.
                 reached=0.88, hides=0.0, sources=_tpu("v6e"),
             ),
             Chip(

@@ -17,6 +17,7 @@ import numpy as np
 
 from sharding.plan.hardware import Hardware
 from sharding.plan.network import Way, seconds, way
+from sharding.plan.survey import ragged_flops
 from sharding.program.collectives import ACROSS, Collective
 from sharding.program.flow import Flow
 from sharding.program.groups import members
@@ -321,7 +322,7 @@ class _Walk:
         body = self.program.computations[it.computation]
         shapes = [next(leaves(body[n].shape)) for n in it.operands if n in body]
         if "ragged-dot" in name and (out := next(leaves(it.shape))).dtype != "s32":
-            flops = _ragged_flops([*shapes[-2:], out])
+            flops = ragged_flops(*(a.dims for a in (*shapes[-2:], out)))
             return flops / (RAGGED_SHARE * self.chip.flops["bfloat16"])
         if not attention:
             return 0.0
@@ -384,12 +385,6 @@ def product_flops(it: Instruction, body: dict[str, Instruction]) -> int:
         batch = math.prod(lhs.dims[int(d)] for d in dims[1].split(","))
     # [batch, m, k] x [batch, k, n] -> [batch, m, n]
     return int(2 * out * math.sqrt(sides[0] * sides[1] / (out * batch)) + 0.5)
-
-
-def _ragged_flops(arrays: list[Array]) -> float:
-    """Of [m, k], [groups, k, n] and [m, n], of which two make the third."""
-    groups = next((a.dims[0] for a in arrays if len(a.dims) == 3), 1)
-    return 2 * math.sqrt(math.prod(a.size for a in arrays) / groups)
 
 
 def _attention_dims(x: Array) -> tuple[int, int, int, int]:

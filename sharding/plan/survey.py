@@ -342,12 +342,19 @@ def _one(eqn: Any) -> tuple[int, bool]:
         features = rhs.shape[numbers.rhs_spec[0]]
         return 2 * out * math.prod(rhs.shape) // max(features, 1), False
     if eqn.primitive.name == "ragged_dot_general":
-        # [m, k] x [groups, k, n] -> [m, n], or two of these three make the third.
-        shapes = [lhs.shape, rhs.shape, eqn.outvars[0].aval.shape]
-        groups = next(shape[0] for shape in shapes if len(shape) == 3)
-        return 2 * math.isqrt(math.prod(map(math.prod, shapes)) // groups), False
+        return ragged_flops(lhs.shape, rhs.shape, eqn.outvars[0].aval.shape), False
     (contract, _), (batch, _) = eqn.params["dimension_numbers"]
     return 2 * out * math.prod(lhs.shape[axis] for axis in contract), bool(batch)
+
+
+def ragged_flops(*shapes: tuple[int, ...]) -> int:
+    """Products and sums of uneven groups: of [m, k], [groups, k, n], [m, n] two make the third.
+
+    >>> ragged_flops((8, 4), (2, 4, 3), (8, 3)) == 2 * 8 * 4 * 3
+    True
+    """
+    groups = next((shape[0] for shape in shapes if len(shape) == 3), 1)
+    return 2 * math.isqrt(math.prod(map(math.prod, shapes)) // groups)
 
 
 def _flops(jaxpr: Any) -> float:
