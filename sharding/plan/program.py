@@ -19,6 +19,7 @@ from sharding.errors import ShardingError
 from sharding.layout import paths
 from sharding.mesh import AXES, sizes_of
 from sharding.plan.hardware import Hardware
+from sharding.plan.survey import SEES
 
 _LOWERED = {"gpu": "cuda"}
 _KERNELS = (
@@ -123,7 +124,9 @@ def program(
         )
     except RuntimeError as error:
         raise ShardingError(f"cannot trace for {machine}: {error}") from error
-    content = hashlib.sha256(_LINES.sub("", exported.mlir_module()).encode()).hexdigest()
+    text = exported.mlir_module()
+    shares = ",".join(sorted({*SEES.findall(text)}))  # timetables read them off scopes' names
+    content = hashlib.sha256((_LINES.sub("", text) + shares).encode()).hexdigest()
     return Program(
         bytes(exported.serialize()), content, tuple(names), tuple(donated), mesh, str(machine),
         tuple(sorted((options or {}).items())),

@@ -17,7 +17,7 @@ import numpy as np
 
 from sharding.plan.hardware import Hardware
 from sharding.plan.network import Way, seconds, way
-from sharding.plan.survey import ragged_flops
+from sharding.plan.survey import SEES, ragged_flops
 from sharding.program.collectives import ACROSS, Collective
 from sharding.program.flow import Flow
 from sharding.program.groups import members
@@ -39,7 +39,6 @@ compiler counts nothing: a large product's share, and a tile of each group that 
 COMPUTE, KERNEL, SEND = "compute", "kernel", "send"
 
 _CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
-_SEES = re.compile(r"sees_(\d+(?:\.\d+)?)")
 _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "iota", "after-all"),
     *("partition-id", "replica-id", "opt-barrier", "optimization-barrier", "copy-start"),
@@ -330,7 +329,7 @@ class _Walk:
         if not large:
             return 0.0
         batch, heads, length, size = _attention_dims(large[0])
-        seen = _SEES.search(name)
+        seen = SEES.search(name)
         share = float(seen[1]) if seen else 1.0
         backward = 2.5 if "fmha" in target and "ackward" in target else 1.0
         products = 3 if "_dq" in name else 4 if "_dkv" in name else 2 * backward

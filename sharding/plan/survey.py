@@ -24,7 +24,8 @@ Cuts = tuple[tuple[str, ...], ...]
 """The mesh axes that cut each axis of an array."""
 NONE: Mapping[int, str] = MappingProxyType({})
 
-_SEES = re.compile(r"sees_(\d+(?:\.\d+)?)")
+SEES = re.compile(r"sees_(\d+(?:\.\d+)?)")
+"""The share of its products that a kernel of attention does, in the name of its scope."""
 PRODUCTS = ("dot_general", "ragged_dot_general", "conv_general_dilated")
 # What passes an argument on as it is, for who asks which product reads which parameter.
 _SAME = {
@@ -320,7 +321,7 @@ class _Walk:
                             self.found.summed.append(one)
 
     def _kernel(self, eqn: Any, times: int) -> None:
-        seen = _SEES.search(str(eqn.source_info.name_stack))
+        seen = SEES.search(str(eqn.source_info.name_stack))
         share = float(seen[1]) if seen else 1.0
         shapes = [v.aval.shape for v in eqn.invars if len(getattr(v.aval, "shape", ())) >= 3]
         large = max(shapes, key=math.prod, default=())
