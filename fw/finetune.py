@@ -26,6 +26,7 @@ from fw import answers, assets, hub, report, run
 from fw.adaptation import coded
 from fw.checkpoint import Checkpoints
 from fw.compression import LEARNED
+from fw.data.batches import Batches
 from fw.data.files import OnBadRow
 from fw.data.pack import Packed
 from fw.data.rows import AnyRows
@@ -37,7 +38,7 @@ from fw.export.save import replacing
 from fw.json_files import is_writer
 from fw.model import Model
 from fw.optimizer import learning_rate, optimizer
-from fw.planning import planned
+from fw.planning import AUTO, planned, planned_here
 from fw.processors import Change, Processor, Text, processor_of
 from fw.recipe import NEW, Finetune, locate
 from fw.sparsity import all_gone, sparsified
@@ -94,15 +95,15 @@ def finetune(recipe: Finetune, *, resume: bool = False, moved: Collection[str] =
       sharding.ShardingError: a mesh that the machine, the batch or the model does not fit.
     """
     began = time.perf_counter()
-    recipe = planned(recipe)
+    source = None if recipe.model in NEW else assets.fetch(recipe.model)
+    recipe, prepared = _planned(recipe, source)
     mesh, rules = make_mesh(recipe.mesh), make_rules(recipe.rules)
     # Refuses now what the first step would, after the data is read and the run's folder is made.
     computed = recipe.computed(mesh)
     factors = {"accumulate": recipe.accumulate, "microbatches": computed["microbatches"]}
     name = " / ".join(["batch", *(factor for factor, size in factors.items() if size > 1)])
     put({name: np.zeros(recipe.batch // math.prod(factors.values()), np.int8)}, mesh, rules)
-    source = None if recipe.model in NEW else assets.fetch(recipe.model)
-    prepared = prepare(recipe, locate(recipe.data), source)
+    prepared = prepared or prepare(recipe, locate(recipe.data), source)
     processor = prepared.processor
     task = processor.task(recipe, prepared.labels)
     loaded = bring(recipe, prepared, source, mesh, rules, **computed)
@@ -256,6 +257,19 @@ def prepare(recipe: Finetune, dataset: Path, source: Path | None) -> Data:
     change = processor.change(recipe, rows["train"])
     skipped = (*skipped, *worse)
     return Data(processor, records, rows, labels, skipped, cut, change, len(unlabelled))
+
+
+def _planned(recipe: Finetune, source: Path | None) -> tuple[Finetune, Data | None]:
+    """The recipe on the layout that its plan says; for `auto` by its data, which is read then."""
+    if recipe.plan != AUTO:
+        return planned(recipe), None
+    prepared = prepare(recipe, locate(recipe.data), source)
+    labels, rows = prepared.labels, prepared.rows["train"].arrays
+    config = None
+    if source is None:
+        config = prepared.processor.config(recipe, recipe.long_task, labels)
+    example = Batches(rows, recipe.batch, recipe.seed, prepared.change).example
+    return planned_here(recipe, config, labels, example), prepared
 
 
 def _unlabelled(recipe: Finetune, labels: tuple[str, ...], bad: OnBadRow) -> Sequence[Any]:

@@ -13,197 +13,41 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from compress.arrays import is_compressed
 from compress.transform import named_leaves
-from fw import assets
 from fw.adaptation import LoraOptions, adapt
 from fw.errors import FwError
-from fw.hub.config import Head, choose_head, read_config
-from fw.hub.families import Family, family_of
-from fw.hub.files import CONFIG, read_json
-from fw.hub.folder import Loaded, computed
+from fw.hub.folder import Loaded
 from fw.model import Model
 from fw.models.flash import has_cudnn
-from fw.models.pixels import normalised
 from fw.models.stack_layout import default_microbatches, scans
 from fw.optimizer import AdamW, optimizer
 from fw.step import abstract_state, make_step
+from fw.table_optimizer import TableOptions, row_optimizer, with_tables
 from fw.tasks import make_task
+from fw.work import OF_TEXTS, WHOLE, Source, Work, source_of
 from sharding import Rules, shardings
 from sharding import rules as make_rules
-from sharding.layout import fit
+from sharding.layout import fit, is_names
 from sharding.parallel.pipeline import PIPE
 from sharding.plan import CHIPS, Hardware, Plan, Variant, hardware, load, plan_variants
 from sharding.rules import BATCH
 
-_LLAMA = {"model_type": "llama", "rms_norm_eps": 1e-5, "hidden_act": "silu"}
-
-
-def _llama(vocab: int, width: int, layers: int, heads: int, keys: int, mlp: int, **more: Any):
-    sizes = {
-        "vocab_size": vocab, "hidden_size": width, "num_hidden_layers": layers,
-        "num_attention_heads": heads, "num_key_value_heads": keys, "intermediate_size": mlp,
-    }  # fmt: skip
-    return _LLAMA | sizes | more
-
-
-KNOWN: Mapping[str, Mapping[str, Any]] = MappingProxyType(
-    {
-        "llama-2-7b": _llama(32_000, 4096, 32, 32, 32, 11_008),
-        "llama-2-13b": _llama(32_000, 5120, 40, 40, 40, 13_824),
-        "llama-2-70b": _llama(32_000, 8192, 80, 64, 8, 28_672),
-        "llama-3.1-8b": _llama(128_256, 4096, 32, 32, 8, 14_336, rope_theta=500_000.0),
-        "llama-3.1-70b": _llama(128_256, 8192, 80, 64, 8, 28_672, rope_theta=500_000.0),
-        "llama-3.1-405b": _llama(128_256, 16_384, 126, 128, 8, 53_248, rope_theta=500_000.0),
-        "mistral-7b": _llama(32_000, 4096, 32, 32, 8, 14_336) | {"model_type": "mistral"},
-        "mixtral-8x7b": _llama(
-            32_000, 4096, 32, 32, 8, 14_336, num_local_experts=8, num_experts_per_tok=2
-        ) | {"model_type": "mixtral"},
-        "qwen3-8b": _llama(151_936, 4096, 36, 32, 8, 12_288, head_dim=128)
-        | {"model_type": "qwen3"},
-    }
-)  # fmt: skip
-"""Sizes of models that many train, by name, as their `config.json` has them."""
-
 _SHARES = (1, 2, 4, 8, 16)  # microbatches that are tried
-
-
-WHOLE = LoraOptions()
-"""No adapters: the whole model is trained."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """What is to be trained.
-
-    Attributes:
-      model: a name of `KNOWN` or of `fw fetch --list`, a model folder, or a `config.json`.
-      batch: rows of a step, of all devices together.
-      length: tokens of a row; images have none.
-      task: as a model's head has it; None takes the config's.
-      classes: labels of a head that has some.
-      precision: of the step.
-      rules: preset of the layout.
-      config: keys of the config that are to be others.
-      remat: what may be computed again, of those that the model has; None for all that it has.
-      moments: of the optimiser, that may be taken.
-      accumulate: microbatches that may be taken; None for those that the batch divides into.
-      causal_half: whether a model's own FLOPs leave out the half of attention that nobody sees.
-      adapters: that may be trained in place of the whole model, which `WHOLE` stands for.
-    """
-
-    model: str
-    batch: int
-    length: int = 128
-    task: str | None = None
-    classes: int = 2
-    precision: str = "bf16_activations"
-    rules: str = "fsdp_tensor"
-    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    remat: tuple[str | None, ...] | None = None
-    moments: tuple[str, ...] = ("float32",)
-    accumulate: tuple[int, ...] | None = None
-    causal_half: bool = True
-    adapters: tuple[LoraOptions, ...] = (WHOLE,)
-
-    def __post_init__(self):
-        """Checks what can be checked before anything is read.
-
-        Raises:
-          FwError: the option, its value, and what was expected.
-        """
-        for name in ("batch", "length", "classes"):
-            if getattr(self, name) < 1:
-                raise FwError(f"{name} is {getattr(self, name)}; expected 1 or more")
-
-
-@dataclass(frozen=True)
-class _Source:
-    """A model's config, read: which family, and how to make it with other settings."""
-
-    family: Family
-    source: Mapping[str, Any]
-    head: Head
-
-    def model(self, **how: Any) -> Model:
-        own = computed(self.family, **({"microbatches": 1, "remat": None, "scan": True} | how))
-        config = read_config(self.family, self.source, CONFIG, self.head, 2**31 - 1, own)
-        return self.family.model(config)
-
-    def dense(self) -> "_Source":
-        """With as many products, but none in vain: in place of experts one, as large as are chosen.
-
-        How rows are brought to their experts may need more, to fill blocks.
-        """
-        chosen = self.source.get("num_experts_per_tok")
-        if not chosen:
-            return self
-        size = chosen * self.source["intermediate_size"]
-        one = {"num_local_experts": 1, "num_experts_per_tok": 1, "intermediate_size": size}
-        return replace(self, source={**self.source, **one})
-
-    @property
-    def fields(self) -> set[str]:
-        return {field.name for field in dataclasses.fields(self.family.config)}  # type: ignore[arg-type]
-
-
-def source_of(work: Work) -> _Source:
-    """The config of a work's model.
-
-    Raises:
-      FwError: a name that is not known, a config that is not of a family, or a task that it cannot
-        have.
-    """
-    if work.model in KNOWN:
-        found: Mapping[str, Any] = KNOWN[work.model]
-    else:
-        path = Path(work.model)
-        if path.suffix == ".json" and path.is_file():
-            found = read_json(path)
-        elif (path / CONFIG).is_file():
-            found = read_json(path / CONFIG)
-        elif path.exists():
-            raise FwError(f"{path}: there is no {CONFIG} to plan for")
-        else:
-            try:
-                folder = Path(assets.fetch(work.model))
-            except FwError as error:
-                names = ", ".join(KNOWN)
-                raise FwError(f"{error}; or one of {names}, or a config.json") from None
-            if not (folder / CONFIG).is_file():
-                raise FwError(f"{work.model} has no {CONFIG}; give one by its path")
-            found = read_json(folder / CONFIG)
-    found = {**found, **work.config}
-    family = family_of(found, work.model)
-    tasks = [*family.architectures]
-    task = work.task or ("causal_lm" if "causal_lm" in tasks else tasks[0])
-    if task not in tasks:
-        raise FwError(f"task {task!r}: {work.model} is for {', '.join(tasks)}")
-    labels = () if task in _WORDS else tuple(f"LABEL_{n}" for n in range(work.classes))
-    if task == "token_classification":
-        labels = ("O", *(f"B-{n}" for n in range(1, max(work.classes, 2))))
-    found |= {"architectures": [family.architectures[task]]}
-    head = choose_head(family, found, work.model, task=task, labels=labels, limit=2**31 - 1)
-    return _Source(family, found, head)
-
-
-_IMAGES = ("image_classification", "segmentation")
-_WORDS = ("causal_lm", "masked_lm", "embedding")
+_STEPS = 1000  # of a schedule; no step's cost depends on it
 
 
 def build(
     work: Work,
-    source: _Source,
+    source: Source,
     choices: Mapping[str, str],
     adapters: LoraOptions = WHOLE,
 ) -> Callable[[AbstractMesh | Mesh], tuple[Callable[..., Any], Sequence[Any]]]:
@@ -217,7 +61,8 @@ def build(
     """
     table = make_rules(work.rules)
     task = make_task(source.head.task, source.head.labels)
-    tx = optimizer(AdamW(moments=choices.get("moments", "float32")), 1000)
+    config = AdamW(moments=choices.get("moments", "float32"))
+    rows = row_optimizer(TableOptions(work.table_optimizer), config, _STEPS)
 
     def made(mesh: Any) -> tuple[Callable[..., Any], Sequence[Any]]:
         remat = choices.get("remat", "none")
@@ -227,21 +72,19 @@ def build(
             "scan": source.family.stacked or scans(mesh),
         }
         model = source.model(**how)
-        arrays, pixels = _batch(work, source, model)
-        if pixels:
-            model = normalised(model, [0.5], [0.5])
         frozen = []
         if adapters.lora:
             model, *frozen = _adapted(model, adapters, mesh, table)
+        tx = with_tables(optimizer(config, _STEPS), model, rows)
         step = make_step(
             model, task.loss, tx, mesh=mesh, rules=table, precision=work.precision,
             accumulate=int(choices.get("accumulate", "1")),
         )  # fmt: skip
         batch = {}
-        for name, (shape, dtype) in arrays.items():
-            names = (BATCH, *[None] * (len(shape) - 1))
-            where = fit(names, shape, mesh, table, activation=True, path=f"batch/{name}")
-            batch[name] = jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+        for name, x in source.batch(work).items():
+            names = (BATCH, *[None] * (len(x.shape) - 1))
+            where = fit(names, x.shape, mesh, table, activation=True, path=f"batch/{name}")
+            batch[name] = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
         return step, (abstract_state(model, tx, mesh, table), batch, *frozen)
 
     return made
@@ -270,50 +113,25 @@ def _adapted(model: Model, adapters: LoraOptions, mesh: Any, table: Rules) -> tu
     return found[-1], frozen
 
 
-def _batch(
-    work: Work, source: _Source, model: Model
-) -> tuple[dict[str, tuple[tuple[int, ...], Any]], bool]:
-    """Shapes and dtypes of a batch by name, and whether it is of images."""
-    rows, length, task = work.batch, work.length, source.head.task
-    if task in _IMAGES:
-        config = model.config
-        side = getattr(config, "size", None) or getattr(config, "image_size", 224)
-        height, width = side if isinstance(side, tuple) else (side, side)
-        channels = getattr(config, "num_channels", 3)
-        labels = (rows,) if task == "image_classification" else (rows, height, width)
-        return {
-            "images": ((rows, height, width, channels), jnp.uint8),
-            "labels": (labels, jnp.int32),
-        }, True
-    tokens = ((rows, length), jnp.int32)
-    found = dict.fromkeys(("input_ids", "segment_ids", "position_ids"), tokens)
-    if task in _WORDS:
-        return {**found, "targets": tokens}, False
-    if task == "token_classification":
-        return {**found, "labels": tokens}, False
-    if task in ("sequence_classification", "multi_label_classification", "regression"):
-        texts = max(length // 8, 1)
-        labels: tuple[int, ...] = (rows, texts)
-        if task != "sequence_classification":
-            labels = (*labels, work.classes)
-        kind = jnp.float32 if task == "regression" else jnp.int32
-        return {**found, "first": ((rows, texts), jnp.int32), "labels": (labels, kind)}, False
-    raise FwError(f"task {task!r} cannot be planned for yet")
-
-
-def variants(work: Work) -> tuple[list[Variant], _Source]:
+def variants(work: Work, source: Source | None = None) -> tuple[list[Variant], Source]:
     """The ways to write a work's step.
+
+    Args:
+      work: what is trained.
+      source: its model, where it was read.
 
     Raises:
       FwError: as `source_of`; a remat that the model has not.
     """
-    source = source_of(work)
+    source = source or source_of(work)
     has = "remat" in source.fields
     known: tuple[str | None, ...] = (None, "dots", "layer") if has else (None,)
     remats = work.remat if work.remat is not None else known
     if not has and remats != (None,):
         raise FwError(f"remat: {work.model} has no layers to compute again")
-    shares = work.accumulate or tuple(n for n in _SHARES if work.batch % n == 0)
+    shares = work.accumulate or (1,)
+    if work.accumulate is None and not _whole(source):
+        shares = tuple(n for n in _SHARES if work.batch % n == 0)
     found = []
     for remat, share, moments, one in product(remats, shares, work.moments, work.adapters):
         choices = {"remat": remat or "none", "accumulate": str(share), "moments": moments}
@@ -329,7 +147,13 @@ def variants(work: Work) -> tuple[list[Variant], _Source]:
     return found, source
 
 
-def model_flops(work: Work, source: _Source | None = None, products: int = 3) -> float:
+def _whole(source: Source) -> bool:
+    """Whether a loss is of a batch as it is: rows are contrasted with each other, or normalised."""
+    state = source.model().axes.get("state")
+    return source.head.task == "retrieval" or bool(jax.tree.leaves(state, is_leaf=is_names))
+
+
+def model_flops(work: Work, source: Source | None = None, products: int = 3) -> float:
     """Products and sums that a step of a work needs: three forward passes, nothing computed twice.
 
     A backward pass multiplies twice for each product of the forward pass (Kaplan et al. 2020,
@@ -345,14 +169,10 @@ def model_flops(work: Work, source: _Source | None = None, products: int = 3) ->
     from sharding.plan.survey import survey
 
     source = (source or source_of(work)).dense()
-    model = source.model()
-    arrays, pixels = _batch(work, source, model)
-    if pixels:
-        model = normalised(model, [0.5], [0.5])
+    model, batch = source.model(), source.batch(work)
+    loss = make_task(source.head.task, source.head.labels).loss
     variables = jax.eval_shape(model.init, jax.random.key(0))
-    batch = {n: jax.ShapeDtypeStruct(shape, dtype) for n, (shape, dtype) in arrays.items()}
-    batch.pop("labels", None)
-    counted = survey(lambda v, b: model.apply(v, b)[0], (variables, batch))
+    counted = survey(lambda v, b: loss(model.apply(v, b)[0], b), (variables, batch))
     half = 0.5 if work.causal_half and source.head.task == "causal_lm" else 1.0
     return products * counted.dense + 3 * half * counted.batched
 
@@ -361,9 +181,7 @@ def plan_training(
     work: Work,
     machine: str | Hardware,
     *,
-    compile: int = 4,
-    seconds: float = 900.0,
-    told: Callable[[str, float], None] | None = None,
+    source: Source | None = None,
     **options: Any,
 ) -> Plan:
     """The best layouts of a work on a machine; see `sharding.plan`.
@@ -371,22 +189,26 @@ def plan_training(
     Args:
       work: what is trained.
       machine: as `sharding.plan.hardware` reads it.
-      compile, seconds, told, **options: as there.
+      source: its model, where it was read.
+      **options: `compile`, `seconds`, `told` and others, as there.
 
     Raises:
       FwError: as `variants`.
       sharding.ShardingError: a machine that does not exist; nothing that fits.
     """
     machine = hardware(machine) if isinstance(machine, str) else machine
-    ways, source = variants(work)
-    tokens = work.batch * (
-        1 if source.head.task in ("image_classification", "segmentation") else work.length
-    )
+    ways, source = variants(work, source)
+    texts = source.head.task in OF_TEXTS
     found = plan_variants(
-        ways, machine, tokens=tokens, flops=model_flops(work, source), compile=compile,
-        seconds=seconds, told=told, **options,
+        ways, machine, tokens=work.batch * (work.length if texts else 1),
+        flops=model_flops(work, source), **options,
     )  # fmt: skip
-    kernels = work.precision != "f32" and source.head.task not in _IMAGES
+    found.unit = "tokens" if texts else "rows"
+    own = ("batch", "precision", "rules", *(["length"] if texts else []))
+    found.about = {"model": work.model, "task": source.head.task} | {
+        name: getattr(work, name) for name in own
+    }
+    kernels = work.precision != "f32" and texts
     if machine.chip.platform == "gpu" and kernels and not has_cudnn():
         found.notes.append(
             "Attention is planned without cuDNN's kernel, which training takes where it is: "
@@ -399,38 +221,66 @@ AUTO = "auto"
 
 
 def planned(recipe: Any) -> Any:
-    """A recipe of `fw finetune` on the layout that its plan says; without one as it is.
+    """A recipe of `fw finetune` on the layout that its plan's file says; without one as it is.
 
     Args:
       recipe: a `fw.recipe.Finetune`; of its `plan`, the best layout's mesh, remat, accumulate,
-        moments and adapters take the place of its own.
+        moments and adapters take the place of its own, and the rules and the precision that it was
+        planned with.
 
     Raises:
-      FwError: a plan for another number of devices than there are, or no model to plan for.
+      FwError: a plan for another number of devices than there are, or for other batches.
       sharding.ShardingError: no plan.
     """
-    if not recipe.plan:
+    if not recipe.plan or recipe.plan == AUTO:
         return recipe
-    count = jax.device_count()
-    if recipe.plan == AUTO:
-        names = (field.name for field in dataclasses.fields(LoraOptions))
-        own = LoraOptions(**{name: getattr(recipe, name) for name in names})
-        work = Work(
-            recipe.model or "all-MiniLM-L6-v2", recipe.batch, recipe.length, task=recipe.long_task,
-            precision=recipe.precision, rules=recipe.rules, moments=(recipe.moments,),
-            adapters=(own,),
-        )  # fmt: skip
-        best = plan_training(work, here(), compile=2, seconds=300.0).best
-        mesh, choices, devices = best.candidate.mesh, best.candidate.variant.choices, count
-    else:
-        found = load(recipe.plan)
-        mesh, choices, devices = found["mesh"], found["choices"], found["devices"]
-    if devices != count:
+    found = load(recipe.plan)
+    count, about = jax.device_count(), found["about"]
+    if found["devices"] != count:
         raise FwError(
-            f"{recipe.plan}: a plan for {devices} devices, but there are {count}; plan for this "
-            "machine, or --plan auto"
+            f"{recipe.plan}: a plan for {found['devices']} devices, but there are {count}; plan "
+            "for this machine, or --plan auto"
         )
-    known = {key: choices[key] for key in ("remat", "moments") if key in choices}
+    for name in ("batch", "length"):
+        if about.get(name, own := getattr(recipe, name)) != own:
+            raise FwError(
+                f"{recipe.plan}: a plan for {name} {about[name]}, but this run has {own}; give "
+                f"--{name} {about[name]}, or plan again"
+            )
+    known = {name: about[name] for name in ("rules", "precision") if name in about}
+    return _on(recipe, found["mesh"], found["choices"], **known)
+
+
+def planned_here(recipe: Any, config: Any, labels: Sequence[str], row: Mapping[str, Any]) -> Any:
+    """A recipe of `fw finetune` on the best layout of the devices that there are.
+
+    Args:
+      recipe: a `fw.recipe.Finetune`.
+      config: of its model, if it is a new one; else None.
+      labels: of its data.
+      row: of its batches, arrays [1, ...] by name.
+
+    Raises:
+      FwError: a model that is not known, or devices.
+      sharding.ShardingError: nothing fits.
+    """
+    names = (field.name for field in dataclasses.fields(LoraOptions))
+    own = LoraOptions(**{name: getattr(recipe, name) for name in names})
+    work = Work(
+        recipe.model, recipe.batch, recipe.length, task=recipe.long_task,
+        classes=max(len(labels), 1), precision=recipe.precision, rules=recipe.rules,
+        moments=(recipe.moments,), table_optimizer=recipe.table_optimizer, adapters=(own,),
+        config={} if config is None else dataclasses.asdict(config),
+    )  # fmt: skip
+    shapes = {name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for name, x in row.items()}
+    source = replace(source_of(work), row=shapes)
+    best = plan_training(work, here(), source=source, compile=2, seconds=300.0).best
+    return _on(recipe, best.candidate.mesh, best.candidate.variant.choices)
+
+
+def _on(recipe: Any, mesh: str, choices: Mapping[str, str], **known: Any) -> Any:
+    """A recipe on a mesh, with what was chosen."""
+    known |= {key: choices[key] for key in ("remat", "moments") if key in choices}
     if "accumulate" in choices:
         known["accumulate"] = int(choices["accumulate"])
     if "lora" in choices:

@@ -22,9 +22,11 @@ import fw
 from fw.adaptation import LoraOptions
 from fw.cli import main
 from fw.errors import FwError
-from fw.planning import KNOWN, Work, build, model_flops, plan_training, source_of, variants
+from fw.planning import build, model_flops, plan_training, planned, variants
+from fw.recipe import Finetune
+from fw.work import KNOWN, Work, source_of
 from sharding import ShardingError, constrain, inspect, make_mesh, plan, rules
-from sharding.mesh import AXES, sizes_of
+from sharding.mesh import AXES
 from sharding.plan import CHIPS, hardware, legal, load, why
 from sharding.plan.analytic import estimate, placed
 from sharding.plan.compiler import Compiled, Refused, compile_all
@@ -38,7 +40,6 @@ from sharding.plan.search import candidates, kind, meshes, promising, shortlist
 from sharding.plan.survey import survey
 from sharding.program.collectives import collectives
 from sharding.program.hlo import read
-from tests.tiny import make_model
 
 SHAPE = jax.ShapeDtypeStruct
 NAMES = {"up": ("embed", "mlp"), "down": ("mlp", "embed")}
@@ -348,18 +349,27 @@ def test_what_went_wrong_is_tried_again(tmp_path):
 @pytest.mark.parametrize("machine", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1",
                                      "2*v5e:2x2", "h100:1x4", "h200:1x2", "a100:1x4", "b200:1x4",
                                      "cpu"])  # fmt: skip
-@pytest.mark.parametrize("family", ["llama", "bert", "vit", "resnet", "mixtral", "modernbert"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        *("llama", "mixtral", "bert", "distilbert", "modernbert", "vit", "resnet"),
+        *("efficientnet", "unet", "mlp", "ft_transformer", "dlrm", "two_tower"),
+    ],
+)
 def test_every_family_compiles_for_every_machine(machine, family, tmp_path):
     target = hardware(machine)
     needed = {"tpu": "libtpu", "gpu": "jax_cuda12_plugin"}.get(target.chip.platform)
     if needed is not None and find_spec(needed) is None:
         pytest.skip(f"{needed} is not installed: pip install 'fw[plan]'")
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(CONFIGS[family]))
-    found = plan_training(
-        Work(str(path), 2 * target.devices, 128, remat=(None,), accumulate=(1,)), target,
-        compile=1, folder=tmp_path / "cache",
+    model, config = family, NEW.get(family, {})
+    if not config:
+        model = str(tmp_path / "config.json")
+        Path(model).write_text(json.dumps(CONFIGS[family]))
+    work = Work(
+        model, 16 * target.devices, 128, size=64 if family == "unet" else 0, config=config,
+        remat=(None,), accumulate=(1,),
     )  # fmt: skip
+    found = plan_training(work, target, compile=1, folder=tmp_path / "cache")
     best = found.best
     assert best.compiled, best.refused
     assert 0 < best.prediction.seconds < 60
@@ -395,6 +405,24 @@ CONFIGS = {
     "resnet": {
         "model_type": "resnet", "embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1],
         "layer_type": "basic",
+    },
+    "distilbert": {
+        "model_type": "distilbert", "vocab_size": 512, "dim": 256, "n_layers": 2, "n_heads": 4,
+        "hidden_dim": 512, "max_position_embeddings": 128,
+    },
+    "efficientnet": {
+        "model_type": "efficientnet_lite", "image_size": 64, "width_coefficient": 0.25,
+        "depth_coefficient": 0.2,
+    },
+}  # fmt: skip
+NEW = {
+    "unet": {"width": 8, "depth": 2},
+    "mlp": {"numbers": 5, "categories": (7, 11)},
+    "ft_transformer": {"numbers": 5, "categories": (7, 11)},
+    "dlrm": {"columns": ("user", "item"), "rows": (200_000, 300), "numbers": ("x",), "size": 32},
+    "two_tower": {
+        "user_columns": ("user",), "user_rows": (200_000,), "item_columns": ("item",),
+        "item_rows": (30_000,), "size": 32, "hidden": (64,),
     },
 }  # fmt: skip
 
@@ -506,9 +534,6 @@ def test_fw_plan_says_what_it_lacks_and_writes(tmp_path, capsys):
 
 
 def test_training_takes_the_plan(tmp_path):
-    from fw.planning import planned
-    from fw.recipe import Finetune
-
     saved = {
         "version": 1, "hardware": "8*cpu", "devices": jax.device_count(), "layouts": [],
         "best": {"mesh": "data=4,tensor=2", "choices": {"remat": "dots", "accumulate": "2",
@@ -521,25 +546,17 @@ def test_training_takes_the_plan(tmp_path):
         "data=4,tensor=2", "dots", 2, "8bit",
     )  # fmt: skip
     assert (recipe.lora, recipe.lora_base) == (8, "int8")
-    path.write_text(json.dumps(saved | {"devices": 3}))
-    with pytest.raises(FwError, match="a plan for 3 devices"):
-        planned(Finetune(data="x.csv", plan=str(path), batch=8))
-
-
-def test_auto_plans_for_the_devices_there_are(tmp_path, monkeypatch):
-    from fw.planning import here, planned
-    from fw.recipe import Finetune
-
-    monkeypatch.setenv("FW_CACHE", str(tmp_path / "cache"))
-    model = make_model(tmp_path / "model")
-    recipe = Finetune(
-        task="classify", model=str(model), data="x.csv", plan="auto", batch=16, length=32
-    )
-    chosen = planned(recipe)
-    assert math.prod(sizes_of(chosen.mesh, jax.device_count()).values()) == here().devices
-    assert 16 % chosen.accumulate == 0
-    with pytest.raises(FwError, match="qat learns in float32"):
-        Finetune(data="x.csv", qat="int8", precision="bf16_activations")
+    own = Finetune(data="x.csv", plan=str(path), batch=8, length=32)
+    about = {"batch": 8, "length": 32, "precision": "bf16_activations", "rules": "fsdp"}
+    path.write_text(json.dumps(saved | {"about": about}))
+    assert (planned(own).precision, planned(own).rules) == ("bf16_activations", "fsdp")
+    for wrong, said in (
+        ({"devices": 3}, "a plan for 3 devices"),
+        ({"about": about | {"length": 512}}, "a plan for length 512, but this run has 32"),
+    ):
+        path.write_text(json.dumps(saved | wrong))
+        with pytest.raises(FwError, match=said):
+            planned(own)
 
 
 def test_a_plan_needs_no_devices_and_no_accelerator():

@@ -14,7 +14,9 @@ compilers of TPU and GPU (pip install 'fw[plan]'; no chip is needed), and ranks 
 time, memory of a device, price. DIR gets plan.json and plan.html.
 
   fw plan --model llama-2-70b --hardware v5p:8x8x16 --batch 1024 --length 4096 --out plan/
-  fw plan --model all-MiniLM-L6-v2 --task token_classification --hardware cpu --batch 32
+  fw plan --model all-MiniLM-L6-v2 --task ner --hardware cpu --batch 32
+  fw plan --model dlrm --config columns=user/item,rows=90000000/2000000,size=64,numbers=price \
+    --hardware v5e:4x4 --batch 65536
   fw plan --model my/config.json --hardware 2*v5e:16x16 --batch 2048 --layout fsdp=64,tensor=4
   fw plan --model llama-3.1-70b --hardware v5e:4x4 --batch 64 --length 2048 --lora 16,16:nf4
   fw plan --list-hardware
@@ -32,16 +34,20 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     add(
         "--model",
         default="",
-        help="llama-2-70b, all-MiniLM-L6-v2 …, a folder, a config.json",
+        help="llama-2-70b, all-MiniLM-L6-v2, a folder, a config.json; or a new dlrm, unet …",
     )
     add("--hardware", default="", help="v5e:16x16, 2*v5p:8x8x8, h100:4x8, cpu; see --list-hardware")
     add("--list-hardware", action="store_true", help="every chip, its figures and their sources")
     add("--batch", type=int, default=0, help="rows of a step, all devices together")
     add("--length", type=int, default=128, help="tokens of a row (default: %(default)s)")
-    add("--task", default=None, help="token_classification, causal_lm …; the config's by default")
+    add("--task", default=None, help="ner, classify, lm …, as for fw finetune; the model's first")
     add("--classes", type=int, default=2, help="labels of the head (default: %(default)s)")
+    add("--size", type=int, default=0, help="side of images in pixels (default: the model's)")
+    add("--channels", type=int, default=3, help="of images of a new model (default: %(default)s)")
+    add("--history", type=int, default=50, help="items of a user (default: %(default)s)")
+    add("--table-optimizer", default="rowwise_adagrad", help="of tables: lazy_adam, sgd")
     add("--precision", default="bf16_activations", help="bf16_activations, bf16 or f32")
-    add("--config", default="", help="keys of the config that are others, as num_hidden_layers=16")
+    add("--config", default="", help="keys of the config: num_hidden_layers=16,… rows=1000/40,…")
     add("--remat", default="", help="what may be computed again: none, dots, layer; with commas")
     add("--moments", default="float32", help="of the optimiser: float32, 8bit; with commas")
     add("--lora", default="0", help="adapters that may be trained: 16, 16:nf4; 0: the whole model")
@@ -59,7 +65,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> int:
     """Plans, prints, writes."""
     from fw.adaptation import LoraOptions
-    from fw.planning import Work, adapters_of, plan_training, priced, read_prices
+    from fw.planning import adapters_of, plan_training, priced, read_prices
+    from fw.work import Work
     from sharding.plan import hardware, why
     from sharding.plan.terminal import hardware_table
 
@@ -72,8 +79,10 @@ def run(arguments: argparse.Namespace) -> int:
     machine = priced(hardware(arguments.hardware), read_prices(arguments.prices))
     work = Work(
         arguments.model, arguments.batch, arguments.length, task=arguments.task,
-        classes=arguments.classes, precision=arguments.precision, rules=arguments.rules,
-        config=_pairs(arguments.config), remat=_remats(arguments.remat),
+        classes=arguments.classes, size=arguments.size, channels=arguments.channels,
+        history=arguments.history, table_optimizer=arguments.table_optimizer,
+        precision=arguments.precision, rules=arguments.rules, config=arguments.config,
+        remat=_remats(arguments.remat),
         moments=tuple(arguments.moments.split(",")), accumulate=_numbers(arguments.accumulate),
         adapters=tuple(LoraOptions(**adapters_of(text)) for text in arguments.lora.split(",")),
     )  # fmt: skip
@@ -111,22 +120,6 @@ class Told:
         elif time.monotonic() - self.shown > (0.1 if sys.stderr.isatty() else 10.0):
             self.shown = time.monotonic()
             self.progress.line(text, left)
-
-
-def _pairs(text: str) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for item in filter(None, text.split(",")):
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise FwError(f"config: {item!r}; expected key=value")
-        try:
-            found[key] = int(value)
-        except ValueError:
-            try:
-                found[key] = float(value)
-            except ValueError:
-                found[key] = {"true": True, "false": False}.get(value, value)
-    return found
 
 
 def _remats(text: str) -> tuple[str | None, ...] | None:

@@ -208,14 +208,11 @@ class Images(OfImages):
 
         height, width, channels = self.preprocessor.shape
         given = {"num_channels": channels, "num_labels": len(labels), "task": task}
+        kind = ResNetConfig
         if recipe.model == "vit":
-            patch = next(p for p in PATCHES if height % p == 0 and width % p == 0)
-            given["image_size"] = (height, width)
-            return read_fields(
-                ViTConfig, recipe.config, defaults={**VIT, "patch_size": patch}, **given
-            )
-        standard = RESNET if max(height, width) > SMALL else SMALL_RESNET
-        return read_fields(ResNetConfig, recipe.config, defaults=standard, **given)
+            kind, given["image_size"] = ViTConfig, (height, width)
+        defaults = image_defaults(recipe.model, height, width)
+        return read_fields(kind, recipe.config, defaults=defaults, **given)
 
     def summary(self, recipe: Finetune, rows: Any) -> str:
         """The size of an image."""
@@ -250,6 +247,18 @@ class Images(OfImages):
     def say(self, answer: Mapping[str, Any]) -> str:
         """The class, and the image it is of."""
         return f"{answer['label']} {answer['score']:.2f}  {answer['image']}"
+
+
+def image_defaults(model: str, height: int, width: int) -> Mapping[str, Any]:
+    """What a new "vit" or "resnet" for images of a size has, where nothing is said.
+
+    >>> image_defaults("vit", 28, 28)["patch_size"]
+    14
+    """
+    if model == "vit":
+        patch = next(p for p in PATCHES if height % p == 0 and width % p == 0)
+        return {**VIT, "patch_size": patch}
+    return RESNET if max(height, width) > SMALL else SMALL_RESNET
 
 
 def pretrained(source: Path, size: int) -> Preprocessor:

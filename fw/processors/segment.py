@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 SIDE = 256
 """Of the squares that images are cut into, if nothing is said."""
+UNET: Mapping[str, Any] = {"width": 16}
+"""What a new U-Net has, where nothing is said."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +112,7 @@ class Segments(OfImages):
         from fw.models.unet import UNetConfig
 
         return read_fields(
-            UNetConfig, recipe.config, defaults={"width": 16},
+            UNetConfig, recipe.config, defaults=UNET,
             num_channels=self.preprocessor.channels, num_labels=len(labels), task=task,
         )  # fmt: skip
 

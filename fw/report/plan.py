@@ -56,7 +56,7 @@ def page(found: Plan, path: str | Path, *, title: str) -> Path:
     body = tag(
         "main",
         tag("header", tag("p", "fw plan", class_="kicker"), tag("h1", title), tag("p", note)),
-        _tiles(best),
+        _tiles(best, found.unit),
         *blocks,
     )
     write_text(path, document(title, body))
@@ -67,16 +67,16 @@ def _section(title: str, *blocks: Child) -> Element:
     return tag("section", tag("h2", title), *blocks)
 
 
-def _tiles(best: Layout) -> Element:
+def _tiles(best: Layout, unit: str) -> Element:
     own = best.prediction
     items = [
         ("a step", seconds(own.seconds), str(best)),
         ("MFU", f"{own.mfu:.1%}", "of the chips' peak"),
-        ("tokens a second", f"{own.rate:,.0f}" if own.tokens else "–", ""),
+        (f"{unit} a second", f"{own.rate:,.0f}" if own.tokens else "–", ""),
         ("memory", size(own.memory.peak), f"of {size(own.memory.capacity)}"),
     ]
     if own.dollars is not None:
-        items.append(("a million tokens", f"${own.dollars:.3g}", "at list price"))
+        items.append((f"a million {unit}", f"${own.dollars:.3g}", "at list price"))
     tiles = (tag("div", tag("span", a), tag("b", b), tag("small", c)) for a, b, c in items)
     return tag("div", *tiles, class_="tiles")
 

@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fw import report
-from fw.planning import Work, build, plan_training, source_of
+from fw.planning import build, plan_training
+from fw.work import Work, source_of
 from sharding import make_mesh
 
 STATUS = Path("/proc/self/status")

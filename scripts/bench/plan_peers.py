@@ -23,7 +23,8 @@ import jax
 import plan_truth
 
 from fw import report
-from fw.planning import build, source_of
+from fw.planning import build
+from fw.work import source_of
 from sharding.plan import hardware
 from sharding.plan.compiler import Compiled, compile_all
 from sharding.plan.program import abstract_mesh, program

@@ -17,7 +17,8 @@ from typing import Any
 import jax
 
 from fw import report
-from fw.planning import Work, build, model_flops, plan_training, source_of
+from fw.planning import build, model_flops, plan_training
+from fw.work import Work, source_of
 from sharding.mesh import sizes_of
 from sharding.plan import Candidate, Layout, Variant, hardware
 from sharding.plan.analytic import estimate

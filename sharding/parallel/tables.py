@@ -267,9 +267,23 @@ def _mapped(cut: _Cut, body: Any, in_specs: Any, out_specs: Any) -> Any:
     )
 
 
+@jax.custom_jvp
 def _take(table: jax.Array, ids: jax.Array) -> jax.Array:
+    """The rows of a part of a table, zeros for ids that it has not."""
+    there = (ids >= 0) & (ids < table.shape[0])
+    rows = jnp.take(table, jnp.where(there, ids, 0), axis=0, mode="clip")
+    # As integers: what becomes of rows, such as bfloat16, XLA would else make of the whole table
+    # before it reads them (a TPU's, of every table in every step).
+    bits = lax.bitcast_convert_type(rows, f"int{8 * table.dtype.itemsize}")
+    bits = jnp.where(there[..., None], bits, jnp.zeros((), bits.dtype))
+    return lax.bitcast_convert_type(bits, table.dtype)
+
+
+@_take.defjvp
+def _(primals, tangents):
+    table, ids = primals
     ids = jnp.where(ids < 0, table.shape[0], ids)
-    return jnp.take(table, ids, axis=0, mode="fill", fill_value=0)
+    return _take(*primals), jnp.take(tangents[0], ids, axis=0, mode="fill", fill_value=0)
 
 
 class _Distinct(NamedTuple):

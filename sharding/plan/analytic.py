@@ -88,7 +88,10 @@ def _compute(
     wait = (stages - 1) / (microbatches + stages - 1)
     work = found.dense / (PRODUCTS * rate) + found.batched / (chip.busy * rate)
     moved = 1.5 * found.moved / (MEMORY_SHARE * chip.hbm)
-    return max(work, moved) / math.prod(sizes.values()) / (1 - wait)
+    # Rows of tables are of a batch, which not all axes cut.
+    looked = found.looked / (MEMORY_SHARE * chip.hbm)
+    looked /= math.prod(sizes.get(a, 1) for a in found.batch)
+    return max(work, moved) / math.prod(sizes.values()) / (1 - wait) + looked
 
 
 def _held(
@@ -163,6 +166,15 @@ def _of_activations(
             route, link = _route(machine, tuple(sizes.items()), (axis,))
             took = times * seconds("all-reduce", route, link, part, part)
             sent["sum products"] = sent.get("sum products", 0.0) + took
+            exposed += took
+    for number, size in found.rows.items():
+        argument = found.arguments[number]
+        cut = tuple(a for a in argument.cuts[0] if a in found.batch and sizes.get(a, 1) > 1)
+        if cut and argument.kind == "parameters":  # to who asks for them, and their gradients back
+            part = size // math.prod(sizes.get(a, 1) for a in found.batch)
+            route, link = _route(machine, tuple(sizes.items()), cut)
+            took = 2 * seconds("all-to-all", route, link, part, part)
+            sent["rows of tables"] = sent.get("rows of tables", 0.0) + took
             exposed += took
     stages, link = sizes.get("pipe", 1), machine.chip.link
     if stages > 1 and found.kept:

@@ -1,6 +1,7 @@
 """Layouts that are known something of, and a plan: them ranked, printed, saved, read again."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,8 @@ class Plan:
         lacking: what would have to be installed for a compiler to decide; None if one did.
         surveys: of each variant.
         tokens, flops: of a step.
+        unit: what those are that `tokens` counts.
+        about: what the step is of, for whoever trains by the plan.
         notes: what whoever reads the figures should know.
     """
 
@@ -70,6 +73,8 @@ class Plan:
     surveys: list[tuple[Variant, Survey]] = field(default_factory=list)
     tokens: int = 0
     flops: float = 0.0
+    unit: str = "tokens"
+    about: Mapping[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -98,6 +103,8 @@ class Plan:
             "devices": self.machine.devices,
             "considered": self.considered,
             "lacking": self.lacking,
+            "unit": self.unit,
+            "about": dict(self.about),
             "notes": self.notes,
             "best": _entry(self.best),
             "layouts": [_entry(one) for one in self.layouts],
@@ -162,7 +169,7 @@ def rough_prediction(one: Candidate, machine: Hardware, tokens: int, flops: floa
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """The best layout of a `plan.json`, as `_entry` wrote it, with `hardware`.
+    """The best layout of a `plan.json`, as `_entry` wrote it, with `hardware` and `about`.
 
     Raises:
         ShardingError: no plan, or of another version.
@@ -174,4 +181,5 @@ def load(path: str | Path) -> dict[str, Any]:
         raise ShardingError(f"{path}: cannot be read as a plan: {error}") from error
     if known[0] != VERSION:
         raise ShardingError(f"{path}: a plan of version {known[0]}, expected {VERSION}")
-    return {**found["best"], "hardware": found["hardware"], "devices": found["devices"]}
+    more = {name: found[name] for name in ("hardware", "devices")}
+    return {**found["best"], **more, "about": found.get("about", {})}

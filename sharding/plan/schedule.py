@@ -275,7 +275,8 @@ class _Walk:
         cycles = _CYCLES.search(it.text[1])
         if cycles and self.chip.counted:
             own = int(cycles[1]) * self.chip.cycle
-            return COMPUTE, own if self._products(it) else min(own, memory), True
+            apart = self._products(it) or self._rows(it)  # no large arrays one after another
+            return COMPUTE, own if apart else min(own, memory), True
         if self.chip.counted:  # a TPU's compiler counts whatever takes time
             return COMPUTE, 0.0, True
         rate = self.chip.flops["bfloat16" if self._narrow(it) else "float32"]
@@ -288,10 +289,38 @@ class _Walk:
         texts = [it.text[0], *[body[name].text[0] for name in it.operands if name in body]]
         sliced = "slice" in it.name  # of a large operand it touches as much as its result has
         sizes = [_in_memory(text) for text in texts]
+        for place, touched, changed in self._rows(it):
+            if changed:  # in place: the result is the operand
+                sizes[0] -= min(sizes[0], sizes[1 + place])
+            sizes[1 + place] = touched
         if sliced and len(sizes) > 1:
             least = min(size for size in sizes if size) if any(sizes) else 0
             return 2 * min(least, sizes[0]) if "update" in it.name else 2 * sizes[0]
         return sum(sizes)
+
+    def _rows(self, it: Instruction) -> list[tuple[int, int, bool]]:
+        """Operands of which an instruction reads or changes some rows.
+
+        As place, bytes of these rows, and whether it changes them.
+        """
+        body, found = {it.name: it}, []
+        if it.opcode == "fusion":
+            body = self.program.computations[dict(it.called)["calls"]]
+        for inner in body.values():
+            if inner.opcode not in ("gather", "scatter"):
+                continue
+            changed, place = inner.opcode == "scatter", 0
+            if inner is not it:
+                whole = body[inner.operands[0]]
+                while whole.opcode == "bitcast":
+                    whole = body[whole.operands[0]]
+                if whole.opcode != "parameter":
+                    continue
+                place = int(whole.literal)
+            around = self.program.computations[inner.computation]
+            rows = around[inner.operands[2]] if changed else inner
+            found.append((place, (2 if changed else 1) * _in_memory(rows.text[0]), changed))
+        return found
 
     def _products(self, it: Instruction) -> list[tuple[Instruction, dict[str, Instruction]]]:
         """The products in an instruction, each with the instructions around it."""

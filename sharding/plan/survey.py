@@ -85,6 +85,8 @@ class Survey:
             of kernels.
         moved: bytes that its products read and write.
         uses: by argument's number, how often a product reads it, loops' turns not multiplied.
+        rows: by argument's number, bytes of what is looked up in it, at most at once; `looked` of
+            all that is read and written so.
         summed: products whose sum runs over an axis that a mesh axis cuts: (mesh axis, bytes of the
             result, cuts of the result, turns).
         kept: what loops keep of their turns.
@@ -99,6 +101,8 @@ class Survey:
     batched: float = 0.0
     moved: float = 0.0
     uses: dict[int, int] = field(default_factory=dict)
+    rows: dict[int, int] = field(default_factory=dict)
+    looked: float = 0.0
     summed: list[tuple[str, int, frozenset[str], int]] = field(default_factory=list)
     kept: list[Kept] = field(default_factory=list)
     body: list[Kept] = field(default_factory=list)
@@ -212,6 +216,8 @@ class _Walk:
             into = [origins.get(v) if isinstance(v, core.Var) else None for v in eqn.invars]
             if name in PRODUCTS:
                 self._product(eqn, into, times)
+            elif name in ("gather", "scatter") and into[0] is not None and _is_table(eqn):
+                self._rows(eqn, into[0], times)
             elif name == "pallas_call" or "fmha" in name or name == "dot_product_attention_fwd":
                 self._kernel(eqn, times)
             elif name == "scan":
@@ -298,9 +304,9 @@ class _Walk:
         for origin in into[:2]:
             if origin is not None:
                 self.found.uses[origin] = self.found.uses.get(origin, 0) + 1
-        if eqn.primitive.name != "dot_general":
+        if eqn.primitive.name == "ragged_dot_general":
             return
-        contract = eqn.params["dimension_numbers"][0]
+        contract = _summed_axes(eqn)
         for side, origin in enumerate(into[:2]):
             if origin is None:
                 continue
@@ -320,6 +326,13 @@ class _Walk:
                             self._seen.add(key)
                             self.found.summed.append(one)
 
+    def _rows(self, eqn: Any, origin: int, times: int) -> None:
+        """Rows of a table, read or written: those alone are moved."""
+        aval = (eqn.outvars[0] if eqn.primitive.name == "gather" else eqn.invars[2]).aval
+        size = math.prod(aval.shape) * _itemsize(str(aval.dtype))
+        self.found.looked += 2 * times * size
+        self.found.rows[origin] = max(self.found.rows.get(origin, 0), int(size))
+
     def _kernel(self, eqn: Any, times: int) -> None:
         seen = SEES.search(str(eqn.source_info.name_stack))
         share = float(seen[1]) if seen else 1.0
@@ -332,6 +345,17 @@ class _Walk:
         name = str(eqn.params.get("name_and_src_info", eqn.params.get("name", "")))
         products = 3 if "dq" in name else 4 if "dkv" in name else 2
         self.found.batched += times * 2 * products * heads * length**2 * size * share
+
+
+def _summed_axes(eqn: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    numbers = eqn.params["dimension_numbers"]
+    if eqn.primitive.name == "dot_general":
+        return numbers[0]
+    return numbers.lhs_spec[1:2], numbers.rhs_spec[1:2]  # the channels that come in
+
+
+def _is_table(eqn: Any) -> bool:
+    return eqn.invars[0].aval.ndim == 2
 
 
 def _one(eqn: Any) -> tuple[int, bool]:

@@ -24,11 +24,11 @@ def table(found: "Plan", rows: int = _ROWS) -> str:
             "",
             "layout",
             "s a step",
-            "tokens/s",
+            f"{found.unit}/s",
             "MFU",
             "GiB of a device",
             "waits",
-            "$/M tokens",
+            f"$/M {found.unit}",
             "says",
         )
     ]

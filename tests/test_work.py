@@ -1,0 +1,114 @@
+"""What is planned for without data is what data makes; and what is planned for here, with it."""
+
+import dataclasses
+import math
+
+import jax
+import pytest
+
+from fw.data.batches import Batches
+from fw.errors import FwError
+from fw.finetune import finetune, prepare
+from fw.planning import here, model_flops, plan_training
+from fw.recipe import TASKS, Finetune, read_recipe
+from fw.work import OF_TEXTS, Work, source_of
+from sharding.mesh import sizes_of
+from tests import things, tiny
+from tests.marks import slow
+
+DATA = {
+    "ner": tiny.make_ner, "classify": tiny.make_reviews, "multilabel": tiny.make_topics,
+    "regress": tiny.make_ratings, "qa": tiny.make_questions, "mlm": tiny.make_lines,
+    "lm": tiny.make_conversations, "tabular": things.make_table, "estimate": things.make_table,
+    "rank": things.make_events, "retrieve": things.make_events, "image": things.make_images,
+    "segment": things.make_maps,
+}  # fmt: skip
+OPTIONS = {
+    "multilabel": {"columns": "text,topics"}, "regress": {"columns": "text,valence,hours"},
+    "tabular": {"target": "pays"}, "estimate": {"target": "income"}, "rank": {"threshold": 3.0},
+    "segment": {"size": 32},
+}  # fmt: skip
+
+
+def recipe_of(task, folder, **more):
+    """A recipe on small data of a task, and where that is."""
+    given = {"batch": 16, **OPTIONS.get(task, {}), **more}
+    if TASKS[task] in OF_TEXTS:
+        make = tiny.make_decoder if task == "lm" else tiny.make_model
+        given |= {"model": str(make(folder / "model")), "length": 32}
+    if task in ("rank", "retrieve"):
+        given["history"] = 4
+    path = DATA[task](folder / ("data.csv" if task in ("tabular", "estimate") else "data"))
+    return Finetune(task=task, data=str(path), run=str(folder / "run"), **given), path
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_batch_is_planned_for_as_data_makes_it(task, tmp_path):
+    recipe, path = recipe_of(task, tmp_path)
+    source = tmp_path / "model" if TASKS[task] in OF_TEXTS else None
+    made = prepare(recipe, path, source)
+    config = {}
+    if source is None:
+        own = made.processor.config(recipe, recipe.long_task, made.labels)
+        config = dataclasses.asdict(own)
+    side = made.rows["train"].arrays["images"].shape[1] if task == "image" else recipe.size
+    work = Work(
+        recipe.model, 16, recipe.length, task=task, classes=max(len(made.labels), 1), size=side,
+        channels=config.get("num_channels", 3), history=recipe.history, config=config,
+    )  # fmt: skip
+    example = Batches(made.rows["train"].arrays, 16, 0, made.change).example
+    real = {name: ((16, *x.shape[1:]), x.dtype) for name, x in example.items()}
+    said = {name: (x.shape, x.dtype) for name, x in source_of(work).batch(work).items()}
+    bags = {name for name in real if name.startswith("item.")}  # how many ids, data alone can say
+    assert {n: (s[:1], d) if n in bags else (s, d) for n, (s, d) in real.items()} == said
+
+
+@pytest.mark.parametrize("task", [slow("classify"), "rank"])
+def test_auto_plans_for_the_data_and_the_devices_there_are(task, tmp_path, monkeypatch):
+    monkeypatch.setenv("FW_CACHE", str(tmp_path / "cache"))
+    recipe, _ = recipe_of(task, tmp_path, plan="auto", steps=2, epochs=0.0)
+    chosen = read_recipe(finetune(recipe))
+    assert math.prod(sizes_of(chosen.mesh, jax.device_count()).values()) == here().devices > 1
+    assert 16 % chosen.accumulate == 0
+
+
+def test_new_models_are_planned_for(tmp_path):
+    table = {"columns": ("user", "item"), "rows": (4_000_000, 40), "size": 128, "numbers": ("x",)}
+    work = Work("dlrm", 1024, config=table)
+    spelt = dataclasses.replace(work, config="columns=user/item,rows=4000000/40,size=128,numbers=x")
+    assert source_of(work) == source_of(spelt)
+    found = plan_training(work, "v5e:2x4", compile=0)
+    assert found.unit == "rows" and "rows/s" in str(found)
+    best = found.best.prediction
+    # All devices have a part of the rows, which travel to who asks for them; no mesh without.
+    assert best.memory.kinds["parameters"] < 4 * 128 * 4_000_000 / 8 * 1.01
+    assert best.sent["rows of tables"] > 0
+    lazy = plan_training(
+        dataclasses.replace(work, table_optimizer="lazy_adam"), "v5e:2x4", compile=0
+    )
+    optimizer = lazy.best.prediction.memory.kinds["optimizer"]
+    assert optimizer > 1.9 * best.memory.kinds["parameters"]
+    # Towers contrast all pairs of rows, which microbatches would change; so is a batch norm whole.
+    towers = Work("two_tower", 64, config="user_rows=500,item_rows=300,size=16")
+    assert model_flops(towers) == 3 * 2 * 64 * 64 * 16
+    for one in (towers, Work("unet", 8, size=32, config="width=4,depth=2")):
+        layouts = plan_training(one, "2*cpu", compile=0).layouts
+        assert {x.candidate.variant.choices["accumulate"] for x in layouts} == {"1"}
+
+
+@pytest.mark.parametrize(
+    ("work", "said"),
+    [
+        (("dlrm", 8), "as in config columns=user/item"),
+        (("mlp", 8), "as in config numbers=20"),
+        (("mlp", 8, 1, "ner"), "mlp is for tabular_classification, tabular_regression"),
+        (("unet", 8), None),
+    ],
+)
+def test_what_new_models_want_is_said(work, said):
+    if said is None:
+        work, said = Work("unet", 8, size=40), "size is 40; expected a multiple of 16"
+    else:
+        work = Work(*work)
+    with pytest.raises(FwError, match=said):
+        source_of(work).batch(work)
