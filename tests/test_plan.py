@@ -411,8 +411,7 @@ CONFIGS = {
         "hidden_dim": 512, "max_position_embeddings": 128,
     },
     "efficientnet": {
-        "model_type": "efficientnet_lite", "image_size": 64, "width_coefficient": 0.25,
-        "depth_coefficient": 0.2,
+        "model_type": "efficientnet_lite", "image_size": 64, "width": 0.25, "depth": 0.2,
     },
 }  # fmt: skip
 NEW = {
