@@ -292,8 +292,12 @@ def _dot(lhs, rhs, params, chosen: Policy):
     (lc, rc), (lb, rb) = params["dimension_numbers"]
     target = chosen.batched if lb else chosen.weights
     floating = all(jnp.issubdtype(x.dtype, jnp.floating) for x in (lhs, rhs))
-    if floating and lhs.dtype == rhs.dtype == target and _accelerated():
-        return lax.dot_general_p.bind(lhs, rhs, **params)  # nothing to round, nor to lay out
+    if floating and lhs.dtype == rhs.dtype == target:
+        # Nothing to round, nor to lay out; but of wide results, the gradients that come back, which
+        # a TPU rounds as it multiplies and a GPU does not.
+        here, wide = _platform(), _result(lhs, rhs, params) != target
+        if here == "tpu" or (here not in (None, "cpu") and not wide):
+            return lax.dot_general_p.bind(lhs, rhs, **params)
     if floating and not lb and target:
         out = (*_rest(lhs.shape, lc), *_rest(rhs.shape, rc))
         rows, columns = (math.prod(_rest(y.shape, c)) for y, c in ((lhs, lc), (rhs, rc)))
@@ -355,10 +359,10 @@ def _of_groups_bwd(dtype, precision, saved, g):
 _of_groups.defvjp(lambda *args: (_of_groups(*args), args[:3]), _of_groups_bwd)
 
 
-def _accelerated() -> bool:
-    """Whether the program is known to be for no CPU."""
+def _platform() -> str | None:
+    """What the program is for, if that is known."""
     here = current()
-    return here is not None and platform(here[0]) != "cpu"
+    return None if here is None else platform(here[0])
 
 
 # Of images [B, H, W, C] and kernels [H, W, in, out].

@@ -340,7 +340,7 @@ def _image(work: Work, source: Source) -> Shapes:
 
 def _text(work: Work, source: Source) -> Shapes:
     tokens, task = ((work.length,), _i32), source.head.task
-    found = dict.fromkeys(("input_ids", "segment_ids", "position_ids"), tokens)
+    found: dict[str, Any] = dict.fromkeys(("input_ids", "segment_ids", "position_ids"), tokens)
     if task in _WORDS:
         return _shapes(**found, targets=tokens)
     if task == "token_classification":

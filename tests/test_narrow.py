@@ -1,6 +1,7 @@
 """Activations in bfloat16, and products as only programs for TPUs have them: the same numbers."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,9 @@ from sharding import constrain, inspect, linear, make_mesh, put, rules, scope, w
 from sharding import shardings as where
 from sharding.parallel.linear import _by_heads, _kernel_first
 from sharding.parallel.rows import Expert, grouped
+from sharding.plan import hardware
+from sharding.plan.program import abstract_mesh
+from sharding.plan.survey import _inner
 
 LABELS = {"num_labels": 3, "task": "token_classification"}
 IMAGES = {"num_labels": 3, "task": "image_classification"}
@@ -239,3 +243,24 @@ def test_products_of_all_experts_at_once_are_those_of_each(policy):
         for way in (False, True)
     )
     assert off(all_of_them, each) < (1e-2 if policy == "bf16_activations" else 1e-6)
+
+
+def products(jaxpr):
+    """Of a program, the operands' dtypes of each product with a kernel."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general" and not any(eqn.params["dimension_numbers"][1]):
+            yield {str(v.aval.dtype) for v in eqn.invars}
+        yield from (one for inner in _inner(eqn) for one in products(inner))
+
+
+def test_a_gpu_multiplies_gradients_of_float32_in_bfloat16_too():
+    model, variables, batch = case("llama")
+    narrow, machine = precision.apply(model.apply, "bf16_activations"), hardware("h100:1x1")
+
+    def loss(params):
+        return jnp.mean(narrow({**variables, "params": params}, batch)[0]["losses"])
+
+    mesh: Any = abstract_mesh("data=1", machine)
+    with scope(mesh, rules(), differentiate=True):
+        found = list(products(jax.make_jaxpr(jax.grad(loss))(variables["params"]).jaxpr))
+    assert len(found) > 10 and all(dtypes == {"bfloat16"} for dtypes in found), found

@@ -299,6 +299,8 @@ def test_a_plan_for_this_cpu_is_by_its_own_compiler(tmp_path):
     assert sum(best.prediction.memory.kinds.values()) == held
     assert report.memory is not None
     assert best.prediction.memory.peak == report.memory.peak
+    sent = sum(best.prediction.wire.values())
+    assert sum(best.prediction.links.values()) == pytest.approx(sent)  # one link from each to each
     again = plan(
         mlp_step, args, "2*cpu", axes=AXES_OF_MLP, donate=0, compile=2, folder=tmp_path / "cache"
     )

@@ -17,6 +17,7 @@ from fw.report.svg import CHARACTER, WIDTH, canvas, columns, shorten, title_of
 from fw.report.text import seconds, size
 from sharding.plan import Layout, Plan
 from sharding.plan.analytic import placed
+from sharding.plan.network import DIE, NETWORK
 from sharding.plan.schedule import SEND, Event
 
 _COLOURS = {
@@ -202,7 +203,12 @@ def _travel(best: Layout) -> Element:
         for name, took in sorted(own.sent.items(), key=lambda item: -item[1])
     ]
     wire = [(f"sent over {axes}", size(amount), "") for axes, amount in own.wire.items()]
-    return table(("collective, axes", "takes", "holds the step up"), [*rows, *wire])
+    rates = {NETWORK: own.machine.chip.dcn, "die": DIE}
+    links = []
+    for name, amount in own.links.items():
+        busy = amount / rates.get(name, own.machine.chip.link) / own.seconds
+        links.append((f"over each link, {name}", size(int(amount)), f"busy {busy:.0%} of the step"))
+    return table(("collective, axes", "takes", "holds the step up"), [*rows, *wire, *links])
 
 
 def _slice(found: Plan, best: Layout) -> list[Element]:

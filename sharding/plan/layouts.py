@@ -12,7 +12,7 @@ from sharding.plan.compiler import Compiled, Refused
 from sharding.plan.hardware import Hardware
 from sharding.plan.options import OPTIONS
 from sharding.plan.prediction import Held, Prediction, predict
-from sharding.plan.program import Program, abstract_mesh, program
+from sharding.plan.program import Program, lowered_mesh, program
 from sharding.plan.schedule import Schedule
 from sharding.plan.search import Candidate, Variant
 from sharding.plan.survey import Survey
@@ -135,7 +135,7 @@ def _entry(one: Layout) -> dict[str, Any]:
 
 def program_of(one: Candidate, machine: Hardware) -> Program:
     """The program of a candidate, traced for its mesh."""
-    fn, args = one.variant.build(abstract_mesh(one.mesh, machine))
+    fn, args = one.variant.build(lowered_mesh(one.mesh, machine))
     return program(fn, args, machine, one.mesh, dict(OPTIONS.get(machine.chip.name, {})))
 
 
@@ -164,7 +164,7 @@ def rough_prediction(one: Candidate, machine: Hardware, tokens: int, flops: floa
     held = Held(short, for_a_time, own.peak, machine.chip.memory, own.largest)
     return Prediction(
         own.seconds, tokens, one.variant.flops or flops, machine, held, own.compute, own.exposed,
-        own.sent, {}, {}, own.seconds, {"seconds": "an estimate; no compiler was asked"},
+        own.sent, {}, {}, {}, own.seconds, {"seconds": "an estimate; no compiler was asked"},
     )  # fmt: skip
 
 

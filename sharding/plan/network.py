@@ -31,6 +31,7 @@ class Way:
         hops: links between the farthest, inside.
         outside: slices or nodes.
         rate_outside: bytes a second that one member sends there.
+        along: names of the links inside: axes of a torus, "die" or "node".
     """
 
     inside: int
@@ -39,6 +40,11 @@ class Way:
     hops: float
     outside: int
     rate_outside: float
+    along: tuple[str, ...] = ()
+
+
+NETWORK = "network"
+"""The name of what goes to other slices or nodes."""
 
 
 def way(machine: Hardware, coords: np.ndarray) -> Way:
@@ -63,8 +69,8 @@ def way(machine: Hardware, coords: np.ndarray) -> Way:
     rate_outside = chip.dcn * (min(inside, machine.shape[-1]) if not chip.dims else inside)
     rate_outside /= inside
     if chip.platform == "cpu" or chip.dims == 0:
-        return Way(inside, chip.link, 1, 1, outer, rate_outside)
-    rate, spread, hops = 0.0, 0.0, 0.0
+        return Way(inside, chip.link, 1, 1, outer, rate_outside, ("node",))
+    rate, spread, hops, along = 0.0, 0.0, 0.0, ()
     for axis, (size, closed) in enumerate(zip(machine.shape, machine.wrapped, strict=True)):
         places = np.unique(first[:, 1 + axis])
         if (extent := len(places)) == 1:
@@ -74,9 +80,10 @@ def way(machine: Hardware, coords: np.ndarray) -> Way:
         rate += (2 if ring else 1) * chip.link / apart / chip.together
         spread = max(spread, (extent / 8 if ring else extent / 4) * apart * chip.together)
         hops += extent / 2 if ring else extent - 1
+        along += ("xyz"[axis],)
     if rate == 0:  # the devices of one chip
-        return Way(inside, DIE, 1, 1, outer, rate_outside)
-    return Way(inside, rate, spread, hops, outer, rate_outside)
+        return Way(inside, DIE, 1, 1, outer, rate_outside, ("die",))
+    return Way(inside, rate, spread, hops, outer, rate_outside, along)
 
 
 def seconds(kind: str, route: Way, link: float, operand: int, result: int) -> float:
@@ -94,20 +101,37 @@ def seconds(kind: str, route: Way, link: float, operand: int, result: int) -> fl
     >>> round(seconds("all-reduce", ring, 50e9, 10**9, 10**9), 3)
     0.015
     """
+    inner, outer = carried(kind, route, link, operand, result)
     n, m = route.inside, route.outside
+    if kind in _ONE_TO_ONE:
+        slow = link if m == 1 else min(link, route.rate_outside)
+        return (inner + outer) / slow + (HOP if m == 1 else ACROSS)
+    times = 2 if kind == "all-reduce" else 1
+    late = times * (HOP * route.hops if n > 1 else 0) + times * (ACROSS if m > 1 else 0)
+    return inner / link + outer / route.rate_outside + late
+
+
+_ONE_TO_ONE = ("collective-permute", "collective-broadcast")
+
+
+def carried(kind: str, route: Way, link: float, operand: int, result: int) -> tuple[float, float]:
+    """Bytes that a collective sends over each link inside, and that a member sends outside.
+
+    Args:
+        kind, route, link, operand, result: as in `seconds`.
+
+    >>> ring = Way(inside=4, rate=100e9, spread=0.5, hops=2, outside=1, rate_outside=1e9)
+    >>> carried("all-gather", ring, 50e9, 10**9, 4 * 10**9)  # three parts, half of each either way
+    (1500000000.0, 0.0)
+    """
+    n, m = route.inside, route.outside
+    if kind in _ONE_TO_ONE:
+        return (operand, 0.0) if m == 1 else (0.0, operand)
+    links = route.rate / link  # side by side
+    if kind.endswith("all-to-all"):
+        inner = operand * route.spread if route.hops > 1 else operand * (n - 1) / n / links
+        return inner, operand * (m - 1) / m
     whole = result if kind == "all-gather" else operand
     times = 2 if kind == "all-reduce" else 1
-    if kind in ("collective-permute", "collective-broadcast"):
-        slow = link if m == 1 else min(link, route.rate_outside)
-        return operand / slow + (HOP if m == 1 else ACROSS)
-    if kind.endswith("all-to-all"):
-        torus = route.hops > 1
-        inner = operand * route.spread / link if torus else operand * (n - 1) / n / route.rate
-        outer = operand * (m - 1) / m / route.rate_outside
-        return inner + outer + HOP * route.hops + (ACROSS if m > 1 else 0)
-    found = 0.0
-    if n > 1:
-        found += times * (whole * (n - 1) / n / route.rate + HOP * route.hops)
-    if m > 1:  # each member sends its part across
-        found += times * (whole / n * (m - 1) / m / route.rate_outside + ACROSS)
-    return found
+    inner = times * whole * (n - 1) / n / links
+    return inner, times * whole / n * (m - 1) / m  # each member sends its part across

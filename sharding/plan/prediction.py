@@ -56,6 +56,8 @@ class Prediction:
         exposed: seconds in which a device only waits for others.
         sent: seconds of collectives, by kind and axes; `waited`, of these exposed.
         wire: bytes that a device sends in a step, by mesh axes.
+        links: of these, what each link carries that it sends through, by the links' name: "x", "y"
+            and "z" of a torus, "die", "node", and "network" between slices or nodes.
         roofline: seconds by the other estimate.
         sources: who says each.
     """
@@ -70,6 +72,7 @@ class Prediction:
     sent: Mapping[str, float]
     waited: Mapping[str, float]
     wire: Mapping[str, int]
+    links: Mapping[str, float]
     roofline: float
     sources: Mapping[str, str] = field(default_factory=dict)
 
@@ -107,7 +110,7 @@ class Prediction:
         """Everything as plain values, derived ones with it."""
         found = {k: getattr(self, k) for k in ("seconds", "tokens", "flops", "compute", "exposed")}
         found |= {k: getattr(self, k) for k in ("mfu", "rate", "dollars", "fits", "roofline")}
-        found |= {k: dict(getattr(self, k)) for k in ("sent", "waited", "wire", "sources")}
+        found |= {k: dict(getattr(self, k)) for k in ("sent", "waited", "wire", "links", "sources")}
         return found | {"memory": asdict(self.memory), "disagree": self.disagree}
 
 
@@ -160,6 +163,6 @@ def predict(
     }
     found = Prediction(
         table.seconds, tokens, flops, machine, held, table.compute + table.kernels, table.exposed,
-        table.sent, table.waited, wire, roofline, sources,
+        table.sent, table.waited, wire, table.links, roofline, sources,
     )  # fmt: skip
     return found, table

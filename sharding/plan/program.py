@@ -10,23 +10,29 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import jax
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
 
 from sharding.errors import ShardingError
 from sharding.layout import paths
-from sharding.mesh import AXES, sizes_of
+from sharding.mesh import AXES, make_mesh, sizes_of
 from sharding.plan.hardware import Hardware
 from sharding.plan.survey import SEES
+from sharding.plan.worker import devices
 
 _LOWERED = {"gpu": "cuda"}
+# What a program may call that no library promises to keep: it is compiled at once.
 _KERNELS = (
     "LayoutConstraint",
     "tpu_custom_call",
-    "__cudnn$fmhaSoftmax",
-    "__cudnn$fmhaSoftmaxBackward",
+    *(
+        f"__cudnn$fmha{masked}Softmax{backward}"
+        for masked in ("", "ScaleBias")
+        for backward in ("", "Backward")
+    ),
 )
 
 
@@ -56,6 +62,16 @@ def abstract_mesh(spec: str, machine: Hardware) -> AbstractMesh:
         tuple(sizes[axis] for axis in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES),
         abstract_device=device,
     )  # fmt: skip
+
+
+def lowered_mesh(spec: str, machine: Hardware) -> AbstractMesh | Mesh:
+    """The mesh that a program is lowered on: abstract, but of devices for GPUs.
+
+    JAX lowers no kernel of cuDNN without devices; the CUDA plugin describes some that are not here.
+    """
+    if machine.chip.platform == "gpu" and find_spec("jax_cuda12_plugin") is not None:
+        return make_mesh(spec, devices(machine))
+    return abstract_mesh(spec, machine)
 
 
 @dataclass(frozen=True)

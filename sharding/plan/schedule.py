@@ -9,14 +9,14 @@ another, and hold it up only where it waits for them.
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
 
 from sharding.plan.hardware import Hardware
-from sharding.plan.network import Way, seconds, way
+from sharding.plan.network import NETWORK, Way, carried, seconds, way
 from sharding.plan.survey import SEES, ragged_flops
 from sharding.program.collectives import ACROSS, Collective
 from sharding.program.flow import Flow
@@ -85,6 +85,7 @@ class Schedule:
         exposed: seconds in which nothing is computed because a collective must come first.
         sent: seconds that collectives take, exposed or not, by mesh axes and kind.
         waited: of these, exposed.
+        links: bytes over each link that a device sends through, by the links' name.
         events: in order; a loop is one.
         known: whether it is known how often every loop turns; one that is not turns once.
     """
@@ -96,6 +97,7 @@ class Schedule:
     exposed: float = 0.0
     sent: dict[str, float] = field(default_factory=dict)
     waited: dict[str, float] = field(default_factory=dict)
+    links: dict[str, float] = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)
     known: bool = True
 
@@ -105,9 +107,8 @@ class Schedule:
         self.known &= turn.known
         for key in ("seconds", "compute", "counted", "kernels", "exposed"):
             setattr(self, key, getattr(self, key) + times * getattr(turn, key))
-        for mine, theirs in ((self.sent, turn.sent), (self.waited, turn.waited)):
-            for key, value in theirs.items():
-                mine[key] = mine.get(key, 0.0) + times * value
+        for name_ in ("sent", "waited", "links"):
+            _add(getattr(self, name_), getattr(turn, name_), times)
         if turn.seconds:
             loop = Event(
                 "loop", name, start, times * turn.seconds, times * turn.seconds, times,
@@ -116,9 +117,15 @@ class Schedule:
             self.events.append(loop)
 
 
+def _add(mine: dict[str, float], theirs: Mapping[str, float], times: int = 1) -> None:
+    for key, value in theirs.items():
+        mine[key] = mine.get(key, 0.0) + times * value
+
+
 class _Sent(NamedTuple):
     collective: Collective
     seconds: float
+    links: Mapping[str, float]
 
 
 def schedule(
@@ -140,7 +147,7 @@ class _Walk:
         self.program, self.machine, self.chip = program, machine, machine.chip
         self.flow = Flow(program)
         self.loops = Loops(self.flow)
-        self.sent = {one.line: _Sent(one, self._seconds(one, coords)) for one in found}
+        self.sent = {one.line: self._sent(one, coords) for one in found}
         # Which collectives, by line, a computation that is called has in it.
         self.held = {
             name: [it.line for it in body.values() if it.line in self.sent]
@@ -148,25 +155,33 @@ class _Walk:
         }
         self.turns: dict[str, Schedule] = {}
 
-    def _seconds(self, one: Collective, coords: np.ndarray) -> float:
+    def _sent(self, one: Collective, coords: np.ndarray) -> _Sent:
+        route = self._route(one, coords)
+        if route is None:
+            return _Sent(one, 0.0, {})
+        what = one.kind, route, self.chip.link, one.operand_bytes, one.result_bytes
+        inner, outer = carried(*what)
+        links = dict.fromkeys(route.along, inner) | {NETWORK: outer}
+        return _Sent(one, seconds(*what), {name: n for name, n in links.items() if n})
+
+    def _route(self, one: Collective, coords: np.ndarray) -> Way | None:
+        """How those reach each other who take part; None if everybody is alone."""
         it = next(
             body[one.name]
             for body in self.program.computations.values()
             if one.name in body and body[one.name].line == one.line
         )
         if one.axes == (ACROSS,):
-            out = Way(1, 1.0, 1, 0, self.machine.slices, self.chip.dcn)
-            return seconds(one.kind, out, self.chip.link, one.operand_bytes, one.result_bytes)
+            return Way(1, 1.0, 1, 0, self.machine.slices, self.chip.dcn)
         groups = members(it, one.kind, self.program.partitions, self.program.replicas)
         groups = [group for group in groups if len({*group}) > 1]
         if not groups:
-            return 0.0
+            return None
         if one.kind == "collective-permute":
-            route = way(self.machine, coords[[*groups[0]]])
-        else:  # they are alike; the first and the last stand for all
-            ways = [way(self.machine, coords[[*group]]) for group in (groups[0], groups[-1])]
-            route = min(ways, key=lambda w: w.rate)
-        return seconds(one.kind, route, self.chip.link, one.operand_bytes, one.result_bytes)
+            return way(self.machine, coords[[*groups[0]]])
+        # They are alike; the first and the last stand for all.
+        ways = [way(self.machine, coords[[*group]]) for group in (groups[0], groups[-1])]
+        return min(ways, key=lambda w: w.rate)
 
     def of(self, computation: str) -> Schedule:
         """One run of a computation."""
@@ -185,6 +200,7 @@ class _Walk:
                 end = free[across] = began + sent.seconds
                 key = f"{one.kind} {one.along}"
                 found.sent[key] = found.sent.get(key, 0.0) + sent.seconds
+                _add(found.links, sent.links)
                 if chain is not None or it.opcode.endswith("-start") or it.opcode == "send":
                     ends[chain or _meets(it) or it.name] = (end, key, len(found.events))
                     wait = 0.0
