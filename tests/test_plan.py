@@ -22,6 +22,7 @@ import fw
 from fw.adaptation import LoraOptions
 from fw.cli import main
 from fw.errors import FwError
+from fw.models.flash import has_cudnn
 from fw.planning import build, model_flops, plan_training, planned, variants
 from fw.recipe import Finetune
 from fw.work import KNOWN, Work, source_of
@@ -378,6 +379,20 @@ def test_every_family_compiles_for_every_machine(machine, family, tmp_path):
     assert 0 < best.prediction.memory.peak <= target.chip.memory
     if target.chip.platform != "cpu":
         assert 0 < best.prediction.mfu < 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("machine", ["h100:1x4", "b200:1x4"])
+def test_attention_is_planned_by_cudnns_kernels(machine, tmp_path):
+    if not (find_spec("jax_cuda12_plugin") and has_cudnn()):
+        pytest.skip("no cuDNN: pip install 'fw[plan]' nvidia-cudnn-cu12")
+    work = Work("llama-2-7b", 8, 1024, config=_tiny(), remat=(None,), accumulate=(1,))
+    found = plan_training(work, machine, compile=2, folder=tmp_path / "cache")
+    best = found.best
+    assert best.compiled and not found.notes and best.table is not None
+    inside = [e for event in best.table.events for e in (event, *event.inside)]
+    kernels = {e.name for e in inside if e.kind == "kernel"}
+    assert any("fwd" in name for name in kernels) and any("bwd" in name for name in kernels)
 
 
 # --- models, and the command ----------------------------------------------------------------------
