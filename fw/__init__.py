@@ -9,7 +9,7 @@
 | `pruning`, `adaptation`, `qat` | what is left, what of it is trained, and how |
 | `distillation`, `lessons`, `taps`, `answers` | who teaches it, and what |
 | `optimizer`, `table_optimizer`, `sparsity`, `exchange` | how far a step goes, what it sends |
-| `planning` | which layout a step should have, on a machine that need not be here |
+| `work`, `planning` | which layout a step should have, on a machine that need not be here |
 | `training`, `step`, `train`, `evaluate`, `checkpoint` | training |
 | `generation` | text from a decoder |
 | `run`, `report`, `compression`, `variants`, `export`, `tiles`, `compare` | what is left behind |
@@ -70,6 +70,7 @@ if TYPE_CHECKING:
         train,
         training,
         variants,
+        work,
     )
     from fw.generation import generate
     from fw.pretrained import load, save
@@ -129,6 +130,7 @@ __all__ = [
     "train",
     "training",
     "variants",
+    "work",
 ]
 
 

@@ -12,7 +12,7 @@ ones that training takes.
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -31,7 +31,7 @@ from fw.models.flash import has_cudnn
 from fw.models.stack_layout import default_microbatches, scans
 from fw.optimizer import AdamW, optimizer
 from fw.step import abstract_state, make_step
-from fw.table_optimizer import TableOptions, row_optimizer, with_tables
+from fw.table_optimizer import TableOptions, at, row_optimizer, with_tables
 from fw.tasks import make_task
 from fw.work import OF_TEXTS, WHOLE, Source, Work, source_of
 from sharding import Rules, shardings
@@ -208,14 +208,31 @@ def plan_training(
     found.about = {"model": work.model, "task": source.head.task} | {
         name: getattr(work, name) for name in own
     }
-    kernels = work.precision != "f32" and texts
+    found.notes += _notes(work, source, machine)
+    return found
+
+
+def _notes(work: Work, source: Source, machine: Hardware) -> Iterator[str]:
+    """What whoever reads a plan's figures should know."""
+    kernels = work.precision != "f32" and source.head.task in OF_TEXTS
     if machine.chip.platform == "gpu" and kernels and not has_cudnn():
-        found.notes.append(
+        yield (
             "Attention is planned without cuDNN's kernel, which training takes where it is: "
             "pip install nvidia-cudnn-cu12, and plan again."
         )
-    return found
+    if machine.chip.platform == "tpu":
+        model = source.model()
+        params = jax.eval_shape(model.init, jax.random.key(0))["params"]
+        sizes = {at(params, path).shape[1] for path in model.tables}
+        if odd := sorted(size for size in sizes if size % LANES):
+            yield (
+                f"A TPU copies tables of {odd[0]} columns whole, there and back, in every step: "
+                f"choose a multiple of {LANES}."
+            )
 
+
+LANES = 128
+"""Columns of a TPU's tiles (scripts/bench/LOG.md, 2026-11-27)."""
 
 AUTO = "auto"
 

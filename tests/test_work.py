@@ -78,7 +78,11 @@ def test_new_models_are_planned_for(tmp_path):
     spelt = dataclasses.replace(work, config="columns=user/item,rows=4000000/40,size=128,numbers=x")
     assert source_of(work) == source_of(spelt)
     found = plan_training(work, "v5e:2x4", compile=0)
-    assert found.unit == "rows" and "rows/s" in str(found)
+    assert found.unit == "rows" and "rows/s" in str(found) and not found.notes
+    narrow = plan_training(
+        dataclasses.replace(work, config=table | {"size": 64}), "v5e:2x4", compile=0
+    )
+    assert "tables of 64 columns" in str(narrow)
     best = found.best.prediction
     # All devices have a part of the rows, which travel to who asks for them; no mesh without.
     assert best.memory.kinds["parameters"] < 4 * 128 * 4_000_000 / 8 * 1.01
