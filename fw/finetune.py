@@ -96,7 +96,7 @@ def finetune(recipe: Finetune, *, resume: bool = False, moved: Collection[str] =
     """
     began = time.perf_counter()
     source = None if recipe.model in NEW else assets.fetch(recipe.model)
-    recipe, prepared = _planned(recipe, source)
+    recipe, prepared = _planned(recipe, source, resume)
     mesh, rules = make_mesh(recipe.mesh), make_rules(recipe.rules)
     # Refuses now what the first step would, after the data is read and the run's folder is made.
     computed = recipe.computed(mesh)
@@ -259,7 +259,7 @@ def prepare(recipe: Finetune, dataset: Path, source: Path | None) -> Data:
     return Data(processor, records, rows, labels, skipped, cut, change, len(unlabelled))
 
 
-def _planned(recipe: Finetune, source: Path | None) -> tuple[Finetune, Data | None]:
+def _planned(recipe: Finetune, source: Path | None, resume: bool) -> tuple[Finetune, Data | None]:
     """The recipe on the layout that its plan says; for `auto` by its data, which is read then."""
     if recipe.plan != AUTO:
         return planned(recipe), None
@@ -269,7 +269,10 @@ def _planned(recipe: Finetune, source: Path | None) -> tuple[Finetune, Data | No
     if source is None:
         config = prepared.processor.config(recipe, recipe.long_task, labels)
     example = Batches(rows, recipe.batch, recipe.seed, prepared.change).example
-    return planned_here(recipe, config, labels, example), prepared
+    # A resumed run keeps what its numbers depend on.
+    begun = resume and (Path(recipe.run) / run.CONFIG).is_file()
+    old = run.config(recipe.run)["accumulate"] if begun else None
+    return planned_here(recipe, config, labels, example, old), prepared
 
 
 def _unlabelled(recipe: Finetune, labels: tuple[str, ...], bad: OnBadRow) -> Sequence[Any]:

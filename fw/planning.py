@@ -30,13 +30,14 @@ from fw.model import Model
 from fw.models.flash import has_cudnn
 from fw.models.stack_layout import default_microbatches, scans
 from fw.optimizer import AdamW, optimizer
-from fw.step import abstract_state, make_step
+from fw.recipe import NEW
+from fw.step import abstract_state, make_step, stateful
 from fw.table_optimizer import TableOptions, at, row_optimizer, with_tables
 from fw.tasks import make_task
-from fw.work import OF_TEXTS, WHOLE, Source, Work, source_of
+from fw.work import OF_TEXTS, WHOLE, Source, Work, source_of, spelt
 from sharding import Rules, shardings
 from sharding import rules as make_rules
-from sharding.layout import fit, is_names
+from sharding.layout import fit
 from sharding.parallel.pipeline import PIPE
 from sharding.plan import CHIPS, Hardware, Plan, Variant, hardware, load, plan_variants
 from sharding.rules import BATCH
@@ -124,6 +125,8 @@ def variants(work: Work, source: Source | None = None) -> tuple[list[Variant], S
       FwError: as `source_of`; a remat that the model has not.
     """
     source = source or source_of(work)
+    if any(one.lora for one in work.adapters) and (work.model in NEW or source.model().tables):
+        raise FwError(f"lora is for pretrained models; {work.model} is trained whole")
     has = "remat" in source.fields
     known: tuple[str | None, ...] = (None, "dots", "layer") if has else (None,)
     remats = work.remat if work.remat is not None else known
@@ -149,8 +152,7 @@ def variants(work: Work, source: Source | None = None) -> tuple[list[Variant], S
 
 def _whole(source: Source) -> bool:
     """Whether a loss is of a batch as it is: rows are contrasted with each other, or normalised."""
-    state = source.model().axes.get("state")
-    return source.head.task == "retrieval" or bool(jax.tree.leaves(state, is_leaf=is_names))
+    return source.head.task == "retrieval" or stateful(source.model())
 
 
 def model_flops(work: Work, source: Source | None = None, products: int = 3) -> float:
@@ -205,7 +207,7 @@ def plan_training(
     )  # fmt: skip
     found.unit = "tokens" if texts else "rows"
     own = ("batch", "precision", "rules", *(["length"] if texts else []))
-    found.about = {"model": work.model, "task": source.head.task} | {
+    found.about = {"model": work.model, "task": spelt([source.head.task])} | {
         name: getattr(work, name) for name in own
     }
     found.notes += _notes(work, source, machine)
@@ -242,33 +244,38 @@ def planned(recipe: Any) -> Any:
 
     Args:
       recipe: a `fw.recipe.Finetune`; of its `plan`, the best layout's mesh, remat, accumulate,
-        moments and adapters take the place of its own, and the rules and the precision that it was
-        planned with.
+        moments and adapters take the place of its own.
 
     Raises:
-      FwError: a plan for another number of devices than there are, or for other batches.
+      FwError: a plan for another number of devices than there are, or for another step.
       sharding.ShardingError: no plan.
     """
     if not recipe.plan or recipe.plan == AUTO:
         return recipe
     found = load(recipe.plan)
-    count, about = jax.device_count(), found["about"]
+    count = jax.device_count()
     if found["devices"] != count:
         raise FwError(
             f"{recipe.plan}: a plan for {found['devices']} devices, but there are {count}; plan "
             "for this machine, or --plan auto"
         )
-    for name in ("batch", "length"):
-        if about.get(name, own := getattr(recipe, name)) != own:
+    own = {name: getattr(recipe, name) for name in ("batch", "length", "rules", "precision")}
+    for name, mine in (own | {"task": recipe.task}).items():
+        if (theirs := found["about"].get(name, mine)) != mine:
             raise FwError(
-                f"{recipe.plan}: a plan for {name} {about[name]}, but this run has {own}; give "
-                f"--{name} {about[name]}, or plan again"
+                f"{recipe.plan}: a plan for {name} {theirs}, but this run has {mine}; give "
+                f"--{name} {theirs}, or plan again"
             )
-    known = {name: about[name] for name in ("rules", "precision") if name in about}
-    return _on(recipe, found["mesh"], found["choices"], **known)
+    return _on(recipe, found["mesh"], found["choices"])
 
 
-def planned_here(recipe: Any, config: Any, labels: Sequence[str], row: Mapping[str, Any]) -> Any:
+def planned_here(
+    recipe: Any,
+    config: Any,
+    labels: Sequence[str],
+    row: Mapping[str, Any],
+    accumulate: int | None = None,
+) -> Any:
     """A recipe of `fw finetune` on the best layout of the devices that there are.
 
     Args:
@@ -276,6 +283,7 @@ def planned_here(recipe: Any, config: Any, labels: Sequence[str], row: Mapping[s
       config: of its model, if it is a new one; else None.
       labels: of its data.
       row: of its batches, arrays [1, ...] by name.
+      accumulate: microbatches of the run that is resumed; None where they may be chosen.
 
     Raises:
       FwError: a model that is not known, or devices.
@@ -285,9 +293,10 @@ def planned_here(recipe: Any, config: Any, labels: Sequence[str], row: Mapping[s
     own = LoraOptions(**{name: getattr(recipe, name) for name in names})
     work = Work(
         recipe.model, recipe.batch, recipe.length, task=recipe.long_task,
-        classes=max(len(labels), 1), precision=recipe.precision, rules=recipe.rules,
+        classes=len(labels) or Work.classes, precision=recipe.precision, rules=recipe.rules,
         moments=(recipe.moments,), table_optimizer=recipe.table_optimizer, adapters=(own,),
         config={} if config is None else dataclasses.asdict(config),
+        accumulate=None if accumulate is None else (accumulate,),
     )  # fmt: skip
     shapes = {name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for name, x in row.items()}
     source = replace(source_of(work), row=shapes)
@@ -295,9 +304,9 @@ def planned_here(recipe: Any, config: Any, labels: Sequence[str], row: Mapping[s
     return _on(recipe, best.candidate.mesh, best.candidate.variant.choices)
 
 
-def _on(recipe: Any, mesh: str, choices: Mapping[str, str], **known: Any) -> Any:
+def _on(recipe: Any, mesh: str, choices: Mapping[str, str]) -> Any:
     """A recipe on a mesh, with what was chosen."""
-    known |= {key: choices[key] for key in ("remat", "moments") if key in choices}
+    known: dict[str, Any] = {k: choices[k] for k in ("remat", "moments") if k in choices}
     if "accumulate" in choices:
         known["accumulate"] = int(choices["accumulate"])
     if "lora" in choices:

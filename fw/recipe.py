@@ -118,8 +118,8 @@ class Finetune(AdamW, TableOptions, LoraOptions, Distil, Sparse, QatOptions):
       packed: several texts share a row, none sees another; off: one text a row.
       texts: texts a row may hold; 0 for length / 8.
       mesh: devices by axis, as in data=2,fsdp=2,tensor=2; one size may be -1.
-      plan: a plan.json of `fw plan`, whose best layout takes the place of mesh, remat, accumulate
-        and moments; or auto, to plan for the machine at hand.
+      plan: a plan.json of `fw plan`, whose best layout takes the place of mesh, remat, accumulate,
+        moments and lora; or auto, to plan for the data and the machine at hand.
       rules: preset that says which array axis goes to which mesh axis: data, fsdp, fsdp_tensor.
       exchange: how gradients are averaged over data: float32; int8, a quarter of the bytes; or
         powersgd:RANK, as powersgd:4, thin factors of them. What is left out comes later.

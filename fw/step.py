@@ -133,10 +133,9 @@ def make_step(
             f"{sorted(own)}; make it with fw.table_optimizer.with_tables"
         )
 
-    stateful = bool(jax.tree.leaves(model.axes.get("state"), is_leaf=is_names))
-    if stateful and isinstance(tx, WithExchange):
+    if stateful(model) and isinstance(tx, WithExchange):
         raise FwError(APART)
-    if accumulate > 1 and stateful:
+    if accumulate > 1 and stateful(model):
         log.warning("the batch is not cut into %s: the model's state is of all of it", accumulate)
         accumulate = 1
 
@@ -180,6 +179,11 @@ def make_step(
     return jax.jit(
         step, donate_argnums=0, out_shardings=(lie, everywhere), compiler_options=options
     )
+
+
+def stateful(model: Model) -> bool:
+    """Whether a model has a state, as of a batch norm: its rows depend on each other."""
+    return bool(jax.tree.leaves(model.axes.get("state"), is_leaf=is_names))
 
 
 def _gradients(

@@ -6,7 +6,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -122,6 +122,8 @@ class Work:
         for name, few in (least | {"size": 0}).items():
             if getattr(self, name) < few:
                 raise FwError(f"{name} is {getattr(self, name)}; expected {few} or more")
+        if min(self.accumulate or (1,)) < 1:
+            raise FwError(f"accumulate is {self.accumulate}; expected numbers from 1")
 
     @property
     def long_task(self) -> str | None:
@@ -176,14 +178,11 @@ class Source:
         """The arrays of a step, by name.
 
         Raises:
-          FwError: a task that nothing is trained for, or images of another size than the model's.
+          FwError: images of another size than the model's.
         """
         row = self.row
         if row is None:
-            kind = next((make for tasks, make in _ROWS.items() if self.head.task in tasks), None)
-            if kind is None:
-                raise FwError(f"task {self.head.task!r}: nothing is trained for it")
-            row = kind(work, self)
+            row = next(make for tasks, make in _ROWS.items() if self.head.task in tasks)(work, self)
         return {
             name: jax.ShapeDtypeStruct((work.batch, *x.shape), x.dtype) for name, x in row.items()
         }
@@ -202,11 +201,14 @@ def source_of(work: Work) -> Source:
      'labels': ((8,), 'int32')}
     """
     found = _new(work) if work.model in NEW else _stored(work)
+    if "model_type" not in found and (Path(work.model) / "model" / CONFIG).is_file():
+        raise FwError(f"{work.model} is a run; give {work.model}/model, what it trained")
     family = family_of(found, work.model)
-    tasks = [*family.architectures]
+    tasks = [name for name in family.architectures if name in TASKS.values()]
     task = work.long_task or ("causal_lm" if "causal_lm" in tasks else tasks[0])
     if task not in tasks:
-        raise FwError(f"task {task!r}: {work.model} is for {', '.join(tasks)}")
+        raise FwError(f"task {work.task!r}: {work.model} is for {spelt(tasks)}")
+    _check_options(work, task)
     labels = ()
     if task in LABELLED:
         count = 1 if task == "tabular_regression" else work.classes
@@ -216,6 +218,25 @@ def source_of(work: Work) -> Source:
     found = {**found, "architectures": [family.architectures[task]]}
     head = choose_head(family, found, work.model, task=task, labels=labels, limit=2**31 - 1)
     return Source(family, found, head)
+
+
+def spelt(tasks: Iterable[str]) -> str:
+    """Tasks as `fw finetune --task` has them."""
+    return ", ".join(name for name, long in TASKS.items() if long in {*tasks})
+
+
+def _check_options(work: Work, task: str) -> None:
+    """Refuses what the task or the model would not heed."""
+    default = {field.name: field.default for field in dataclasses.fields(work)}
+    heeded = {
+        "size": IMAGES, "channels": IMAGES if work.model in NEW else (),
+        "history": ("ranking", "retrieval"), "table_optimizer": ("ranking", "retrieval"),
+        "classes": LABELLED,
+    }  # fmt: skip
+    for name, tasks in heeded.items():
+        if task not in tasks and getattr(work, name) != default[name]:
+            what = f"is for {spelt(tasks)}" if tasks else "is what the model has"
+            raise FwError(f"{name} {what}; {work.model} is for {spelt([task])}")
 
 
 def _stored(work: Work) -> Mapping[str, Any]:
@@ -284,7 +305,7 @@ def _new(work: Work) -> Mapping[str, Any]:
     tasks = [TASKS[name] for name in NEW[work.model]]
     task = work.long_task or tasks[0]
     if task not in tasks:
-        raise FwError(f"task {task!r}: {work.model} is for {', '.join(tasks)}")
+        raise FwError(f"task {work.task!r}: {work.model} is for {spelt(tasks)}")
     given: dict[str, Any] = {"task": task}
     defaults, example = _DECIDED.get(work.model, ({}, ""))
     if task in LABELLED:

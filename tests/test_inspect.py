@@ -828,6 +828,7 @@ def test_a_contract_that_means_nothing_is_refused(options, message):
     assert not isinstance(caught.value, ContractError)
 
 
+@pytest.mark.usefixtures("newly_compiled")
 def test_full_rematerialisation_is_found(capfd):
     """Columns cannot become rows of a reshaped array: XLA warns, gathers everything and slices."""
     mesh = make_mesh("data=2,tensor=4")

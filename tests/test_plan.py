@@ -103,9 +103,9 @@ def test_a_ring_sends_both_ways_and_a_line_one():
     line = way(part, part.coords[:8])
     link = pod.chip.link
     assert (ring.rate, line.rate) == (2 * link, link)
-    gather = seconds("all-gather", ring, link, 10**6, 16 * 10**6)
+    gather = seconds("all-gather", ring, 10**6, 16 * 10**6)
     assert gather == pytest.approx(15 * 10**6 / (2 * link) + HOP * 8)
-    assert seconds("all-reduce", ring, link, 16 * 10**6, 16 * 10**6) == pytest.approx(2 * gather)
+    assert seconds("all-reduce", ring, 16 * 10**6, 16 * 10**6) == pytest.approx(2 * gather)
 
 
 def test_neighbours_that_are_far_apart_share_links():
@@ -119,7 +119,7 @@ def test_nodes_and_slices_are_slower_than_what_they_hold():
     inside = way(cluster, cluster.coords[:GPUS])
     across = way(cluster, cluster.coords)
     assert (inside.outside, across.outside) == (1, 2)
-    time = [seconds("all-reduce", w, cluster.chip.link, 10**8, 10**8) for w in (inside, across)]
+    time = [seconds("all-reduce", w, 10**8, 10**8) for w in (inside, across)]
     assert time[1] > 1.5 * time[0]
     assert way(slices, slices.coords).outside == 2
 
@@ -231,7 +231,7 @@ def test_what_travels_beside_computation_holds_it_up_only_where_it_is_late(besid
     sent = collectives(text, np.arange(4).reshape(4, 1), ("fsdp",), lambda *_: "x", lambda *_: "y")
     found = schedule(text, sent, machine, machine.coords)
     gather, summed = (
-        seconds(one.kind, way(machine, machine.coords), machine.chip.link, one.operand_bytes,
+        seconds(one.kind, way(machine, machine.coords), one.operand_bytes,
                 one.result_bytes)
         for one in sent
     )  # fmt: skip
@@ -563,16 +563,21 @@ def test_training_takes_the_plan(tmp_path):
     )  # fmt: skip
     assert (recipe.lora, recipe.lora_base) == (8, "int8")
     own = Finetune(data="x.csv", plan=str(path), batch=8, length=32)
-    about = {"batch": 8, "length": 32, "precision": "bf16_activations", "rules": "fsdp"}
+    about = {"batch": 8, "length": 32, "precision": "bf16", "task": "ner"}
     path.write_text(json.dumps(saved | {"about": about}))
-    assert (planned(own).precision, planned(own).rules) == ("bf16_activations", "fsdp")
+    assert planned(own).mesh == "data=4,tensor=2"
     for wrong, said in (
         ({"devices": 3}, "a plan for 3 devices"),
         ({"about": about | {"length": 512}}, "a plan for length 512, but this run has 32"),
+        ({"about": about | {"precision": "f32"}}, "give --precision f32, or plan again"),
+        ({"about": about | {"task": "rank"}}, "give --task rank"),
     ):
         path.write_text(json.dumps(saved | wrong))
         with pytest.raises(FwError, match=said):
             planned(own)
+    path.write_text(json.dumps(saved | {"about": None}))
+    with pytest.raises(ShardingError, match="cannot be read as a plan"):
+        planned(own)
 
 
 def test_a_plan_needs_no_devices_and_no_accelerator():

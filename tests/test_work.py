@@ -6,6 +6,8 @@ import math
 import jax
 import pytest
 
+from fw import run
+from fw.adaptation import LoraOptions
 from fw.data.batches import Batches
 from fw.errors import FwError
 from fw.finetune import finetune, prepare
@@ -53,8 +55,8 @@ def test_a_batch_is_planned_for_as_data_makes_it(task, tmp_path):
         config = dataclasses.asdict(own)
     side = made.rows["train"].arrays["images"].shape[1] if task == "image" else recipe.size
     work = Work(
-        recipe.model, 16, recipe.length, task=task, classes=max(len(made.labels), 1), size=side,
-        channels=config.get("num_channels", 3), history=recipe.history, config=config,
+        recipe.model, 16, recipe.length, task=task, size=side,
+        classes=len(made.labels) or Work.classes, channels=config.get("num_channels", 3), history=recipe.history, config=config,
     )  # fmt: skip
     example = Batches(made.rows["train"].arrays, 16, 0, made.change).example
     real = {name: ((16, *x.shape[1:]), x.dtype) for name, x in example.items()}
@@ -101,18 +103,35 @@ def test_new_models_are_planned_for(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("work", "said"),
+    ("model", "options", "said"),
     [
-        (("dlrm", 8), "as in config columns=user/item"),
-        (("mlp", 8), "as in config numbers=20"),
-        (("mlp", 8, 1, "ner"), "mlp is for tabular_classification, tabular_regression"),
-        (("unet", 8), None),
+        ("dlrm", {}, "as in config columns=user/item"),
+        ("dlrm", {"config": "columns=a/labels,rows=3/4"}, "called 'labels'"),
+        ("dlrm", {"config": "columns=a/b,rows=3/4,numbers=a"}, "called 'a'"),
+        ("mlp", {}, "as in config numbers=20"),
+        ("mlp", {"task": "ner"}, "mlp is for tabular, estimate"),
+        ("mlp", {"config": "numbers=2", "size": 64}, "size is for image, segment"),
+        ("unet", {"size": 40}, "size is 40; expected a multiple of 16"),
+        ("llama-2-7b", {"task": "classify"}, "task 'classify': llama-2-7b is for lm"),
+        ("llama-2-7b", {"accumulate": (0,)}, "accumulate is "),
     ],
 )
-def test_what_new_models_want_is_said(work, said):
-    if said is None:
-        work, said = Work("unet", 8, size=40), "size is 40; expected a multiple of 16"
-    else:
-        work = Work(*work)
+def test_what_cannot_be_planned_is_said(model, options, said):
     with pytest.raises(FwError, match=said):
-        source_of(work).batch(work)
+        source_of(Work(model, 8, **options)).batch(Work(model, 8, **options))
+
+
+def test_new_models_have_no_adapters():
+    work = Work("mlp", 8, config="numbers=2", adapters=(LoraOptions(lora=4),))
+    with pytest.raises(FwError, match="mlp is trained whole"):
+        plan_training(work, "2*cpu", compile=0)
+
+
+@pytest.mark.parametrize("spec", ["data=2", "fsdp=2", "data=2,fsdp=2,tensor=2"])
+def test_narrow_activations_are_summed_on_cpus_too(spec, tmp_path):
+    recipe, _ = recipe_of("tabular", tmp_path, steps=1, epochs=0.0, mesh=spec, model="mlp")
+    losses = []
+    for precision in ("bf16_activations", "f32"):
+        own = dataclasses.replace(recipe, precision=precision, run=str(tmp_path / precision))
+        losses.append(run.metrics(finetune(own))[0]["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)

@@ -49,6 +49,6 @@ def run(arguments: argparse.Namespace) -> int:
     recipe = read_options(arguments, Finetune)
     folder = finetune(recipe, resume=arguments.resume)
     if "test" in config(folder)["records"]:
-        print(f"test\n{evaluate_run(folder, 'test', mesh=recipe.mesh).text}")
+        print(f"test\n{evaluate_run(folder, 'test', mesh=config(folder)['mesh']).text}")
     print(f"{folder}/report.html")
     return 0

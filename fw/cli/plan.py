@@ -46,7 +46,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     add("--channels", type=int, default=3, help="of images of a new model (default: %(default)s)")
     add("--history", type=int, default=50, help="items of a user (default: %(default)s)")
     add("--table-optimizer", default="rowwise_adagrad", help="of tables: lazy_adam, sgd")
-    add("--precision", default="bf16_activations", help="bf16_activations, bf16 or f32")
+    add("--precision", default="", help="bf16_activations (the default but for a CPU), bf16 or f32")
     add("--config", default="", help="keys of the config: num_hidden_layers=16,… rows=1000/40,…")
     add("--remat", default="", help="what may be computed again: none, dots, layer; with commas")
     add("--moments", default="float32", help="of the optimiser: float32, 8bit; with commas")
@@ -77,12 +77,13 @@ def run(arguments: argparse.Namespace) -> int:
         if not getattr(arguments, name):
             raise FwError(f"plan: --{name} is missing; see fw plan --help")
     machine = priced(hardware(arguments.hardware), read_prices(arguments.prices))
+    on_cpu = machine.chip.platform == "cpu"
     work = Work(
         arguments.model, arguments.batch, arguments.length, task=arguments.task,
         classes=arguments.classes, size=arguments.size, channels=arguments.channels,
         history=arguments.history, table_optimizer=arguments.table_optimizer,
-        precision=arguments.precision, rules=arguments.rules, config=arguments.config,
-        remat=_remats(arguments.remat),
+        precision=arguments.precision or ("bf16" if on_cpu else "bf16_activations"),
+        rules=arguments.rules, config=arguments.config, remat=_remats(arguments.remat),
         moments=tuple(arguments.moments.split(",")), accumulate=_numbers(arguments.accumulate),
         adapters=tuple(LoraOptions(**adapters_of(text)) for text in arguments.lora.split(",")),
     )  # fmt: skip

@@ -48,7 +48,7 @@ class DLRMConfig:
 
     def __post_init__(self):
         """Checks what the arithmetic relies on."""
-        check_columns("dlrm", self.columns, self.rows)
+        check_columns("dlrm", self.columns, self.rows, self.numbers)
         if not self.columns or self.features < 2:
             raise FwError(
                 f"dlrm: columns {self.columns}, numbers {self.numbers}: expected a column of ids, "

@@ -103,8 +103,20 @@ def numbers(batch: Batch, names: Sequence[str]) -> list[jax.Array]:
     return [jnp.stack([batch[name] for name in names], axis=1)] if names else []
 
 
-def check_columns(where: str, columns: Sequence[str], rows: Sequence[int]) -> None:
-    """Refuses columns that are not as many as their tables, or a table without rows."""
+RESERVED = ("history", "labels", "target", "log_q", "seen")
+"""What a batch of a recommender has beside its columns."""
+
+
+def check_columns(
+    where: str, columns: Sequence[str], rows: Sequence[int], numbers: Sequence[str] = ()
+) -> None:
+    """Refuses columns that are not as many as their tables, tables without rows, names twice."""
+    names = [*columns, *numbers]
+    odd = [name for name in names if name in RESERVED or names.count(name) > 1]
+    if odd and len({*columns}) == len(columns):
+        raise FwError(
+            f"{where}: a column cannot be called {odd[0]!r}: the batch has another array so"
+        )
     if len(columns) != len(rows) or len({*columns}) != len(columns) or min(rows, default=1) < 1:
         raise FwError(
             f"{where}: expected different columns, each with its number of rows from 1; got "

@@ -63,11 +63,12 @@ class TwoTowerConfig:
 
     def __post_init__(self):
         """Checks what the arithmetic relies on."""
-        check_columns("two_tower", self.user_columns, self.user_rows)
-        check_columns("two_tower", self.item_columns, self.item_rows)
+        check_columns("two_tower", self.user_columns, self.user_rows, self.user_numbers)
+        check_columns("two_tower", self.item_columns, self.item_rows, self.item_numbers)
         if USER not in self.user_columns or ITEM not in self.item_columns:
             raise FwError("two_tower: expected 'user' and 'item' among the columns")
-        if {*self.user_columns} & {*self.item_columns}:
+        user = {*self.user_columns, *self.user_numbers}
+        if user & {*self.item_columns, *self.item_numbers}:
             raise FwError("two_tower: a column cannot be of both user and item")
         if min((self.size, *self.hidden)) < 1 or not 0 <= self.dropout < 1:
             raise FwError("two_tower: expected sizes from 1, and dropout in [0, 1)")

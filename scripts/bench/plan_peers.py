@@ -27,7 +27,7 @@ from fw.planning import build
 from fw.work import source_of
 from sharding.plan import hardware
 from sharding.plan.compiler import Compiled, compile_all
-from sharding.plan.program import abstract_mesh, program
+from sharding.plan.program import lowered_mesh, program
 from sharding.plan.worker import TPU
 from sharding.program.flow import Flow
 from sharding.program.hlo import read
@@ -85,7 +85,7 @@ def cycles(text: str) -> int:
 def ours(row: plan_truth.Row) -> tuple[int, int, int]:
     machine, work = hardware(row.machine), plan_truth.work_of(row)
     choices = {"remat": row.remat, "accumulate": "1", "moments": "float32"}
-    fn, args = build(work, source_of(work), choices)(abstract_mesh(row.mesh, machine))
+    fn, args = build(work, source_of(work), choices)(lowered_mesh(row.mesh, machine))
     [(_, made)] = compile_all([program(fn, args, machine, row.mesh)], limit=1800)
     assert isinstance(made, Compiled), made.reason
     text = (made.folder / "program.hlo").read_text()

@@ -16,6 +16,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from sharding.context import mapped
+from sharding.parallel.cuts import summable
 from sharding.parallel.travel import moved
 from sharding.rules import mesh_axes
 
@@ -98,7 +99,8 @@ def _gather(
         for dim, axes in reversed(dims):
             # Flat behind: of a matrix in two parts, XLA:TPU would all-reduce the whole and cut it.
             flat = g.reshape(*g.shape[: dim + 1], -1)
-            flat = lax.psum_scatter(flat, axes, scatter_dimension=dim, tiled=True)
+            scatter = partial(lax.psum_scatter, axis_name=axes, scatter_dimension=dim, tiled=True)
+            flat = summable(scatter, flat)
             g = flat.reshape(*flat.shape[: dim + 1], *g.shape[dim + 1 :])
         return (g,)
 

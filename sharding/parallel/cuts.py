@@ -5,16 +5,18 @@
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from sharding import context
 from sharding.layout import fit
-from sharding.mesh import AXES
+from sharding.mesh import AXES, platform
 from sharding.rules import Names, Rules, mesh_axes
 
 
@@ -72,7 +74,8 @@ class Cuts:
 
 def whole(x: jax.Array, axes: tuple[str, ...], place: int) -> jax.Array:
     """The parts of x along an axis, gathered."""
-    return lax.all_gather(x, axes, axis=place, tiled=True) if axes else x
+    gather = partial(lax.all_gather, axis_name=axes, axis=place, tiled=True)
+    return summable(gather, x) if axes else x
 
 
 def vary(x: jax.Array, spec: PartitionSpec, axes: set[str]) -> jax.Array:
@@ -82,4 +85,17 @@ def vary(x: jax.Array, spec: PartitionSpec, axes: set[str]) -> jax.Array:
     and those of kernels are in parts.
     """
     missing = tuple(a for a in AXES if a in axes and all(a not in mesh_axes(e) for e in spec))
-    return lax.pcast(x, missing, to="varying") if missing else x
+    return summable(partial(lax.pcast, axis_name=missing, to="varying"), x) if missing else x
+
+
+def summable(send: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """`send(x)`, which sums over devices, there or on the way back; on CPUs in float32 at least.
+
+    XLA's compiler for CPUs aborts where bfloat16 is summed within a function that has axes of its
+    own beside some that it has not (hlo_instruction.cc: "Invalid binary instruction opcode copy").
+    """
+    here = context.current()
+    narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
+    if narrow and here is not None and platform(here[0]) == "cpu":
+        return send(x.astype(jnp.float32)).astype(x.dtype)
+    return send(x)

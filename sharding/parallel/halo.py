@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec
 
 from sharding.context import differentiated
 from sharding.errors import ShardingError
-from sharding.parallel.cuts import Cuts, vary, whole
+from sharding.parallel.cuts import Cuts, summable, vary, whole
 from sharding.rules import Names, mesh_axes
 
 IMAGES: Names = ("batch", "height", "width")
@@ -118,7 +118,7 @@ def windowed(
                 part = whole(part, tuple(a for a in mesh_axes(entry) if a not in kept), place)
             parts.append(part)
         y = fn(x, *parts, padding=tuple(left))
-        return lax.psum(y, inside) if inside else y
+        return summable(partial(lax.psum, axis_name=inside), y) if inside else y
 
     return cuts.shard_map(body, (where_x, *stored), where_y, axes)(x, *kernels)
 

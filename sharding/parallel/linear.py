@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec
 
 from sharding.errors import ShardingError
 from sharding.mesh import AXES, platform
-from sharding.parallel.cuts import Cuts, vary, whole
+from sharding.parallel.cuts import Cuts, summable, vary, whole
 from sharding.rules import Names, mesh_axes
 
 ROWS: Names = ("batch", "length")
@@ -120,9 +120,12 @@ def _products(
             y = multiply(x, kernel)
             for place, over in enumerate(scatters):
                 if over:
-                    y = lax.psum_scatter(y, over, scatter_dimension=place, tiled=True)
+                    scatter = partial(
+                        lax.psum_scatter, axis_name=over, scatter_dimension=place, tiled=True
+                    )
+                    y = summable(scatter, y)
             rest = tuple(a for a in inside if all(a not in over for over in scatters))
-            ys.append(lax.psum(y, rest) if rest else y)
+            ys.append(summable(partial(lax.psum, axis_name=rest), y) if rest else y)
         return ys
 
     return cuts.shard_map(body, (where_x, *stored), where_ys, axes)(x, *kernels)
@@ -231,7 +234,8 @@ def lookup(
             found = _take(vary(table, lies, over), i, cut)
             (apart if cut else here).append(found)
         if apart:
-            here.append(lax.psum(_sum(apart), tuple(a for a in AXES if a in by_ids)))
+            over = tuple(a for a in AXES if a in by_ids)
+            here.append(summable(partial(lax.psum, axis_name=over), _sum(apart)))
         y = _sum(here)
         if travel:
             y = lax.all_to_all(y, travel, split_axis=0, concat_axis=y.ndim - 1, tiled=True)

@@ -12,13 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 
 from sharding.mesh import AXES, arranged
 from sharding.plan.hardware import Hardware
-from sharding.plan.network import seconds, way
+from sharding.plan.network import Way, seconds, way
 from sharding.plan.schedule import MEMORY_SHARE
 from sharding.plan.survey import Argument, Kept, Survey
 
@@ -136,19 +135,19 @@ def _of_parameters(
         if stored:
             n = math.prod(sizes[a] for a in stored)
             each = whole // turns
-            route, link = _route(machine, tuple(sizes.items()), stored)
-            gather = uses * turns * seconds("all-gather", route, link, each // n, each)
+            route = _route(machine, tuple(sizes.items()), stored)
+            gather = uses * turns * seconds("all-gather", route, each // n, each)
             add("gather parameters", gather)
             hidden += gather
             if learns:
-                scatter = turns * seconds("reduce-scatter", route, link, each, each // n)
+                scatter = turns * seconds("reduce-scatter", route, each, each // n)
                 add("scatter gradients", scatter)
                 hidden += scatter
         rest = tuple(a for a in found.batch if sizes.get(a, 1) > 1 and a not in stored)
         if rest and learns:
-            route, link = _route(machine, tuple(sizes.items()), rest)
+            route = _route(machine, tuple(sizes.items()), rest)
             part = whole // max(1, math.prod(sizes[a] for a in stored))
-            took = seconds("all-reduce", route, link, part, part)
+            took = seconds("all-reduce", route, part, part)
             add("sum gradients", took)
             hidden += 0.5 * took
     return sent, hidden
@@ -163,8 +162,8 @@ def _of_activations(
     for axis, size, cuts, times in found.summed:
         if sizes.get(axis, 1) > 1:
             part = size // math.prod(sizes.get(a, 1) for a in cuts)
-            route, link = _route(machine, tuple(sizes.items()), (axis,))
-            took = times * seconds("all-reduce", route, link, part, part)
+            route = _route(machine, tuple(sizes.items()), (axis,))
+            took = times * seconds("all-reduce", route, part, part)
             sent["sum products"] = sent.get("sum products", 0.0) + took
             exposed += took
     for number, size in found.rows.items():
@@ -172,8 +171,8 @@ def _of_activations(
         cut = tuple(a for a in argument.cuts[0] if a in found.batch and sizes.get(a, 1) > 1)
         if cut and argument.kind == "parameters":  # to who asks for them, and their gradients back
             part = size // math.prod(sizes.get(a, 1) for a in found.batch)
-            route, link = _route(machine, tuple(sizes.items()), cut)
-            took = 2 * seconds("all-to-all", route, link, part, part)
+            route = _route(machine, tuple(sizes.items()), cut)
+            took = 2 * seconds("all-to-all", route, part, part)
             sent["rows of tables"] = sent.get("rows of tables", 0.0) + took
             exposed += took
     stages, link = sizes.get("pipe", 1), machine.chip.link
@@ -223,11 +222,11 @@ def _gathered(found: Survey, sizes: Mapping[str, int]) -> int:
 
 
 @lru_cache(maxsize=4096)
-def _route(machine: Hardware, sizes: tuple[tuple[str, int], ...], axes: tuple[str, ...]) -> Any:
+def _route(machine: Hardware, sizes: tuple[tuple[str, int], ...], axes: tuple[str, ...]) -> Way:
     """The way between the devices that differ along some mesh axes."""
     grid = placed(machine, tuple(n for _, n in sizes))
     keep = tuple(slice(None) if a in axes else 0 for a in AXES)
-    return way(machine, machine.coords[grid[keep].reshape(-1)]), machine.chip.link
+    return way(machine, machine.coords[grid[keep].reshape(-1)])
 
 
 @lru_cache(maxsize=4096)

@@ -177,9 +177,10 @@ def load(path: str | Path) -> dict[str, Any]:
     try:
         found = json.loads(Path(path).read_text())
         known = found["version"], found["best"]["mesh"], found["best"]["choices"]
+        more = {name: found[name] for name in ("hardware", "devices")}
+        more["about"] = dict(found.get("about", {}))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ShardingError(f"{path}: cannot be read as a plan: {error}") from error
     if known[0] != VERSION:
         raise ShardingError(f"{path}: a plan of version {known[0]}, expected {VERSION}")
-    more = {name: found[name] for name in ("hardware", "devices")}
-    return {**found["best"], **more, "about": found.get("about", {})}
+    return {**found["best"], **more}

@@ -114,7 +114,7 @@ def program(
 
     Args:
         fn: jitted, or not; what it donates stays donated.
-        args: its arguments, `jax.ShapeDtypeStruct`s whose shardings are of `abstract_mesh`.
+        args: its arguments, `jax.ShapeDtypeStruct`s whose shardings are of `lowered_mesh`.
         machine: what it is for.
         mesh: the mesh's spec.
         options: of the compiler.

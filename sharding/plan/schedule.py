@@ -159,10 +159,9 @@ class _Walk:
         route = self._route(one, coords)
         if route is None:
             return _Sent(one, 0.0, {})
-        what = one.kind, route, self.chip.link, one.operand_bytes, one.result_bytes
-        inner, outer = carried(*what)
-        links = dict.fromkeys(route.along, inner) | {NETWORK: outer}
-        return _Sent(one, seconds(*what), {name: n for name, n in links.items() if n})
+        what = one.kind, route, one.operand_bytes, one.result_bytes
+        links, outer = carried(*what)
+        return _Sent(one, seconds(*what), links | ({NETWORK: outer} if outer else {}))
 
     def _route(self, one: Collective, coords: np.ndarray) -> Way | None:
         """How those reach each other who take part; None if everybody is alone."""
@@ -172,7 +171,7 @@ class _Walk:
             if one.name in body and body[one.name].line == one.line
         )
         if one.axes == (ACROSS,):
-            return Way(1, 1.0, 1, 0, self.machine.slices, self.chip.dcn)
+            return Way(1, 1.0, {}, 0, self.machine.slices, self.chip.dcn, 1.0)
         groups = members(it, one.kind, self.program.partitions, self.program.replicas)
         groups = [group for group in groups if len({*group}) > 1]
         if not groups:
@@ -305,10 +304,12 @@ class _Walk:
         texts = [it.text[0], *[body[name].text[0] for name in it.operands if name in body]]
         sliced = "slice" in it.name  # of a large operand it touches as much as its result has
         sizes = [_in_memory(text) for text in texts]
-        for place, touched, changed in self._rows(it):
-            if changed:  # in place: the result is the operand
-                sizes[0] -= min(sizes[0], sizes[1 + place])
-            sizes[1 + place] = touched
+        rows = self._rows(it)
+        for place in {place for place, _, _ in rows}:
+            own, size = [one for one in rows if one[0] == place], sizes[1 + place]
+            if any(changed for _, _, changed in own):  # in place: the result is the operand
+                sizes[0] -= min(sizes[0], size)
+            sizes[1 + place] = min(size, sum(touched for _, touched, _ in own))
         if sliced and len(sizes) > 1:
             least = min(size for size in sizes if size) if any(sizes) else 0
             return 2 * min(least, sizes[0]) if "update" in it.name else 2 * sizes[0]
@@ -319,24 +320,30 @@ class _Walk:
 
         As place, bytes of these rows, and whether it changes them.
         """
-        body, found = {it.name: it}, []
+        body, found, whole = {it.name: it}, [], set()
         if it.opcode == "fusion":
             body = self.program.computations[dict(it.called)["calls"]]
         for inner in body.values():
-            if inner.opcode not in ("gather", "scatter"):
-                continue
-            changed, place = inner.opcode == "scatter", 0
-            if inner is not it:
-                whole = body[inner.operands[0]]
-                while whole.opcode == "bitcast":
-                    whole = body[whole.operands[0]]
-                if whole.opcode != "parameter":
-                    continue
-                place = int(whole.literal)
-            around = self.program.computations[inner.computation]
-            rows = around[inner.operands[2]] if changed else inner
-            found.append((place, (2 if changed else 1) * _in_memory(rows.text[0]), changed))
-        return found
+            rows = inner.opcode in ("gather", "scatter")
+            first = self._parameter(inner.operands[0], body) if rows and inner is not it else 0
+            if rows and first is not None:
+                changed, around = (
+                    inner.opcode == "scatter", self.program.computations[inner.computation]
+                )  # fmt: skip
+                touched = around[inner.operands[-1]] if changed else inner  # updates stand last
+                size = _in_memory(touched.text[0])
+                found.append((first, 2 * size if changed else size, changed))
+            if inner is not it and inner.opcode != "bitcast":  # what else reads them reads all
+                others = inner.operands[1:] if rows else inner.operands
+                whole |= {self._parameter(name, body) for name in others}
+        return [one for one in found if one[0] not in whole]
+
+    def _parameter(self, name: str, body: dict[str, Instruction]) -> int | None:
+        """The number of the parameter that a name stands for; None if it is of none."""
+        it = body[name]
+        while it.opcode == "bitcast":
+            it = body[it.operands[0]]
+        return int(it.literal) if it.opcode == "parameter" else None
 
     def _products(self, it: Instruction) -> list[tuple[Instruction, dict[str, Instruction]]]:
         """The products in an instruction, each with the instructions around it."""
