@@ -56,7 +56,8 @@ def test_a_batch_is_planned_for_as_data_makes_it(task, tmp_path):
     side = made.rows["train"].arrays["images"].shape[1] if task == "image" else recipe.size
     work = Work(
         recipe.model, 16, recipe.length, task=task, size=side,
-        classes=len(made.labels) or Work.classes, channels=config.get("num_channels", 3), history=recipe.history, config=config,
+        classes=len(made.labels) or Work.classes, channels=config.get("num_channels", 3),
+        history=recipe.history, config=config,
     )  # fmt: skip
     example = Batches(made.rows["train"].arrays, 16, 0, made.change).example
     real = {name: ((16, *x.shape[1:]), x.dtype) for name, x in example.items()}
