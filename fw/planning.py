@@ -225,7 +225,8 @@ def _notes(work: Work, source: Source, machine: Hardware) -> Iterator[str]:
     if machine.chip.platform == "tpu":
         model = source.model()
         params = jax.eval_shape(model.init, jax.random.key(0))["params"]
-        sizes = {at(params, path).shape[1] for path in model.tables}
+        large = [path for path in model.tables if any(at(model.axes["params"], path))]
+        sizes = {at(params, path).shape[1] for path in large}
         if odd := sorted(size for size in sizes if size % LANES):
             yield (
                 f"A TPU copies tables of {odd[0]} columns whole, there and back, in every step: "
