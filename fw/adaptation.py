@@ -35,6 +35,7 @@ from fw.errors import FwError
 from fw.hub.folder import Loaded
 from fw.model import FROZEN, Model, Variables
 from fw.options import parted
+from fw.precision import policy
 from fw.table_optimizer import at, nest
 from sharding import shardings, undifferentiated
 from sharding.parallel.pipeline import PIPE
@@ -228,6 +229,21 @@ def transform(loaded: Loaded, options: LoraOptions, *, seed: int = 0) -> Lora:
         tuple(rules.items()), strict=False, alpha=alpha, dora=options.dora, seed=seed,
         init=options.lora_init,
     )  # fmt: skip
+
+
+def check_images(precision: str) -> None:
+    """Refuses narrow activations beside what is frozen of a model of images, which stays float32.
+
+    Raises:
+      FwError: a precision whose activations are narrow.
+
+    >>> check_images("bf16")
+    """
+    if policy(precision).activations:
+        raise FwError(
+            f"precision {precision}: adapters of image models train beside what is float32; choose "
+            "bf16 or f32"
+        )
 
 
 def adapt(

@@ -23,7 +23,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from compress.arrays import is_compressed
 from compress.transform import named_leaves
-from fw.adaptation import LoraOptions, adapt
+from fw.adaptation import LoraOptions, adapt, check_images
 from fw.errors import FwError
 from fw.hub.folder import Loaded
 from fw.model import Model
@@ -34,7 +34,7 @@ from fw.recipe import NEW
 from fw.step import abstract_state, make_step, stateful
 from fw.table_optimizer import TableOptions, at, row_optimizer, with_tables
 from fw.tasks import make_task
-from fw.work import OF_TEXTS, WHOLE, Source, Work, source_of, spelt
+from fw.work import IMAGES, OF_TEXTS, WHOLE, Source, Work, source_of, spelt
 from sharding import Rules, shardings
 from sharding import rules as make_rules
 from sharding.layout import fit
@@ -127,6 +127,8 @@ def variants(work: Work, source: Source | None = None) -> tuple[list[Variant], S
     source = source or source_of(work)
     if any(one.lora for one in work.adapters) and (work.model in NEW or source.model().tables):
         raise FwError(f"lora is for pretrained models; {work.model} is trained whole")
+    if any(one.lora for one in work.adapters) and source.head.task in IMAGES:
+        check_images(work.precision)
     has = "remat" in source.fields
     known: tuple[str | None, ...] = (None, "dots", "layer") if has else (None,)
     remats = work.remat if work.remat is not None else known

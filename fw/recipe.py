@@ -275,6 +275,8 @@ class Finetune(AdamW, TableOptions, LoraOptions, Distil, Sparse, QatOptions):
         if self.task not in (tasks := NEW.get(self.model, (self.task,))):
             raise FwError(f"model {self.model!r} is for {', '.join(tasks)}, not {self.task}")
         self._check_options()
+        if self.lora and self.task in _IMAGES:
+            adaptation.check_images(self.precision)
         if not self.learning_rate:
             rate = adaptation.LEARNING_RATE if self.lora else AdamW.learning_rate
             rate = LEARNING_RATE if self.model in NEW else rate

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -32,11 +33,12 @@ from sharding.plan import CHIPS, hardware, legal, load, why
 from sharding.plan.analytic import estimate, placed
 from sharding.plan.compiler import Compiled, Refused, compile_all
 from sharding.plan.hardware import GPUS
-from sharding.plan.network import HOP, seconds, way
+from sharding.plan.layouts import program_of
+from sharding.plan.network import HOP, carried, seconds, way
 from sharding.plan.plan import placed as placed_step
 from sharding.plan.plan import surveyed
 from sharding.plan.program import abstract_mesh, program
-from sharding.plan.schedule import schedule
+from sharding.plan.schedule import MEMORY_SHARE, schedule
 from sharding.plan.search import candidates, kind, meshes, promising, shortlist
 from sharding.plan.survey import survey
 from sharding.program.collectives import collectives
@@ -334,6 +336,45 @@ def test_a_compiler_that_takes_too_long_is_stopped(tmp_path):
     )
     assert isinstance(found, Refused) and "more than" in found.reason
     assert not [*tmp_path.iterdir()]  # nothing half made stays
+
+
+@pytest.mark.parametrize(
+    ("fn", "least", "most"),
+    [
+        (lambda table, ids: table[ids], 0.0, 0.05),
+        (lambda table, ids: table[ids] * table[ids + 1], 0.0, 0.05),
+        (lambda table, ids: table.at[ids].add(1.0, unique_indices=True), 0.0, 3.1),
+        (lambda table, ids: (table[ids].sum() + table).sum(0), 0.9, 3.1),  # and reads all of it
+    ],
+)
+def test_rows_of_a_table_count_and_not_the_table(fn, least, most):
+    machine, table = hardware("cpu"), SHAPE((50_000, 64), "float32")
+    text = jax.jit(fn).lower(table, SHAPE((512,), "int32")).compile().as_text() or ""
+    took = schedule(read(text), (), machine, machine.coords).seconds
+    whole = 4 * 64 * 50_000 / (MEMORY_SHARE * machine.chip.hbm)
+    assert least * whole < took < most * whole
+
+
+def test_every_axis_of_a_torus_carries_its_own_share():
+    pod = hardware("v5p:4x4x8")
+    links, outside = carried("all-to-all", way(pod, pod.coords), 10**6, 10**6)
+    assert outside == 0 and links["x"] == links["y"] == links["z"] / 2
+    links, _ = carried("all-gather", way(pod, pod.coords), 10**6, 128 * 10**6)
+    assert len({*links.values()}) == 1 and 6 * links["x"] == 127 * 10**6  # both ways of each axis
+
+
+@pytest.mark.slow
+def test_no_tpu_casts_a_whole_table(tmp_path):
+    if find_spec("libtpu") is None:
+        pytest.skip("libtpu is not installed: pip install 'fw[plan]'")
+    machine, table = hardware("v5e:2x2"), {"columns": ("user", "item"), "rows": (400_000, 300)}
+    work = Work("dlrm", 4096, config=table | {"size": 128}, accumulate=(1,))
+    best = plan_training(work, machine, compile=1, folder=tmp_path).best
+    [(_, made)] = compile_all([program_of(best.candidate, machine)], folder=tmp_path)
+    assert isinstance(made, Compiled)
+    text = (made.folder / "program.hlo").read_text()
+    rows = {int(n) for n in re.findall(r"bf16\[(\d+),128\]", text)}
+    assert rows and max(rows) < 400_000 // 4
 
 
 def test_what_went_wrong_is_tried_again(tmp_path):

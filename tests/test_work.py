@@ -1,6 +1,7 @@
 """What is planned for without data is what data makes; and what is planned for here, with it."""
 
 import dataclasses
+import json
 import math
 
 import jax
@@ -73,6 +74,12 @@ def test_auto_plans_for_the_data_and_the_devices_there_are(task, tmp_path, monke
     chosen = read_recipe(finetune(recipe))
     assert math.prod(sizes_of(chosen.mesh, jax.device_count()).values()) == here().devices > 1
     assert 16 % chosen.accumulate == 0
+    if task == "rank":  # a run that goes on keeps what its numbers depend on, whatever is faster
+        path = tmp_path / "run/config.json"
+        begun = json.loads(path.read_text())
+        begun["config"]["accumulate"] = 4
+        path.write_text(json.dumps(begun))
+        assert read_recipe(finetune(recipe, resume=True)).accumulate == 4
 
 
 def test_new_models_are_planned_for(tmp_path):
@@ -120,6 +127,20 @@ def test_new_models_are_planned_for(tmp_path):
 def test_what_cannot_be_planned_is_said(model, options, said):
     with pytest.raises(FwError, match=said):
         source_of(Work(model, 8, **options)).batch(Work(model, 8, **options))
+
+
+def test_adapters_of_images_train_in_float32(tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "intermediate_size": 64, "image_size": 32, "patch_size": 16}  # fmt: skip
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": "vit"} | sizes))
+    work = Work(str(path), 8, adapters=(LoraOptions(lora=4),), remat=(None,), accumulate=(1,))
+    with pytest.raises(FwError, match="choose bf16 or f32"):
+        plan_training(work, "2*cpu", compile=0)
+    with pytest.raises(FwError, match="choose bf16 or f32"):
+        Finetune(task="image", model="x", data="x", lora=4, precision="bf16_activations")
+    found = plan_training(dataclasses.replace(work, precision="bf16"), "2*cpu", compile=0)
+    assert found.best.prediction.memory.kinds["frozen"] > 0
 
 
 def test_new_models_have_no_adapters():

@@ -15,7 +15,7 @@ time, memory of a device, price. DIR gets plan.json and plan.html.
 
   fw plan --model llama-2-70b --hardware v5p:8x8x16 --batch 1024 --length 4096 --out plan/
   fw plan --model all-MiniLM-L6-v2 --task ner --hardware cpu --batch 32
-  fw plan --model dlrm --config columns=user/item,rows=90000000/2000000,size=64,numbers=price \
+  fw plan --model dlrm --config columns=user/item,rows=90000000/2000000,size=128,numbers=price \
     --hardware v5e:4x4 --batch 65536
   fw plan --model my/config.json --hardware 2*v5e:16x16 --batch 2048 --layout fsdp=64,tensor=4
   fw plan --model llama-3.1-70b --hardware v5e:4x4 --batch 64 --length 2048 --lora 16,16:nf4

@@ -66,7 +66,7 @@ def conv(
 def _conv(x, kernel, strides, padding):
     return lax.conv_general_dilated(
         x,
-        kernel.astype(x.dtype),  # one that is frozen stays as it is where activations are narrow
+        kernel,
         strides,
         padding,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
